@@ -1,0 +1,126 @@
+"""What tests of programs on delayed mounts need, and the project's own tests use: waiting, and leftovers.
+
+Works without pytest. Nothing here is used by the manager or the file system.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Callable, Dict, FrozenSet, Iterator, List, Optional, TypeVar
+
+T = TypeVar("T")
+
+MARK = "SPFS_TEST_RUN"
+"""Environment variable by which every process that a test started is found again, whoever its parent is now."""
+
+
+def wait_until(condition: Callable[[], T], timeout: float = 10.0, what: str = "") -> T:
+    """The first true result of ``condition``, which is asked every few milliseconds; TimeoutError after ``timeout`` s.
+
+    For what the kernel gives no event for (a state in /proc); where there is one, wait for that.
+    """
+    deadline = time.monotonic() + timeout
+    while True:
+        result = condition()
+        if result:
+            return result
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"not within {timeout} s: {what or condition}")
+        time.sleep(0.002)
+
+
+def process_state(pid: int) -> str:
+    """The state letter of /proc/PID/stat ("R", "S", "D", "T", "t", "Z" …); "" if there is no such process."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_bytes()
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
+    return chr(stat[stat.rindex(b")") + 2])
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What can be left behind: marked processes, mounts below a directory, frozen cgroups, our own fds."""
+
+    processes: Dict[int, str] = field(default_factory=dict)
+    mounts: FrozenSet[str] = frozenset()
+    frozen: FrozenSet[str] = frozenset()
+    fds: FrozenSet[str] = frozenset()
+
+    def added_since(self, before: "Snapshot") -> List[str]:
+        """One line for each thing that is here and was not there before."""
+        lines = [f"process {pid}: {line}" for pid, line in self.processes.items() if pid not in before.processes]
+        lines += [f"mount: {line}" for line in sorted(self.mounts - before.mounts)]
+        lines += [f"frozen cgroup: {path}" for path in sorted(self.frozen - before.frozen)]
+        lines += [f"file descriptor: {fd}" for fd in sorted(self.fds - before.fds)]
+        return lines
+
+
+def snapshot(below: str, mark: Optional[str] = None, cgroups: Callable[[], List[str]] = list) -> Snapshot:
+    """The present state; ``below``: directory whose mounts count; ``mark``: value of MARK; ``cgroups``: their paths."""
+    return Snapshot(
+        processes=_marked_processes(mark) if mark else {},
+        mounts=frozenset(_mounts_below(below)),
+        frozen=frozenset(path for path in cgroups() if _is_frozen(path)),
+        fds=frozenset(_own_fds()),
+    )
+
+
+def _marked_processes(mark: str) -> Dict[int, str]:
+    needle = f"{MARK}={mark}".encode()
+    found = {}
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            if int(name) == os.getpid() or needle not in Path(f"/proc/{name}/environ").read_bytes().split(b"\0"):
+                continue
+            command = Path(f"/proc/{name}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+            found[int(name)] = f"{process_state(int(name))} {command.strip()}"
+        except OSError:
+            continue  # it ended meanwhile, or is a kernel thread
+    return found
+
+
+def _mounts_below(directory: str) -> Iterator[str]:
+    for line in Path("/proc/self/mountinfo").read_text(errors="replace").splitlines():
+        if (line.split(" ")[4] + "/").startswith(directory.rstrip("/") + "/"):
+            yield line
+
+
+def _is_frozen(cgroup: str) -> bool:
+    for name, thawed in (("freezer.state", "THAWED"), ("cgroup.freeze", "0")):
+        try:
+            if Path(cgroup, name).read_text().strip() != thawed:
+                return True
+        except OSError:
+            continue
+    return False
+
+
+def _own_fds() -> Iterator[str]:
+    for fd in os.listdir("/proc/self/fd"):
+        try:
+            target = os.readlink(f"/proc/self/fd/{fd}")
+        except OSError:
+            continue  # the one that listed the directory
+        yield f"{fd} -> {target}"
+
+
+@contextmanager
+def nothing_left(below: str, mark: Optional[str] = None, timeout: float = 5.0) -> Iterator[None]:
+    """Raise AssertionError if the block leaves a process, mount, frozen cgroup or fd that is not gone in ``timeout`` s."""
+    before = snapshot(below, mark)
+    yield
+    left: List[str] = []
+
+    def none_left() -> bool:
+        left[:] = snapshot(below, mark).added_since(before)
+        return not left
+
+    try:
+        wait_until(none_left, timeout)
+    except TimeoutError:
+        raise AssertionError("left behind:\n  " + "\n  ".join(left)) from None
