@@ -111,7 +111,7 @@ def _own_fds() -> Iterator[str]:
 
 @contextmanager
 def nothing_left(below: str, mark: Optional[str] = None, timeout: float = 5.0) -> Iterator[None]:
-    """Raise AssertionError if the block leaves a process, mount, frozen cgroup or fd that is not gone in ``timeout`` s."""
+    """AssertionError if the block leaves a process, mount, frozen cgroup or fd that is not gone after ``timeout`` s."""
     before = snapshot(below, mark)
     yield
     left: List[str] = []

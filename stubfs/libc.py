@@ -19,8 +19,8 @@ def raise_errno(call: str, filename: Optional[object] = None) -> None:
     raise OSError(number, os.strerror(number), filename if filename is not None else call)
 
 
-def _check(name: str) -> Callable[[int, Any, Any], int]:
-    def check(result: int, function: Any, arguments: Any) -> int:
+def _check(name: str) -> Any:
+    def check(result: int, function: object, arguments: object) -> int:
         if result < 0:
             raise_errno(name)
         return result

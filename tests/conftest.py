@@ -51,9 +51,10 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
 
 def cgroups_of_tests() -> list[str]:
     found = []
+    prefix = f"spfs-test-{os.getpid()}-"
     for top in ("/sys/fs/cgroup/freezer", "/sys/fs/cgroup/unified", "/sys/fs/cgroup"):
         if os.path.isdir(top):
-            found += [entry.path for entry in os.scandir(top) if entry.is_dir() and entry.name.startswith(f"spfs-test-{os.getpid()}-")]
+            found += [entry.path for entry in os.scandir(top) if entry.name.startswith(prefix)]
     return found
 
 
