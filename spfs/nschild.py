@@ -95,13 +95,15 @@ def run(
     join: Sequence[str] = ALL,
     timeout: Optional[float] = None,
     root: bool = True,
+    group: bool = False,
 ) -> Result:
     """Run ``function`` in a child that has joined ``target``; what it raises is raised here.
 
     OSError keeps errno, text and filename; StubfsError its fields; anything else becomes RuntimeError with the child's
     traceback. ``timeout`` in seconds: the child is killed and TimeoutError raised. ChildProcessError if it died.
+    With ``group`` it leads a process group of its own, and what it started is killed with it.
     """
-    return call(lambda: _joined(function, target, join, root), timeout)
+    return call(lambda: _joined(function, target, join, root), timeout, group)
 
 
 def _joined(function: Callable[[], Answer], target: Target, join: Sequence[str], root: bool) -> Answer:
@@ -112,14 +114,16 @@ def _joined(function: Callable[[], Answer], target: Target, join: Sequence[str],
     return result.value, [result.steal(index) for index in range(len(result.fds))]
 
 
-def call(function: Callable[[], Answer], timeout: Optional[float] = None) -> Result:
+def call(function: Callable[[], Answer], timeout: Optional[float] = None, group: bool = False) -> Result:
     """As ``run``, in a child that joins nothing."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     pid = _fork()
     if pid == 0:
+        if group:
+            os.setpgid(0, 0)
         _child(lambda: _answer(theirs, function), [])
     theirs.close()
-    child = _Child(pid, ours)
+    child = _Child(pid, ours, group)
     try:
         return child.receive(timeout)
     finally:
@@ -188,9 +192,10 @@ class Helper:
 class _Child:
     """The parent's side of a child: its pid and our end of the socket."""
 
-    def __init__(self, pid: int, sock: socket.socket) -> None:
+    def __init__(self, pid: int, sock: socket.socket, group: bool = False) -> None:
         self.pid = pid
         self.sock = sock
+        self._group = group
 
     def receive(self, timeout: Optional[float]) -> Result:
         poll = select.poll()
@@ -219,9 +224,15 @@ class _Child:
         # The closed socket ends a helper by itself; SIGKILL is for one that is inside something.
         for stop, seconds in ((None, 0.2), (signal.SIGKILL, 2.0)):
             if stop is not None:
-                os.kill(pid, stop)
+                self._kill(pid, stop)
             if _reap(pid, seconds):
                 return
+
+    def _kill(self, pid: int, number: int) -> None:
+        try:
+            os.killpg(pid, number) if self._group else os.kill(pid, number)
+        except ProcessLookupError:  # it has not come as far as making its group
+            os.kill(pid, number)
 
 
 def _reap(pid: int, seconds: float) -> bool:
