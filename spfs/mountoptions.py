@@ -25,7 +25,7 @@ _PER_MOUNT: Dict[MS, MountAttr] = {
     MS.NODIRATIME: MountAttr.NODIRATIME,
     MS.NOSYMFOLLOW: MountAttr.NOSYMFOLLOW,
 }
-# Of the super block, not of the mount: known to fsconfig(2) as flag parameters (fs/fs_context.c).
+# Of the super block, not of the mount: known to fsconfig(2) as flags (fs/fs_context.c).
 _SUPER: Dict[MS, str] = {
     MS.RDONLY: "ro",
     MS.SYNCHRONOUS: "sync",
