@@ -121,7 +121,7 @@ def _tables(opened: Mapping[int, Tuple[int, Optional[int]]], needle: bytes) -> D
 
 def read_mountinfo(proc: int) -> bytes:
     """mountinfo beneath ``proc``, a descriptor of /proc/PID."""
-    parts = []
+    parts: List[bytes] = []
     fd = os.open("mountinfo", os.O_RDONLY | os.O_CLOEXEC, dir_fd=proc)
     try:
         while True:

@@ -169,7 +169,8 @@ def _unquoted(value: str) -> str:
 _TEXTS: Tuple[Tuple[str, int], ...] = (
     (r"unknown filesystem type|not supported by kernel|not configured in (the )?kernel", errno.ENODEV),
     (r"requested NFS version or transport protocol is not supported", errno.EPROTONOSUPPORT),
-    (r"temporary failure in name resolution|failed to resolve server|service not known|could not resolve", errno.EAGAIN),
+    (r"temporary failure in name resolution|failed to resolve server", errno.EAGAIN),
+    (r"service not known|could not resolve", errno.EAGAIN),
     (r"connection refused|connection reset|connection closed", errno.ECONNREFUSED),
     (r"timed out|timeout", errno.ETIMEDOUT),
     (r"no route to host|host is down", errno.EHOSTUNREACH),
