@@ -1,0 +1,175 @@
+"""spfs-manager: the command that starts the manager, in the foreground or as a daemon."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import logging
+import os
+import socket
+import sys
+from typing import List, NoReturn, Optional, Sequence
+
+from spfs import __version__
+from spfs.controller import Controller
+from spfs.errors import MissingFeatureError, SpfsError, reason
+from spfs.state import WorkDirectory
+from stubfs import wire
+from stubfs.errors import StubfsError
+
+DESCRIPTION = """\
+Start the manager of delayed mounts. It mounts stand-in file systems, switches their modes and, once the
+real file system can be mounted, puts it in their place and moves the processes over to it.
+
+It is driven over a socket: by "spfs" (for people), "spfs-client" (for scripts) and by restorers such as CRIU."""
+
+EPILOG = """\
+The manager may end, or be killed, at any time: mounts and blocked processes stay as they are, and a manager
+started again with the same --work-dir takes them over and goes on.
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    result = argparse.ArgumentParser(
+        prog="spfs-manager",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = result.add_argument
+    add("-v", "--verbose", action="count", default=0, help="log more: state changes; twice: every step")
+    add("-d", "--daemon", action="store_true", help="go to the background; returns once the socket accepts")
+    add("--work-dir", metavar="DIR", help="directory for state, made if missing (default: /run/spfs-manager-PID)")
+    add("--socket-path", metavar="PATH", help="socket to listen on (default: WORK_DIR/spfs-manager.sock)")
+    add("--log-dir", metavar="DIR", help="directory for logs, also of the file systems (default: the work directory)")
+    add("--log", metavar="FILE", help="the manager's log, relative to the log directory (default: standard error; "
+        "with -d: spfs-manager.log)")  # fmt: skip
+    add("--exit-with-spfs", action="store_true", help="end after the last mount is gone")
+    add("--version", action="version", version=f"%(prog)s {__version__}")
+    return result
+
+
+def main(arguments: Optional[Sequence[str]] = None) -> NoReturn:
+    options = parser().parse_args(arguments)
+    try:
+        if options.daemon:
+            sys.exit(_start_daemon(options))
+        _serve(options, ready=-1)
+    except StubfsError as error:
+        print(f"spfs-manager: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    sys.exit(0)
+
+
+def _start_daemon(options: argparse.Namespace) -> int:
+    """Our exit code: 0 once the daemon's socket accepts, else the daemon's, which has told why on standard error."""
+    ready, tell = os.pipe()
+    sys.stderr.flush()
+    pid = os.fork()
+    if pid == 0:
+        os.close(ready)
+        os.setsid()
+        _serve(options, ready=tell)
+        return 0
+    os.close(tell)
+    with open(ready, "rb") as pipe:
+        if pipe.read(1):
+            return 0
+    _, status = os.waitpid(pid, 0)
+    return os.waitstatus_to_exitcode(status) or 1
+
+
+def _serve(options: argparse.Namespace, ready: int) -> None:
+    _check_rights()
+    work_dir = os.path.abspath(options.work_dir or f"/run/spfs-manager-{os.getpid()}")
+    socket_path = os.path.abspath(options.socket_path or os.path.join(work_dir, "spfs-manager.sock"))
+    work = WorkDirectory(work_dir)
+    try:
+        _check_length(work.file("fs-1000000.sock"), "--work-dir")
+        listener = _listen(socket_path)
+    except BaseException:
+        work.close(remove=not any(True for _ in work.load()))
+        raise
+    try:
+        log_dir = os.path.abspath(options.log_dir) if options.log_dir else None
+        _start_log(options, log_dir, work_dir)
+        controller = Controller(
+            work, listener, socket_path, log_dir, verbosity=options.verbose, exit_with_spfs=options.exit_with_spfs
+        )
+        if ready >= 0:
+            _leave_terminal()
+            os.write(ready, b"\n")
+            os.close(ready)
+    except BaseException:
+        listener.close()
+        os.unlink(socket_path)
+        work.close(remove=not any(True for _ in work.load()))
+        raise
+    controller.run()
+
+
+def _check_rights() -> None:
+    if os.geteuid() != 0:
+        raise MissingFeatureError(
+            "cannot start the manager: not root: mounting and moving other processes' files needs it",
+            "run it as root, for instance with sudo",
+            errno.EPERM,
+        )
+    if not os.path.exists("/dev/fuse"):
+        raise MissingFeatureError(
+            "cannot start the manager: /dev/fuse: No such file or directory",
+            "load the module (modprobe fuse); in a container, pass the device in",
+            errno.ENODEV,
+        )
+
+
+def _check_length(path: str, option: str) -> None:
+    if len(os.fsencode(path)) > wire.MAX_PATH:
+        raise SpfsError(
+            f"cannot make sockets in {os.path.dirname(path)}: their paths would be longer than {wire.MAX_PATH} bytes",
+            f"choose a shorter one: {option}",
+            errno.ENAMETOOLONG,
+        )
+
+
+def _listen(path: str) -> socket.socket:
+    _check_length(path, "--socket-path")
+    try:
+        os.makedirs(os.path.dirname(path), 0o755, exist_ok=True)
+        return wire.listen(path)
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            hint = "another manager listens there, or it is another kind of file: choose another --socket-path"
+        else:
+            hint = "choose another: --socket-path"
+        raise SpfsError(f"cannot listen on {path}: {reason(error)}", hint, error.errno or errno.EIO) from error
+
+
+def _start_log(options: argparse.Namespace, log_dir: Optional[str], work_dir: str) -> None:
+    level = {0: logging.WARNING, 1: logging.INFO}.get(options.verbose, logging.DEBUG)
+    handlers: List[logging.Handler] = []
+    name = options.log or ("spfs-manager.log" if options.daemon else None)
+    if name is not None:
+        path = os.path.join(log_dir or (os.getcwd() if options.log else work_dir), name)
+        try:
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            # delay: without anything to say there is no file, and a clean work directory can be removed.
+            handlers.append(logging.FileHandler(path, delay=not options.log))
+        except OSError as error:
+            raise SpfsError(f"cannot write the log {path}: {reason(error)}", "choose another: --log") from error
+    logging.basicConfig(
+        level=level, handlers=handlers or None, format="%(asctime)s %(process)d %(levelname)s %(name)s: %(message)s"
+    )
+
+
+def _leave_terminal() -> None:
+    """Nobody who waits for the end of our output, as system(3) in a pipe does, may wait for the daemon."""
+    os.chdir("/")
+    null = os.open(os.devnull, os.O_RDWR)
+    for fd in (0, 1, 2):
+        os.dup2(null, fd)
+    os.close(null)
+
+
+if __name__ == "__main__":
+    main()

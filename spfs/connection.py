@@ -1,0 +1,201 @@
+"""The manager's side of its sockets: clients that ask, and file systems that are asked. No meaning of the messages.
+
+Everything is non-blocking, so that a client that does not read or a file system that does not answer delays nobody.
+"""
+
+from __future__ import annotations
+
+import collections
+import errno
+import json
+import logging
+import os
+import select
+import socket
+from typing import Any, Callable, Deque, Dict, Optional, Sequence, Tuple
+
+from spfs import protocol
+from spfs.errors import SpfsError, UsageError, reason
+from spfs.eventloop import EventLoop
+from spfs.protocol import Reply, Request
+from stubfs import wire
+
+log = logging.getLogger(__name__)
+
+Answer = Callable[[Reply, Sequence[int]], None]
+"""Answers one request; the descriptors are copied, and stay the caller's. Fine to call when the client is gone."""
+
+
+class Connection:
+    """One client: one request at a time, replies in order."""
+
+    def __init__(
+        self,
+        loop: EventLoop,
+        sock: socket.socket,
+        handle: Callable[["Connection", Request, Answer], None],
+        closed: Callable[["Connection"], None],
+    ) -> None:
+        self._loop = loop
+        self._sock = sock
+        self._handle = handle
+        self._closed = closed
+        self._busy = False
+        self._unsent: Deque[Tuple[Reply, Tuple[int, ...]]] = collections.deque()
+        self.on_gone: Optional[Callable[[], None]] = None  # what to drop if the client leaves before its answer
+        sock.setblocking(False)
+        loop.watch(sock.fileno(), self._readable)
+
+    @property
+    def idle(self) -> bool:
+        """Has every request been answered, and the answer been taken by the socket?"""
+        return not self._busy and not self._unsent
+
+    def close(self) -> None:
+        if self._sock.fileno() < 0:
+            return
+        self._loop.unwatch(self._sock.fileno())
+        self._sock.close()
+        while self._unsent:
+            _close_all(self._unsent.popleft()[1])
+        gone, self.on_gone = self.on_gone, None
+        if gone is not None:
+            gone()
+        self._closed(self)
+
+    def _readable(self) -> None:
+        if self._busy:
+            # Not its turn yet; only the end of the connection matters.
+            if self._hung_up():
+                self.close()
+            else:
+                self._loop.unwatch(self._sock.fileno())
+            return
+        try:
+            packet = wire.receive(self._sock)
+        except BlockingIOError:
+            return
+        except ConnectionError:
+            return self.close()
+        except OSError as error:
+            self._busy = True
+            number = error.errno or errno.EPROTO
+            return self._answer(protocol.error_reply(f"cannot read the request: {reason(error)}", "", number))
+        if packet is None:
+            if self._hung_up():
+                return self.close()
+            self._sock.recv(1)  # an empty packet, which is no request
+            self._busy = True
+            return self._answer(protocol.error_reply("cannot read the request: the packet is empty"))
+        _, payload, fds = packet
+        fds.close()  # no request has any
+        self._busy = True
+        try:
+            request = protocol.parse(payload)
+        except UsageError as error:
+            log.info("refused: %s", error)
+            return self._answer(protocol.error_reply(error.message, error.hint, error.errno))
+        try:
+            self._handle(self, request, self._answer)
+        except SpfsError as error:
+            log.info("refused: %s", error)
+            self._answer(protocol.error_reply(error.message, error.hint, error.errno))
+        except Exception as error:
+            log.exception("request %s", request)
+            self._answer(protocol.error_reply(f"cannot do it: {error!r}", "a defect: the log has more", errno.EIO))
+
+    def _hung_up(self) -> bool:
+        poll = select.poll()
+        poll.register(self._sock, select.POLLRDHUP)
+        return any(event & (select.POLLRDHUP | select.POLLHUP | select.POLLERR) for _, event in poll.poll(0))
+
+    def _answer(self, reply: Reply, fds: Sequence[int] = ()) -> None:
+        self._busy = False
+        self.on_gone = None
+        if self._sock.fileno() < 0:
+            return
+        # Copies: it may be a while before the socket takes them.
+        self._unsent.append((reply, tuple(os.dup(fd) for fd in fds)))
+        self._flush()
+
+    def _flush(self) -> None:
+        while self._unsent:
+            (status, data), fds = self._unsent[0]
+            try:
+                wire.send(self._sock, protocol.encode_data(data), fds, protocol.encode_status(status))
+            except BlockingIOError:
+                return self._loop.watch(self._sock.fileno(), self._flush, write=True)
+            except OSError as error:
+                log.debug("a client went away before its answer: %s", error)
+                return self.close()
+            _close_all(self._unsent.popleft()[1])
+        self._loop.watch(self._sock.fileno(), self._readable)
+
+
+class Call:
+    """One request to a file system's control socket; ``done`` gets its reply and descriptors, exactly once."""
+
+    def __init__(
+        self,
+        loop: EventLoop,
+        path: str,
+        request: Dict[str, Any],
+        done: Callable[[Reply, wire.Descriptors], None],
+        timeout: float,
+        fds: Sequence[int] = (),
+    ) -> None:
+        self._loop = loop
+        self._path = path
+        self._done = done
+        self._sock: Optional[socket.socket] = None
+        self._timer = loop.later(timeout, lambda: self._fail(TimeoutError(errno.ETIMEDOUT, f"no answer in {timeout} s")))
+        try:
+            # Timeout 0: a full backlog gives EAGAIN instead of blocking us, unix(7).
+            self._sock = wire.connect(path, 0)
+            wire.send(self._sock, json.dumps(request).encode(), fds)
+        except OSError as error:
+            failure = error  # the name of an except clause ends with it
+            loop.soon(lambda: self._fail(failure))
+        else:
+            loop.watch(self._sock.fileno(), self._readable)
+
+    def _readable(self) -> None:
+        assert self._sock is not None
+        try:
+            packet = wire.receive(self._sock, protocol.STATUS_LENGTH)
+            if packet is None:
+                raise ConnectionResetError(errno.ECONNRESET, "it closed the connection")
+            prefix, payload, fds = packet
+            reply = protocol.decode_reply(prefix, payload)
+        except BlockingIOError:
+            return
+        except OSError as error:
+            return self._fail(error)
+        except ValueError as error:
+            return self._fail(OSError(errno.EPROTO, f"not a reply: {error}"))
+        self._finish(reply, fds)
+
+    def _fail(self, error: OSError) -> None:
+        text = f"cannot reach the file system process: {self._path}: {reason(error)}"
+        self._finish(protocol.error_reply(text, "", error.errno or errno.EIO), wire.Descriptors())
+
+    def _finish(self, reply: Reply, fds: wire.Descriptors) -> None:
+        if self._done is _ignore:
+            fds.close()
+            return
+        self._timer.cancel()
+        if self._sock is not None:
+            self._loop.unwatch(self._sock.fileno())
+            self._sock.close()
+        done, self._done = self._done, _ignore
+        with fds:
+            done(reply, fds)
+
+
+def _ignore(reply: Reply, fds: wire.Descriptors) -> None:
+    """Stands for the caller once it has been told."""
+
+
+def _close_all(fds: Sequence[int]) -> None:
+    for fd in fds:
+        os.close(fd)

@@ -1,0 +1,440 @@
+"""The manager: its socket, what each request means, and when it ends. Mounts and replaces are the supervisor's work."""
+
+from __future__ import annotations
+
+import errno
+import functools
+import logging
+import os
+import signal
+import socket
+import time
+from typing import Any, Callable, Dict, List, Optional, Sequence, Set, Type
+
+from spfs import __version__, protocol
+from spfs.connection import Answer, Connection
+from spfs.errors import SpfsError
+from spfs.eventloop import EventLoop
+from spfs.jobs import Context, Outcome
+from spfs.linux.prctl import set_child_subreaper
+from spfs.protocol import Reply, Request
+from spfs.registry import ENDED, Managed, Phase, State
+from spfs.state import WorkDirectory
+from spfs.supervisor import Supervisor
+from stubfs import wire
+from stubfs.errors import StubfsError
+
+log = logging.getLogger(__name__)
+
+ACCEPT_PAUSE = 0.1  # seconds without accepting when descriptors ran out
+DRAIN = 5.0  # seconds for clients to take their last answers
+
+
+class Controller:
+    """One manager on a locked work directory and a listening socket, both of which are its own from now on."""
+
+    def __init__(
+        self,
+        work: WorkDirectory,
+        listener: socket.socket,
+        socket_path: str,
+        log_dir: Optional[str] = None,
+        verbosity: int = 0,
+        exit_with_spfs: bool = False,
+    ) -> None:
+        self._work = work
+        self._listener = listener
+        self._socket_path = socket_path
+        self._exit_with_spfs = exit_with_spfs
+        self._started = time.time()
+        self._ending = False
+        self._connections: Set[Connection] = set()
+        self._loop = EventLoop()
+        self._supervisor = Supervisor(self._loop, work, log_dir, verbosity, self._changed)
+        self._registry = self._supervisor.registry
+        self._handlers: Dict[Type[Any], Callable[[Any, Answer, Connection], None]] = {
+            protocol.Mount: self._mount,
+            protocol.Mode: self._mode,
+            protocol.Replace: self._replace,
+            protocol.Begin: self._begin,
+            protocol.Switch: self._switch,
+            protocol.Status: self._status,
+            protocol.Held: self._held,
+            protocol.Wait: self._wait,
+            protocol.Abort: self._abort,
+            protocol.Unmount: self._unmount,
+            protocol.Create: self._create,
+            protocol.Staging: self._staging,
+            protocol.Shutdown: self._shutdown,
+        }
+
+    def run(self) -> None:
+        """Serve until told to end. Mounts that are there then stay, with all that a later manager needs."""
+        set_child_subreaper()  # the file systems are children of jobs that end long before them
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._loop.on_signal(number, functools.partial(self._told_to_end, number))
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        self._listener.setblocking(False)
+        self._supervisor.take_over()
+        self._loop.watch(self._listener.fileno(), self._accept)
+        self._loop.soon(_preload)
+        log.info("listening on %s, pid %d", self._socket_path, os.getpid())
+        try:
+            self._loop.run()
+        finally:
+            for connection in list(self._connections):
+                connection.close()
+            self._close_listener()
+            left = self._supervisor.close()
+            self._loop.close()
+            self._work.close(remove=not left)
+        log.info("ended; mounts left: %s", left)
+
+    # Clients
+
+    def _accept(self) -> None:
+        try:
+            sock, _ = self._listener.accept()
+        except BlockingIOError:
+            return
+        except OSError as error:
+            # Level-triggered: without a pause we would spin until a descriptor is free again.
+            log.error("cannot accept a client: %s", error)
+            self._loop.unwatch(self._listener.fileno())
+            self._loop.later(ACCEPT_PAUSE, self._accept_again)
+            return
+        uid = wire.peer_uid(sock)
+        if uid not in (0, os.geteuid()):
+            log.warning("refused a client of uid %d", uid)
+            with sock:
+                refusal = protocol.error_reply("cannot serve you: the socket is its owner's and root's", "", errno.EPERM)
+                sock.setblocking(False)
+                try:
+                    wire.send(
+                        sock, protocol.encode_data(refusal.data), prefix=protocol.encode_status(refusal.status)
+                    )
+                except OSError:
+                    pass
+            return
+        self._connections.add(Connection(self._loop, sock, self._handle, self._connection_closed))
+
+    def _accept_again(self) -> None:
+        if not self._ending:
+            self._loop.watch(self._listener.fileno(), self._accept)
+
+    def _connection_closed(self, connection: Connection) -> None:
+        self._connections.discard(connection)
+        self._changed()
+
+    def _handle(self, connection: Connection, request: Request, answer: Answer) -> None:
+        log.debug("request: %s", _without_options(request))
+        self._handlers[type(request)](request, answer, connection)
+
+    # Requests. Each answers once, now or later; SpfsError raised here becomes the answer.
+
+    def _mount(self, request: protocol.Mount, answer: Answer, connection: Connection) -> None:
+        self._supervisor.mount(request, _answering(answer))
+
+    def _mode(self, request: protocol.Mode, answer: Answer, connection: Connection) -> None:
+        if request.id is not None:
+            chosen = [self._registry.get(request.id)]
+        else:
+            chosen = [managed for managed in self._registry if managed.state is State.MOUNTED]
+        self._supervisor.change_mode(chosen, request, _answering(answer))
+
+    def _replace(self, request: protocol.Replace, answer: Answer, connection: Connection) -> None:
+        managed = self._supervisor.ask_replace(request)
+        answer(Reply(0, {"id": managed.id, "replace": _phase(managed)}), ())
+
+    def _begin(self, request: protocol.Begin, answer: Answer, connection: Connection) -> None:
+        chosen = self._supervisor.begin(request.id, request.mode)
+        answer(Reply(0, {"mounts": [managed.id for managed in chosen]}), ())
+
+    def _switch(self, request: protocol.Switch, answer: Answer, connection: Connection) -> None:
+        self._supervisor.switch(request, _answering(answer))
+
+    def _abort(self, request: protocol.Abort, answer: Answer, connection: Connection) -> None:
+        self._supervisor.abort(request.id, _answering(answer))
+
+    def _unmount(self, request: protocol.Unmount, answer: Answer, connection: Connection) -> None:
+        if request.id is not None:
+            return self._supervisor.unmount(self._registry.get(request.id), request.force, _answering(answer))
+        self._unmount_all(request.force, _answering(answer))
+
+    def _unmount_all(self, force: bool, done: Callable[[Optional[StubfsError], Dict[str, Any]], None]) -> None:
+        chosen = list(self._registry)
+        waiting = {managed.number for managed in chosen}
+        errors: List[StubfsError] = []
+
+        def one_done(number: int, error: Optional[StubfsError], data: Dict[str, Any]) -> None:
+            waiting.discard(number)
+            if error is not None:
+                errors.append(error)
+            if not waiting:
+                done(errors[0] if errors else None, {"mounts": [managed.id for managed in chosen]})
+
+        for managed in chosen:
+            try:
+                self._supervisor.unmount(managed, force, functools.partial(one_done, managed.number))
+            except SpfsError as error:
+                self._loop.soon(functools.partial(one_done, managed.number, error, {}))
+        if not chosen:
+            done(None, {"mounts": []})
+
+    def _status(self, request: protocol.Status, answer: Answer, connection: Connection) -> None:
+        chosen = self._registry.select(request.id)
+        rows = {managed.number: describe(managed) for managed in chosen}
+
+        def finish() -> None:
+            finished = [describe(managed) for managed in self._registry.finished if request.id in (None, managed.id)]
+            answer(Reply(0, {**self._about(), "mounts": list(rows.values()), "finished": finished}), ())
+
+        def add(managed: Managed, reply: Reply) -> None:
+            row = rows[managed.number]
+            row["answering"] = reply.status == 0
+            row.update({key: reply.data[key] for key in ("held", "handles", "nodes") if key in reply.data})
+
+        self._ask_all(chosen, "status", add, finish)
+
+    def _about(self) -> Dict[str, Any]:
+        return {
+            "manager": {
+                "pid": os.getpid(),
+                "version": __version__,
+                "socket": self._socket_path,
+                "work_dir": self._work.path,
+                "started": self._started,
+                "clients": len(self._connections),
+            }
+        }
+
+    def _held(self, request: protocol.Held, answer: Answer, connection: Connection) -> None:
+        chosen = self._registry.select(request.id)
+        held: List[Dict[str, Any]] = []
+        silent: List[str] = []
+
+        def add(managed: Managed, reply: Reply) -> None:
+            if reply.status != 0:
+                return silent.append(managed.id)
+            held.extend({"id": managed.id, **entry} for entry in reply.data.get("held", []))
+
+        self._ask_all(
+            chosen, "held", add, lambda: answer(Reply(0, {"held": held, "not_answering": silent}), ())
+        )
+
+    def _ask_all(
+        self,
+        chosen: Sequence[Managed],
+        command: str,
+        add: Callable[[Managed, Reply], None],
+        finish: Callable[[], None],
+    ) -> None:
+        """Put a question to every file system at once; one that does not answer costs a bounded time."""
+        waiting = {managed.number for managed in chosen if managed.state is State.MOUNTED}
+        if not waiting:
+            return finish()
+
+        def one_done(managed: Managed, reply: Reply, fds: wire.Descriptors) -> None:
+            add(managed, reply)
+            waiting.discard(managed.number)
+            if not waiting:
+                finish()
+
+        for managed in chosen:
+            if managed.number in waiting:
+                self._supervisor.ask(managed, {"command": command}, functools.partial(one_done, managed))
+
+    def _staging(self, request: protocol.Staging, answer: Answer, connection: Connection) -> None:
+        managed = self._registry.usable(request.id)
+
+        def done(reply: Reply, fds: wire.Descriptors) -> None:
+            if reply.status == 0 and len(fds) != 1:
+                reply = protocol.error_reply("cannot get the staging directory: it was not sent", "", errno.EPROTO)
+            if reply.status != 0:
+                return answer(reply, ())
+            fd = fds.steal(0)
+            try:
+                answer(Reply(0, {"id": managed.id}), [fd])
+            finally:
+                os.close(fd)
+
+        self._supervisor.ask(managed, {"command": "staging"}, done)
+
+    def _create(self, request: protocol.Create, answer: Answer, connection: Connection) -> None:
+        managed = self._registry.usable(request.id)
+        control = managed.control
+
+        def work(context: Context) -> None:
+            from spfs import restore
+            from stubfs.client import FilesystemClient
+
+            specs = [restore.FileSpec.from_json(item) for item in request.files]
+            with FilesystemClient(control, timeout=DRAIN) as filesystem:
+                directory = filesystem.staging()
+            restore.create_files(directory, specs)
+            context.deliver({"created": len(specs)})
+
+        def ended(outcome: Outcome) -> None:
+            _answering(answer)(outcome.error, outcome.value)
+
+        self._supervisor.start_job("creation of files", work, ended)
+
+    def _wait(self, request: protocol.Wait, answer: Answer, connection: Connection) -> None:
+        managed = self._registry.last(request.id)
+
+        def finish(reply: Reply) -> None:
+            stop()
+            answer(reply, ())
+
+        def stop() -> None:
+            forget()
+            if timer is not None:
+                timer.cancel()
+
+        def check() -> None:
+            if not self._supervisor.busy_with(managed):
+                finish(_outcome(managed))
+
+        def expired() -> None:
+            stage = managed.replacement.stage if managed.replacement is not None else ""
+            late = f"cannot wait longer for mount {managed.id!r}: not done in {request.timeout} s"
+            hint = f"it goes on, at stage {stage}" if stage else "it goes on"
+            finish(protocol.error_reply(late, hint, errno.ETIMEDOUT))
+
+        if not self._supervisor.busy_with(managed):
+            return answer(_outcome(managed), ())
+        forget = self._supervisor.add_waiter(managed, check)
+        timer = self._loop.later(request.timeout, expired) if request.timeout is not None else None
+        connection.on_gone = stop
+
+    def _shutdown(self, request: protocol.Shutdown, answer: Answer, connection: Connection) -> None:
+        there = [managed.id for managed in self._registry]
+        if there and not request.unmount and not request.force:
+            raise SpfsError(
+                f"cannot shut down: {len(there)} mounts are there: {', '.join(there[:10])}",
+                "unmount: take them away first; force: leave them to a later manager on this work directory",
+                errno.EBUSY,
+            )
+
+        def done(error: Optional[StubfsError], data: Dict[str, Any]) -> None:
+            _answering(answer)(error, data)
+            if error is None:
+                self._end()
+
+        if request.unmount:
+            return self._unmount_all(request.force, done)
+        done(None, {"mounts": there})
+
+    # The end
+
+    def _told_to_end(self, number: int) -> None:
+        log.info("%s: ending", signal.Signals(number).name)
+        self._end()
+
+    def _end(self) -> None:
+        if self._ending:
+            return
+        self._ending = True
+        self._close_listener()
+        self._supervisor.stop()
+        self._loop.later(DRAIN, self._stop_waiting_for_clients)
+        self._loop.soon(self._changed)
+
+    def _close_listener(self) -> None:
+        if self._listener.fileno() >= 0:
+            self._loop.unwatch(self._listener.fileno())
+            # First the name, so that nobody can connect to what will never be accepted.
+            try:
+                os.unlink(self._socket_path)
+            except FileNotFoundError:
+                pass
+            self._listener.close()
+
+    def _stop_waiting_for_clients(self) -> None:
+        for connection in list(self._connections):
+            connection.close()
+
+    def _changed(self) -> None:
+        """Something ended. Is it time to end, too?"""
+        registry = self._registry
+        if self._exit_with_spfs and registry.ever_mounted and not len(registry) and not self._supervisor.busy:
+            if not self._ending:
+                log.info("the last mount is gone")
+            self._end()
+        if self._ending and not self._supervisor.busy:
+            for connection in list(self._connections):
+                if connection.idle:
+                    connection.close()
+            if not self._connections:
+                self._loop.stop()
+
+
+def describe(managed: Managed) -> Dict[str, Any]:
+    """One row of ``status``. Mount options are left out: some hold passwords."""
+    row: Dict[str, Any] = {
+        "id": managed.id,
+        "mountpoint": managed.mountpoint,
+        "state": managed.state.value,
+        "mode": managed.mode,
+        "since": managed.since,
+        "pid": managed.pid,
+        "device": managed.device,
+        "control": managed.control,
+        "namespaces": managed.identity,
+        "root": managed.root,
+        "end": managed.end,
+        "replace": None,
+    }
+    wanted = managed.replacement
+    if wanted is not None:
+        row["replace"] = {
+            "phase": wanted.phase.value,
+            "source": wanted.request.source,
+            "type": wanted.request.type,
+            "stage": wanted.stage,
+            "since": wanted.since,
+            "attempts": wanted.attempts,
+            "last_attempts": wanted.last_attempts,
+            "stages": wanted.stages,
+            "report": wanted.report,
+            "error": wanted.error,
+        }
+    return row
+
+
+def _outcome(managed: Managed) -> Reply:
+    row = describe(managed)
+    wanted = managed.replacement
+    error = wanted.error if wanted is not None and wanted.phase in ENDED else None
+    if error is None and managed.state is State.FAILED:
+        error = {"message": f"mount {managed.id!r} is dead: {managed.end}", "hint": "", "errno": errno.ENOTCONN}
+    if error is not None:
+        reply = protocol.error_reply(error["message"], error["hint"], error["errno"])
+        return Reply(reply.status, {**row, **reply.data})
+    return Reply(0, row)
+
+
+def _phase(managed: Managed) -> str:
+    phase = managed.replacement.phase if managed.replacement is not None else Phase.DONE
+    return phase.value
+
+
+def _answering(answer: Answer) -> Callable[[Optional[StubfsError], Dict[str, Any]], None]:
+    def done(error: Optional[StubfsError], data: Dict[str, Any]) -> None:
+        if error is not None:
+            return answer(protocol.error_reply(error.message, error.hint, error.errno), ())
+        answer(Reply(0, data), ())
+
+    return done
+
+
+def _without_options(request: Request) -> str:
+    """For the log: options may hold passwords."""
+    options: str = getattr(request, "options", "")
+    return str(request).replace(repr(options), "'...'") if options else str(request)
+
+
+def _preload() -> None:
+    """Import what jobs will need, so that each forked job has it already."""
+    import spfs.filesystem  # noqa: F401
+    import spfs.replace  # noqa: F401

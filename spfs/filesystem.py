@@ -1,0 +1,256 @@
+"""What the manager's jobs do with one file system: start and attach it, pin again, take it away. Runs inside a job.
+
+Everything here may block. On any failure all that was done is undone; what succeeds outlives the job.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import select
+import signal
+import sys
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Dict, List, Optional, Tuple
+
+import stubfs
+from spfs import freezer, mounts, nschild
+from spfs.errors import SpfsError, reason
+from spfs.jobs import Context
+from spfs.processes import has_ended, is_frozen, open_process, start_time
+from spfs.target import Target
+from spfs.targetpacket import pack_target
+from stubfs.client import FilesystemClient
+from stubfs.errors import StubfsError
+from stubfs.mount import fuse_mount
+
+START_TIMEOUT = 20.0  # seconds from exec to ready; it takes a tenth of one on an idle machine
+END_TIMEOUT = 3.0  # seconds for a file system process to end once its mount is gone
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the mount job needs to know. ``log``: file that the process's log and error output go to."""
+
+    id: str
+    mode: str
+    mountpoint: str
+    control: str
+    log: str
+    ns_pid: Optional[int] = None
+    ns_list: Optional[Tuple[str, ...]] = None
+    root: Optional[str] = None
+    proxy_dir: Optional[str] = None
+    options: str = ""
+    verbosity: int = 0
+
+
+def mount(context: Context, settings: Settings) -> None:
+    """Make the mount, start the process that serves it, attach it in the target. Delivers pid, start_time, device,
+    identity and the pinned target (``pack_target``)."""
+    with ExitStack() as undo:
+        target = Target.pin(settings.ns_pid, settings.ns_list, settings.root)
+        undo.callback(target.close)
+        device_fd, mount_fd = fuse_mount(source=f"spfs:{settings.id}")
+        undo.callback(os.close, mount_fd)
+        try:
+            pid, ready = _start(settings, device_fd)
+        finally:
+            os.close(device_fd)
+        try:
+            pidfd = os.pidfd_open(pid)
+            undo.callback(os.close, pidfd)
+            undo.callback(_end_process, pid, pidfd)
+            _wait_ready(settings, pid, pidfd, ready)
+        finally:
+            os.close(ready)
+        device = os.fstat(mount_fd).st_dev
+        started = start_time(pid)
+        context.progress(
+            "started", {"pid": pid, "start_time": started, "device": device, "identity": target.identity()}
+        )
+        mounts.attach(mount_fd, target, settings.mountpoint)
+        undo.callback(_detach, device, target)
+        packed, fds = pack_target(target)
+        context.deliver({"pid": pid, "start_time": started, "device": device, "target": packed}, fds)
+        undo.pop_all()  # the rest is closed by the end of this process
+
+
+def _start(settings: Settings, device_fd: int) -> Tuple[int, int]:
+    """Start stubfs on the open device; its pid, and the pipe on which it tells that it is ready."""
+    ready, tell = os.pipe()
+    try:
+        arguments = [sys.executable, "-m", "stubfs", f"/dev/fd/{device_fd}", "-f", "--mode", settings.mode]
+        arguments += ["--socket-path", settings.control, "--ready-fd", str(tell), "--log", settings.log]
+        if settings.proxy_dir is not None:
+            arguments += ["--proxy-dir", settings.proxy_dir]
+        if settings.options:
+            arguments += ["-o", settings.options]
+        arguments += ["-v"] * settings.verbosity
+        for fd in (device_fd, tell):
+            os.set_inheritable(fd, True)
+        appending = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+        pid = os.posix_spawn(
+            sys.executable,
+            arguments,
+            {**os.environ, "PYTHONPATH": _python_path()},
+            file_actions=[
+                (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
+                (os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0),
+                (os.POSIX_SPAWN_OPEN, 2, settings.log, appending, 0o600),
+            ],
+            setsid=True,  # it outlives the job, whose session is killed with it
+            setsigmask=[],
+            setsigdef=[signal.SIGPIPE],
+        )
+    except BaseException:
+        os.close(ready)
+        raise
+    finally:
+        os.close(tell)
+    return pid, ready
+
+
+def _python_path() -> str:
+    """So that the same stubfs is started as is imported here, wherever the current directory is."""
+    parts = [os.path.dirname(os.path.dirname(os.path.abspath(stubfs.__file__)))]
+    parts += filter(None, [os.environ.get("PYTHONPATH")])
+    return os.pathsep.join(parts)
+
+
+def _wait_ready(settings: Settings, pid: int, pidfd: int, ready: int) -> None:
+    poll = select.poll()
+    poll.register(ready, select.POLLIN)
+    if not poll.poll(START_TIMEOUT * 1000):
+        raise SpfsError(
+            f"cannot start the file system: {settings.id}: not ready after {START_TIMEOUT:.0f} s",
+            f"see {settings.log}",
+            errno.ETIMEDOUT,
+        )
+    if os.read(ready, 1):
+        return
+    poll.register(pidfd, select.POLLIN)
+    poll.unregister(ready)
+    poll.poll(END_TIMEOUT * 1000)
+    raise SpfsError(f"cannot start the file system: {settings.id}: {_last_words(settings.log)}", "", errno.EIO)
+
+
+def _last_words(log: str) -> str:
+    try:
+        with open(log, "rb") as file:
+            lines = file.read()[-4096:].decode(errors="replace").strip().splitlines()
+    except OSError:
+        lines = []
+    return lines[-1] if lines else "it ended without a message"
+
+
+def _end_process(pid: int, pidfd: int) -> None:
+    """Ask, then kill. The process is our child, or its end is noticed by whoever has it."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            signal.pidfd_send_signal(pidfd, number)
+        except ProcessLookupError:
+            break
+        if has_ended(pidfd, END_TIMEOUT):
+            break
+    try:
+        os.waitpid(pid, os.WNOHANG)
+    except ChildProcessError:
+        pass
+
+
+def _detach(device: int, target: Target) -> None:
+    left = mounts.unmount(device, [target])
+    if left:
+        raise SpfsError(
+            f"cannot unmount: {', '.join(instance.mountpoint for instance in left)}: still there",
+            "locked in its mount namespace, or hidden below another mount",
+            errno.EBUSY,
+        )
+
+
+def open_directory(context: Context, path: str, ns_pid: Optional[int]) -> None:
+    """Deliver a descriptor of the directory ``path``, as process ``ns_pid`` sees it."""
+    with Target.pin(ns_pid, ["mnt"] if ns_pid is not None else None) as target:
+
+        def open_there() -> Tuple[None, List[int]]:
+            return None, [os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)]
+
+        try:
+            with nschild.run(open_there, target, join=("mnt",)) as result:
+                context.deliver({}, [result.steal(0)])
+        except (FileNotFoundError, NotADirectoryError, PermissionError) as error:
+            raise SpfsError(
+                f"cannot use the proxy directory: {path}: {reason(error)}",
+                f"it is looked up in the mount namespace of {target.describe()}",
+                error.errno or errno.EIO,
+            ) from error
+
+
+def unmount(context: Context, device: int, pid: int, started: int, control: str, force: bool, target: Target) -> None:
+    """Take every instance of the mount away, in all namespaces. Delivers ``ended``: has its process ended, too?
+
+    Without ``force`` EBUSY if somebody uses it. With ``force`` those who wait get an error, and the process ends.
+    """
+    try:
+        pidfd = open_process(pid, started)
+    except ProcessLookupError:
+        pidfd = -1
+    if pidfd >= 0 and not force:
+        _check_unused(control)
+    _detach(device, target)
+    if pidfd < 0:
+        return context.deliver({"ended": True})
+    if force and not has_ended(pidfd, 0.1):
+        try:
+            with FilesystemClient(control, timeout=END_TIMEOUT) as filesystem:
+                filesystem.quit()
+        except (OSError, StubfsError):
+            pass  # it may have ended just now; if it hangs, it is killed below
+        if not has_ended(pidfd, END_TIMEOUT):
+            _end_process(pid, pidfd)
+    context.deliver({"ended": has_ended(pidfd, END_TIMEOUT)})
+
+
+def _check_unused(control: str) -> None:
+    with FilesystemClient(control, timeout=END_TIMEOUT) as filesystem:
+        status = filesystem.status()
+    if status.held or status.handles:
+        raise SpfsError(
+            f"cannot unmount {status.mountpoint or control}: it is in use: {status.handles} open files, "
+            f"{status.held} held requests",
+            "force it: those who wait get an error",
+            errno.EBUSY,
+        )
+
+
+def count_instances(context: Context, device: int, target: Target) -> None:
+    """Deliver ``instances``: in how many places the mount still is. For when its process has ended."""
+    context.deliver({"instances": len(mounts.instances(device, [target]))})
+
+
+def take_over(
+    context: Context, identity: Dict[str, int], root: Optional[str], control: str, freeze_cgroup: Optional[str]
+) -> None:
+    """After a restart of the manager: let go what a killed replace left, pin again, ask for the mode.
+
+    Delivers ``target`` (None if nobody is left in its namespaces) and ``mode``.
+    """
+    thaw(freeze_cgroup)
+    with FilesystemClient(control, timeout=END_TIMEOUT) as filesystem:
+        mode = str(filesystem.status().mode)
+    try:
+        target = Target.from_inodes(identity, root)
+    except SpfsError as error:
+        if error.errno != errno.ESRCH:
+            raise
+        return context.deliver({"mode": mode, "target": None})
+    packed, fds = pack_target(target)
+    context.deliver({"mode": mode, "target": packed}, fds)
+
+
+def thaw(cgroup: Optional[str]) -> None:
+    """Thaw what a replace that was killed had frozen; nothing for None, nor for one that is gone."""
+    if is_frozen(cgroup):
+        freezer.open_freezer(cgroup).thaw()
