@@ -248,7 +248,7 @@ class ManagerClient:
             return fds.steal(0)
 
     def shutdown(self, unmount: bool = False, force: bool = False) -> None:
-        """End the manager. EBUSY while mounts are there, unless ``unmount`` takes them away or ``force`` leaves them."""
+        """End the manager. EBUSY while mounts are there, unless ``unmount`` takes or ``force`` leaves them."""
         self.request("shutdown", unmount=unmount, force=force)
 
 

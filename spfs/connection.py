@@ -148,7 +148,8 @@ class Call:
         self._path = path
         self._done = done
         self._sock: Optional[socket.socket] = None
-        self._timer = loop.later(timeout, lambda: self._fail(TimeoutError(errno.ETIMEDOUT, f"no answer in {timeout} s")))
+        late = TimeoutError(errno.ETIMEDOUT, f"no answer in {timeout} s")
+        self._timer = loop.later(timeout, lambda: self._fail(late))
         try:
             # Timeout 0: a full backlog gives EAGAIN instead of blocking us, unix(7).
             self._sock = wire.connect(path, 0)

@@ -107,7 +107,7 @@ class Controller:
         if uid not in (0, os.geteuid()):
             log.warning("refused a client of uid %d", uid)
             with sock:
-                refusal = protocol.error_reply("cannot serve you: the socket is its owner's and root's", "", errno.EPERM)
+                refusal = protocol.error_reply("cannot serve you: only root and the owner", "", errno.EPERM)
                 sock.setblocking(False)
                 try:
                     wire.send(

@@ -168,7 +168,7 @@ def _parse_text(packet: bytes) -> Request:
     options = os.fsdecode(strings[1]) if len(strings) > 1 else ""
     command, *items = text.split(";")
     if command not in TEXT_COMMANDS:
-        hint = f"send it as JSON: {{\"command\": \"{command}\", ...}}" if command in COMMANDS else _one_of(TEXT_COMMANDS)
+        hint = f'send it as JSON: {{"command": "{command}", ...}}' if command in COMMANDS else _one_of(TEXT_COMMANDS)
         raise BadRequest(f"cannot read the request: unknown command {_shorten(command)}", hint)
     values: Dict[str, object] = {}
     for item in filter(None, items):

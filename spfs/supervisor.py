@@ -14,7 +14,7 @@ import os
 from dataclasses import dataclass, field
 from typing import Any, Callable, Deque, Dict, List, Optional, Sequence, Set, Tuple
 
-from spfs import jobs, protocol, registry
+from spfs import jobs, protocol
 from spfs.connection import Call
 from spfs.errors import SpfsError
 from spfs.eventloop import EventLoop
@@ -53,7 +53,12 @@ class _Running:
 
 class Supervisor:
     def __init__(
-        self, loop: EventLoop, work: WorkDirectory, log_dir: Optional[str], verbosity: int, on_change: Callable[[], None]
+        self,
+        loop: EventLoop,
+        work: WorkDirectory,
+        log_dir: Optional[str],
+        verbosity: int,
+        on_change: Callable[[], None],
     ) -> None:
         self._loop = loop
         self._work = work
@@ -86,7 +91,8 @@ class Supervisor:
         try:
             job = jobs.start(kind, function, on_progress, keep, result_file)
         except OSError as error:
-            raise SpfsError(f"cannot do the {kind}: no new process: {error.strerror}", "", error.errno or errno.EAGAIN) from error
+            number = error.errno or errno.EAGAIN
+            raise SpfsError(f"cannot do the {kind}: no new process: {error.strerror}", "", number) from error
         self._jobs.add(job)
         outcomes: List[Outcome] = []
 

@@ -1,0 +1,234 @@
+"""spfs: delayed mounts for people."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import json
+import sys
+from typing import Any, Callable, Mapping, NoReturn, Optional, Sequence
+
+from spfs import __version__
+from spfs.cli import tables
+from spfs.client import ManagerClient, RequestFailed, find_manager
+from spfs.errors import UsageError
+from stubfs.errors import StubfsError
+
+DESCRIPTION = """\
+A delayed mount is a stand-in for a network mount that cannot be there yet. It is mounted in restore mode (files can
+be created on it), put into stub mode (whoever touches it waits), and replaced by the real file system, under the
+processes that use it, as soon as that can be mounted.
+
+All commands talk to a manager: start one with "spfs-manager -d"."""
+
+EPILOG = """\
+a delayed mount by hand:
+  spfs-manager -d
+  spfs mount data /mnt/data                 stand-in at /mnt/data, restore mode
+  spfs mode stub data                       whoever touches it waits from now on
+  spfs replace data --source srv:/export --type nfs4 --options vers=4.2 --wait
+  spfs status
+
+exit codes: 0 done; 1 it failed; 2 usage; 3 the machine lacks something; 4 not done in time"""
+
+Show = Callable[[Any], None]
+Run = Callable[[argparse.Namespace, ManagerClient], None]
+
+
+def parser() -> argparse.ArgumentParser:
+    result = argparse.ArgumentParser(
+        prog="spfs", description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    result.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    shared = argparse.ArgumentParser(add_help=False)
+    shared.add_argument("--json", action="store_true", help="print the answer as JSON")
+    shared.add_argument(
+        "--socket-path",
+        metavar="PATH",
+        help="the manager's socket (default: $SPFS_MANAGER_SOCK, or the only manager that runs)",
+    )
+    commands = result.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def add(name: str, run: Run, text: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, parents=[shared], help=text, description=text[0].upper() + text[1:] + ".")
+        command.set_defaults(run=run)
+        return command
+
+    status = add("status", _status, "show the mounts, their modes, who waits, and how far their replaces are")
+    status.add_argument("id", nargs="?", help="only this mount")
+
+    held = add("held", _held, "list the requests that wait in stub mode, and the processes that wait for them")
+    held.add_argument("id", nargs="?", help="only on this mount")
+    held.add_argument("--pid", type=int, help="only of this process")
+
+    mount = add("mount", _mount, "mount a stand-in")
+    mount.add_argument("id", help="a name of your choice, by which the other commands know the mount")
+    mount.add_argument("mountpoint", help="an existing directory, as the target process sees it")
+    mount.add_argument("--mode", choices=("restore", "stub", "proxy"), default="restore", help="default: restore")
+    mount.add_argument("--proxy-dir", metavar="DIR", help="with proxy: where requests go to")
+    mount.add_argument("--ns-pid", type=int, metavar="PID", help="mount in the namespaces of this process")
+    mount.add_argument("--ns-list", metavar="NAMES", help="only in these of them, e.g. user,net,mnt")
+    mount.add_argument("--root", metavar="DIR", help="root directory of the target, as --ns-pid sees it")
+    mount.add_argument("--options", metavar="OPTIONS", help="the stand-in's own mount options")
+
+    mode = add("mode", _mode, "change the mode; returns when the change is in force")
+    mode.add_argument("mode", choices=("restore", "stub", "proxy"))
+    _whom(mode)
+    mode.add_argument("--proxy-dir", metavar="DIR", help="with proxy: where requests go to")
+    mode.add_argument("--ns-pid", type=int, metavar="PID", help="look --proxy-dir up in this process's mount namespace")
+
+    replace = add("replace", _replace, "replace the stand-in by the real file system, or let go what was asked before")
+    _whom(replace)
+    replace.add_argument("--source", help="what to mount, e.g. server:/export")
+    replace.add_argument("--type", metavar="FSTYPE", help="its type, e.g. nfs4")
+    replace.add_argument("--options", metavar="OPTIONS", default="", help="its mount options")
+    replace.add_argument("--flags", type=int, default=0, help="mount(2) flags as a number (default: 0)")
+    replace.add_argument(
+        "--bind", action="append", default=[], metavar="DIR", help="a bind mount of it; may be repeated"
+    )
+    replace.add_argument("--freeze", metavar="CGROUP", help="freezer cgroup of the processes, v1 or v2")
+    when = replace.add_mutually_exclusive_group()
+    when.add_argument("--hold", action="store_const", const="hold", dest="begin", help="not before --release")
+    when.add_argument("--release", action="store_const", const="release", dest="begin", help="begin at once")
+    replace.add_argument("--strict", action="store_true", help="change nothing if anything could not be moved")
+    replace.add_argument("--timeout", type=float, metavar="SECONDS", help="for so long try to mount (default: for ever)")
+    replace.add_argument("--wait", action="store_true", help="return when it is done, with its report")
+
+    wait = add("wait", _wait, "wait until the replace or mode change of a mount has ended, and show its report")
+    wait.add_argument("id")
+    wait.add_argument("--timeout", type=float, metavar="SECONDS", help="wait no longer (exit code 4)")
+
+    abort = add("abort", _abort, "give up a replace or mount that is pending or running; nothing has then changed")
+    _whom(abort)
+
+    unmount = add("unmount", _unmount, "take a stand-in away, wherever it is mounted")
+    _whom(unmount)
+    unmount.add_argument("--force", action="store_true", help="also if it is in use: those who wait get an error")
+
+    shutdown = add("shutdown", _shutdown, "end the manager")
+    shutdown.add_argument("--unmount", action="store_true", help="take all mounts away first")
+    shutdown.add_argument("--force", action="store_true", help="leave the mounts to a later manager; with --unmount: "
+                          "unmount also what is in use")  # fmt: skip
+    return result
+
+
+def _whom(command: argparse.ArgumentParser) -> None:
+    command.add_argument("id", nargs="?", help="which mount")
+    command.add_argument("--all", action="store_true", help="all mounts")
+
+
+def _chosen(options: argparse.Namespace) -> Optional[str]:
+    """The id; None for all."""
+    if (options.id is None) != options.all:
+        raise UsageError(f"cannot {options.command}: which mount?", "give either its id or --all")
+    chosen: Optional[str] = options.id
+    return chosen
+
+
+def _print(options: argparse.Namespace, answer: Any, show: Optional[Show] = None) -> None:
+    if options.json:
+        print(json.dumps(answer, indent=2))
+    elif show is not None:
+        show(answer)
+
+
+def _status(options: argparse.Namespace, client: ManagerClient) -> None:
+    _print(options, client.status(options.id), tables.status)
+
+
+def _held(options: argparse.Namespace, client: ManagerClient) -> None:
+    entries = client.held(options.id)
+    _print(options, [entry for entry in entries if options.pid in (None, entry.get("pid"))], tables.held)
+
+
+def _mount(options: argparse.Namespace, client: ManagerClient) -> None:
+    answer = client.mount(
+        options.id,
+        options.mountpoint,
+        options.mode,
+        proxy_dir=options.proxy_dir,
+        ns_pid=options.ns_pid,
+        ns_list=options.ns_list.split(",") if options.ns_list else None,
+        root=options.root,
+        options=options.options,
+    )
+    _print(options, answer)
+
+
+def _mode(options: argparse.Namespace, client: ManagerClient) -> None:
+    changed = client.mode(options.mode, _chosen(options), proxy_dir=options.proxy_dir, ns_pid=options.ns_pid)
+    _print(options, {"mode": options.mode, "mounts": changed})
+
+
+def _replace(options: argparse.Namespace, client: ManagerClient) -> None:
+    id = _chosen(options)
+    if options.source is None and options.type is None:
+        if options.begin is None:
+            raise UsageError(
+                "cannot replace: --source and --type are missing", "or let go what was asked before: --release"
+            )
+        _print(options, {"mounts": client.begin(options.begin, id)})
+    elif id is None or options.source is None or options.type is None:
+        raise UsageError("cannot replace: an id, --source and --type are needed together")
+    else:
+        phase = client.replace(
+            id,
+            options.source,
+            options.type,
+            options.flags,
+            options.options,
+            bindmounts=options.bind,
+            freeze_cgroup=options.freeze,
+            begin=options.begin,
+            strict=options.strict,
+            timeout=options.timeout,
+        )
+        if not options.wait:
+            _print(options, {"id": id, "replace": phase})
+    if options.wait and id is not None:
+        _print(options, client.wait(id), tables.report)
+
+
+def _wait(options: argparse.Namespace, client: ManagerClient) -> None:
+    _print(options, client.wait(options.id, options.timeout), tables.report)
+
+
+def _abort(options: argparse.Namespace, client: ManagerClient) -> None:
+    _print(options, {"mounts": client.abort(_chosen(options))})
+
+
+def _unmount(options: argparse.Namespace, client: ManagerClient) -> None:
+    answer = client.unmount(_chosen(options), options.force)
+    _print(options, answer, _unmounted)
+
+
+def _unmounted(answer: Mapping[str, Any]) -> None:
+    if answer.get("ended") is False:
+        print(f"{answer['id']}: off every path; its process ends when the last user has gone")
+
+
+def _shutdown(options: argparse.Namespace, client: ManagerClient) -> None:
+    client.shutdown(options.unmount, options.force)
+    _print(options, {})
+
+
+def main(arguments: Optional[Sequence[str]] = None) -> NoReturn:
+    options = parser().parse_args(arguments)
+    try:
+        with ManagerClient(find_manager(options.socket_path)) as client:
+            options.run(options, client)
+    except StubfsError as error:
+        if options.json and isinstance(error, RequestFailed):
+            print(json.dumps({**error.data, "errno": error.errno}, indent=2))
+        print(f"spfs: {error}", file=sys.stderr)
+        sys.exit(4 if error.errno == errno.ETIMEDOUT else error.exit_code)
+    except BrokenPipeError:
+        sys.stderr.close()  # Python would complain about standard output, which nobody reads any more
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    sys.exit(0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,126 @@
+"""What the answers of a manager look like to people. rich is imported only when something is shown."""
+
+from __future__ import annotations
+
+import time
+from typing import Any, Dict, List, Mapping, Sequence
+
+
+def status(answer: Mapping[str, Any]) -> None:
+    rows = [_status_row(row) for row in answer["mounts"]]
+    rows += [_status_row(row) for row in answer["finished"]]
+    if not rows:
+        manager = answer["manager"]
+        print(f"no mounts (manager {manager['pid']}, {manager['socket']})")
+        return
+    _show(["ID", "MOUNTPOINT", "STATE", "MODE", "SINCE", "HELD", "OPEN", "REPLACE"], rows)
+
+
+def _status_row(row: Mapping[str, Any]) -> List[str]:
+    state = row["state"]
+    if row["end"]:
+        state += f": {row['end']}"
+    elif row.get("answering") is False:
+        state += ": not answering"
+    held, handles = (_count(row[key]) if key in row else "-" for key in ("held", "handles"))
+    return [row["id"], row["mountpoint"], state, row["mode"], ago(row["since"]), held, handles, replace(row["replace"])]
+
+
+def _count(value: object) -> str:
+    return str(len(value)) if isinstance(value, (list, dict)) else str(value)
+
+
+def replace(wanted: Any) -> str:
+    """One line about a replace: how far it is, with what it was last seen at."""
+    if wanted is None:
+        return "-"
+    text = f"{wanted['phase']}: {wanted['type']} {wanted['source']}"
+    if wanted["phase"] == "running" and wanted["stage"]:
+        text += f", {wanted['stage']}"
+    if wanted["attempts"]:
+        text += f", {wanted['attempts']} attempts"
+        last = wanted["last_attempts"][-1].get("error")
+        text += f" (last: {last})" if last and wanted["phase"] != "done" else ""
+    if wanted["error"]:
+        text += f": {wanted['error']['message']}"
+    if wanted["report"]:
+        text += f": {summary(wanted['report'])}"
+    return text
+
+
+def summary(report: Mapping[str, Any]) -> str:
+    """What a replace's report says in one line."""
+    parts = []
+    moved = report.get("moved")
+    if isinstance(moved, dict):
+        parts.append("moved " + (", ".join(f"{count} {kind}" for kind, count in moved.items() if count) or "nothing"))
+    if isinstance(report.get("blackout"), (int, float)):
+        parts.append(f"blackout {report['blackout'] * 1000:.1f} ms")
+    if report.get("left"):
+        parts.append(f"{len(report['left'])} references left on the stand-in")
+    return "; ".join(parts) or "done"
+
+
+def held(entries: Sequence[Mapping[str, Any]]) -> None:
+    if not entries:
+        print("no request is held")
+        return
+    rows = [
+        [
+            entry["id"],
+            str(entry.get("pid", "")),
+            str(entry.get("command", "")),
+            str(entry.get("operation", "")),
+            _place(entry),
+            str(entry.get("uid", "")),
+            _seconds(float(entry.get("age", 0))),
+        ]
+        for entry in entries
+    ]
+    _show(["ID", "PID", "COMMAND", "OPERATION", "PATH", "UID", "AGE"], rows)
+
+
+def _place(entry: Mapping[str, Any]) -> str:
+    path, name = entry.get("path"), entry.get("name")
+    parts = [part for part in (path, name) if part]
+    return "/".join(str(part) for part in parts) or "/"
+
+
+def report(row: Mapping[str, Any]) -> None:
+    """The outcome of a wait."""
+    wanted = row["replace"]
+    print(f"{row['id']} on {row['mountpoint']}: {row['mode'] if wanted is None else replace(wanted)}")
+    left: Sequence[Dict[str, Any]] = ((wanted or {}).get("report") or {}).get("left") or []
+    if left:
+        rows = [[str(item.get(key, "")) for key in ("pid", "command", "kind", "path", "reason")] for item in left]
+        _show(["PID", "COMMAND", "KIND", "PATH", "WHY IT WAS LEFT"], rows)
+
+
+def ago(when: float) -> str:
+    return _seconds(max(0.0, time.time() - when))
+
+
+def _seconds(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s"
+
+
+def _show(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        # Text: names may hold what rich would take for markup.
+        table.add_row(*(Text(cell.encode(errors="backslashreplace").decode()) for cell in row))
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=250)  # for grep: one line each
+    console.print(table)
