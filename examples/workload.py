@@ -17,7 +17,7 @@ import signal
 import sys
 import threading
 import time
-from typing import Callable, Dict, List, NoReturn
+from typing import Callable, Dict, List, NoReturn, Optional
 
 RECORD = 64
 RECORDS = 2048
@@ -35,7 +35,7 @@ def records() -> bytes:
 
 
 # What must be there, name -> size; directories have None, the fifo -1. The real side has it too, with contents.
-LAYOUT: Dict[str, object] = {
+LAYOUT: Dict[str, Optional[int]] = {
     "etc": None,
     "etc/deep": None,
     "etc/deep/item": RECORD,
@@ -129,8 +129,8 @@ def mapper(work: Work) -> Dict[str, object]:
     with open("records", "rb") as file:
         shared = mmap.mmap(file.fileno(), 0, mmap.MAP_SHARED, mmap.PROT_READ)
         private = mmap.mmap(file.fileno(), 0, mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_WRITE)
-    with open("slots", "r+b") as file:
-        slots = mmap.mmap(file.fileno(), PAGE * 2, mmap.MAP_SHARED)
+    with open("slots", "r+b") as writable:
+        slots = mmap.mmap(writable.fileno(), PAGE * 2, mmap.MAP_SHARED)
     wait_for_start()
     private[RECORD * 100 : RECORD * 101] = b"P" * RECORD  # a page of our own, which must survive
     child = os.fork()

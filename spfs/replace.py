@@ -6,17 +6,44 @@ only one that uses ptrace and setns.
 
 from __future__ import annotations
 
+import dataclasses
+import errno
+import os
+import time
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Callable, Dict, Optional, Tuple
+from typing import Callable, Dict, Iterable, Iterator, List, Optional, Tuple
 
+from spfs import mounts, realmount
+from spfs.errors import SpfsError
+from spfs.freezer import Freezer, open_freezer
+from spfs.instances import Instance
+from spfs.linux import procfs
+from spfs.mountswitch import PreparedSwitch, SwitchOutcome, prepare_switch
+from spfs.processes import has_ended
+from spfs.realmount import Attempt, Retry
+from spfs.references import MountRoot
+from spfs.switch import Switch, SwitchReport
 from spfs.target import Target
+from stubfs.client import FilesystemClient
+from stubfs.errors import StubfsError
 
 Progress = Callable[[str, Dict[str, object]], None]
+
+CONTROL_TIMEOUT = 60.0  # seconds for the file system process to answer
+LAST_REFERENCE_TIMEOUT = 5.0  # seconds; RELEASE comes a moment after the last close
+FREEZE_TIMEOUT = 2.0  # seconds for one attempt: as long do those wait that were frozen first
+FREEZE_ATTEMPTS = 5  # a task that waits for the (slow) real file system cannot be frozen
+LATECOMER_ROUNDS = 3  # a mount namespace cloned while the mounts were switched has the old ones
+TRACER_POLL = 0.05  # seconds
 
 
 @dataclass(frozen=True)
 class ReplaceRequest:
-    """What to mount in the file system's place: ``source``, ``fstype``, ``flags``, ``options`` as in mount(2)."""
+    """What to mount in the file system's place: ``source``, ``fstype``, ``flags``, ``options`` as in mount(2).
+
+    ``wait_for_tracers``: begin when no process of the cgroup is traced any more, as a restorer does until it is done.
+    """
 
     source: str
     fstype: str
@@ -26,6 +53,7 @@ class ReplaceRequest:
     freeze_cgroup: Optional[str] = None
     strict: bool = False
     timeout: Optional[float] = None  # seconds to go on trying the real mount; None: until it is there
+    wait_for_tracers: bool = False
 
 
 @dataclass(frozen=True)
@@ -52,8 +80,218 @@ class SwitchRequest:
 
 
 def replace(request: ReplaceRequest, filesystem: MountedFilesystem, progress: Progress) -> Dict[str, object]:
-    """Replace the file system's mount by the real one and move the processes; the report. SpfsError on failure."""
-    raise NotImplementedError
+    """Replace the file system's mount by the real one and move the processes; the report.
+
+    SpfsError on failure. Up to the progress "proxy" nothing has then been changed: the file system still is in the
+    mode it was in. After it the processes go on through the file system, and the replace can be asked for again.
+    """
+    protect = (filesystem.pid, os.getppid())
+    with ExitStack() as stack:
+        freezer = stack.enter_context(open_freezer(request.freeze_cgroup, protect))
+        ended = _Ended(filesystem)
+        stack.callback(ended.close)
+        if request.wait_for_tracers:
+            _wait_for_tracers(freezer, progress)
+        real_fd = _real_mount(request, filesystem.target, progress)
+        stack.callback(os.close, real_fd)
+        with ended.explained(filesystem), FilesystemClient(filesystem.control, timeout=CONTROL_TIMEOUT) as client:
+            step = _Step(request, filesystem, freezer, client, real_fd, protect, progress)
+            result, notes = step.run()
+        # Our last descriptors of the old mount are closed; what is left now is other processes'.
+        result["ended"] = ended.wait(LAST_REFERENCE_TIMEOUT)
+    return {**result, "notes": notes}
+
+
+class _Step:
+    """From the real mount to the report; what one step made and the next one needs."""
+
+    def __init__(
+        self,
+        request: ReplaceRequest,
+        filesystem: MountedFilesystem,
+        freezer: Freezer,
+        client: FilesystemClient,
+        real_fd: int,
+        protect: Tuple[int, ...],
+        progress: Progress,
+    ) -> None:
+        self._request = request
+        self._filesystem = filesystem
+        self._freezer = freezer
+        self._client = client
+        self._real_fd = real_fd
+        self._protect = protect
+        self._progress = progress
+        self._notes: List[str] = []
+
+    def run(self) -> Tuple[Dict[str, object], List[str]]:
+        moved, mounted = self._moved()
+        left = self._mounts_of_latecomers(mounted)
+        self._progress("verified", {"mounts": len(mounted.switched), "left": len(left)})
+        report: Dict[str, object] = {
+            "blackout": moved.blackout,
+            "stages": moved.stages,
+            "rounds": moved.rounds,
+            "processes": [{"pid": pid, "command": command} for pid, command in moved.processes.items()],
+            "moved": moved.moved,
+            "left": [{**dataclasses.asdict(one), "kind": one.kind.value} for one in moved.left],
+            "mounts": len(mounted.switched),
+            "mounts_left": [{"mount": one.describe(), "reason": why} for one, why in left],
+        }
+        return report, self._notes
+
+    def _moved(self) -> Tuple[SwitchReport, SwitchOutcome]:
+        found = mounts.instances(self._filesystem.device, [self._filesystem.target])
+        self._note_missing_bindmounts(found)
+        with prepare_switch(found, self._real_fd, [self._filesystem.target]) as prepared:
+            outcomes: List[SwitchOutcome] = []
+
+            def when_stopped() -> None:
+                try:
+                    outcomes.append(prepared.commit())
+                except SpfsError:
+                    prepared.undo()
+                    raise
+
+            for attempt in range(1, FREEZE_ATTEMPTS + 1):
+                with self._switch(prepared) as switch:
+                    preparation = switch.prepare()
+                    self._progress(
+                        "prepared",
+                        {"processes": len(preparation.processes), "references": dict(preparation.references)},
+                    )
+                    self._let_through(prepared)
+                    try:
+                        report = switch.execute(when_stopped)
+                        break
+                    except SpfsError as error:
+                        # The freezer's time limit: a task was inside a request to the real file system.
+                        if error.errno != errno.ETIMEDOUT or outcomes or attempt == FREEZE_ATTEMPTS:
+                            raise
+                        self._progress("frozen", {"attempt": attempt, "error": error.message})
+            self._progress("switched", {"blackout": report.blackout, "moved": dict(report.moved)})
+            prepared.verify()
+            return report, outcomes[0]
+
+    def _switch(self, prepared: PreparedSwitch) -> Switch:
+        # References on a mount that was unmounted lazily are on none of the mounts found: any root will do for them.
+        default = MountRoot(self._real_fd)
+        return Switch(
+            self._filesystem.device,
+            _Names(self._client),
+            lambda mount_id: prepared.roots.get(mount_id, default),
+            self._freezer,
+            strict=self._request.strict,
+            exclude=self._protect,
+            freeze_timeout=FREEZE_TIMEOUT,
+        )
+
+    def _let_through(self, prepared: PreparedSwitch) -> None:
+        """From here on requests go to the real file system; those that were held first of all."""
+        if self._client.status().mode != "proxy":
+            self._client.mode("proxy", self._real_fd)
+            self._progress("proxy", {})
+        prepared.prepare_nested()
+
+    def _mounts_of_latecomers(self, outcome: SwitchOutcome) -> List[Tuple[Instance, str]]:
+        """Mounts of namespaces that were cloned meanwhile. Their processes have been moved by the rounds of Switch."""
+        left = list(outcome.left)
+        known = {one.mount_id for one, _ in left}
+        for _ in range(LATECOMER_ROUNDS):
+            found = mounts.instances(self._filesystem.device, [self._filesystem.target])
+            late = [one for one in found if one.mount_id not in known]
+            if not late:
+                break
+            with prepare_switch(late, self._real_fd, [self._filesystem.target]) as prepared:
+                more = prepared.commit()
+                prepared.verify()
+            left += more.left
+            known |= {one.mount_id for one, _ in more.left}
+        return left
+
+    def _note_missing_bindmounts(self, found: Iterable[Instance]) -> None:
+        there = {os.path.normpath(one.mountpoint) for one in found}
+        for path in self._request.bindmounts:
+            if not any(place == path or place.endswith("/" + path.strip("/")) for place in there):
+                self._notes.append(f"bind mount {path}: the file system is not mounted there")
+
+
+class _Names:
+    """The file system process knows what its inode numbers stand for."""
+
+    def __init__(self, client: FilesystemClient) -> None:
+        self._client = client
+
+    def paths(self, nodes: Iterable[int]) -> Dict[int, Optional[str]]:
+        return self._client.nodes(nodes)
+
+
+class _Ended:
+    """Whether the file system process has ended, by a pidfd taken when it is known to be the right one."""
+
+    def __init__(self, filesystem: MountedFilesystem) -> None:
+        try:
+            self._pidfd = os.pidfd_open(filesystem.pid)
+        except ProcessLookupError as error:
+            raise _dead(filesystem) from error
+
+    def close(self) -> None:
+        os.close(self._pidfd)
+
+    def wait(self, timeout: float) -> bool:
+        return has_ended(self._pidfd, timeout)
+
+    @contextmanager
+    def explained(self, filesystem: MountedFilesystem) -> Iterator[None]:
+        """What fails because the process has ended is said to fail because of that."""
+        try:
+            yield
+        except (StubfsError, OSError) as error:
+            if self.wait(0):
+                raise _dead(filesystem) from error
+            raise
+
+
+def _dead(filesystem: MountedFilesystem) -> SpfsError:
+    return SpfsError(
+        f"cannot replace mount {filesystem.id!r} on {filesystem.mountpoint}: its file system process"
+        f" {filesystem.pid} has ended",
+        "its users get ENOTCONN; unmount it, and see its log",
+        errno.ENOTCONN,
+    )
+
+
+def _wait_for_tracers(freezer: Freezer, progress: Progress) -> None:
+    """Until no process of the cgroup is traced: who restores them still has them."""
+    told = None
+    while True:
+        traced = {pid: by for pid in freezer.pids() for by in [_tracer(pid)] if by}
+        if not traced:
+            return
+        if traced != told:
+            progress("mounting", {"waiting": f"process {min(traced)} is traced by {traced[min(traced)]}"})
+            told = traced
+        time.sleep(TRACER_POLL)  # the kernel tells nobody when a tracer lets go
+
+
+def _tracer(pid: int) -> int:
+    """Its tracer's pid; 0 if it is not traced, or has ended."""
+    try:
+        return procfs.parse_status(procfs.read(f"/proc/{pid}/status")).tracer
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+
+
+def _real_mount(request: ReplaceRequest, target: Target, progress: Progress) -> int:
+    """The detached real mount's fd, the caller's; tried until it is there."""
+
+    def report(attempt: Attempt) -> None:
+        progress("mounting", dataclasses.asdict(attempt))
+
+    def attempt(timeout: Optional[float]) -> int:
+        return realmount.make(request.source, request.fstype, request.flags, request.options, target, timeout)
+
+    return Retry(timeout=request.timeout, report=report).run(attempt, f"{request.source} ({request.fstype})")
 
 
 def switch(request: SwitchRequest, progress: Progress) -> Dict[str, object]:
