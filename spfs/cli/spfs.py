@@ -91,7 +91,7 @@ def parser() -> argparse.ArgumentParser:
     when.add_argument("--hold", action="store_const", const="hold", dest="begin", help="not before --release")
     when.add_argument("--release", action="store_const", const="release", dest="begin", help="begin at once")
     replace.add_argument("--strict", action="store_true", help="change nothing if anything could not be moved")
-    replace.add_argument("--timeout", type=float, metavar="SECONDS", help="for so long try to mount (default: for ever)")
+    replace.add_argument("--timeout", type=float, metavar="SECONDS", help="try to mount for so long (default: ever)")
     replace.add_argument("--wait", action="store_true", help="return when it is done, with its report")
 
     wait = add("wait", _wait, "wait until the replace or mode change of a mount has ended, and show its report")
