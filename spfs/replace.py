@@ -134,7 +134,7 @@ class _Step:
             "rounds": moved.rounds,
             "processes": [{"pid": pid, "command": command} for pid, command in moved.processes.items()],
             "moved": moved.moved,
-            "left": [{**dataclasses.asdict(one), "kind": one.kind.value} for one in moved.left],
+            "left": [dataclasses.asdict(one) for one in moved.left],
             "mounts": len(mounted.switched),
             "mounts_left": [{"mount": one.describe(), "reason": why} for one, why in left],
         }
