@@ -14,10 +14,11 @@ from spfs import nschild
 from spfs.errors import SpfsError, reason
 from spfs.instances import Device, Instance, instances, mount_id, pin_namespace
 from spfs.linux import mountapi
+from spfs.mountswitch import PreparedSwitch, SwitchOutcome, prepare_switch
 from spfs.nschild import Answer
 from spfs.target import Target
 
-__all__ = ["Instance", "attach", "instances", "unmount"]
+__all__ = ["Instance", "PreparedSwitch", "SwitchOutcome", "attach", "instances", "prepare_switch", "unmount"]
 
 _TIMEOUT = 30.0  # seconds; a path to a mountpoint may lead over file systems that hang
 

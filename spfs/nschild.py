@@ -145,12 +145,20 @@ class Helper:
         *,
         root: bool = False,
         keep: Sequence[int] = (),
+        before: Callable[[], None] = lambda: None,
         timeout: Optional[float] = 10.0,
     ) -> None:
+        """``before`` runs in the child before it joins; OSError or SpfsError if that or the joining fails."""
+
+        def start() -> Answer:
+            before()
+            enter(target, join, root)
+            return None, []
+
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         pid = _fork()
         if pid == 0:
-            _child(lambda: _serve(theirs, commands, target, join, root), [theirs.fileno(), *keep, *target.fds()])
+            _child(lambda: _serve(theirs, commands, start), [theirs.fileno(), *keep, *target.fds()])
         theirs.close()
         self._child = _Child(pid, ours)
         try:
@@ -294,13 +302,7 @@ def _close_others(keep: Sequence[int]) -> None:
     os.closerange(low, limit)
 
 
-def _serve(
-    sock: socket.socket, commands: Mapping[str, Command], target: Target, join: Sequence[str], root: bool
-) -> None:
-    def start() -> Answer:
-        enter(target, join, root)
-        return None, []
-
+def _serve(sock: socket.socket, commands: Mapping[str, Command], start: Callable[[], Answer]) -> None:
     _answer(sock, start)
     while True:
         packet = wire.receive(sock)

@@ -17,10 +17,10 @@ import time
 from dataclasses import dataclass
 from typing import Callable, Optional, Tuple, Type, TypeVar
 
-from spfs import nschild
+from spfs import nschild, workshop
 from spfs.errors import SpfsError, reason
-from spfs.linux import mountapi, namespaces
-from spfs.linux.mountapi import MS, FsConfig
+from spfs.linux import mountapi
+from spfs.linux.mountapi import FsConfig
 from spfs.mountoptions import MountOptions, helper_errno
 from spfs.nschild import Answer
 from spfs.target import Target
@@ -160,12 +160,6 @@ def _explained(error: OSError, fs_fd: int, source: str, kind: Type[OSError]) -> 
     return explained
 
 
-def _private_namespace() -> None:
-    namespaces.unshare(namespaces.CLONE_NEWNS)
-    # Nothing that is mounted here may be seen elsewhere; what is unmounted elsewhere must not be held here.
-    mountapi.mount_setattr(mountapi.AT_FDCWD, "/", mountapi.AT_RECURSIVE, propagation=MS.SLAVE)
-
-
 def _take(path: str, base_fd: int, source: str) -> int:
     """A detached copy of what was mounted at ``path``, which is unmounted there.
 
@@ -190,15 +184,7 @@ def _mount_id(fd: int) -> str:
 
 
 def _by_mount(source: str, fstype: str, wanted: MountOptions) -> int:
-    _private_namespace()
-    # An empty directory to mount on, in a tmpfs over "/": that exists everywhere, and it hides nothing from the mount,
-    # since a path walk begins at the root below it. As the current directory it is reached all the same.
-    fs_fd = mountapi.fsopen("tmpfs")
-    mountapi.fsconfig(fs_fd, FsConfig.CMD_CREATE)
-    base = mountapi.fsmount(fs_fd)
-    os.close(fs_fd)
-    mountapi.move_mount(base, mountapi.AT_FDCWD, "/")
-    os.fchdir(base)
+    base = workshop.enter()
     os.mkdir("mount", 0o700)
     try:
         mountapi.mount(source, "mount", fstype, wanted.flags, wanted.data or None)
@@ -210,7 +196,7 @@ def _by_mount(source: str, fstype: str, wanted: MountOptions) -> int:
 
 
 def _by_helper(helper: str, source: str, fstype: str, wanted: MountOptions, directory: str) -> Answer:
-    _private_namespace()
+    workshop.private_namespace()
     base = os.open(directory, os.O_PATH | os.O_CLOEXEC)
     command = [helper, source, directory]
     if fstype.startswith(("fuse.", "fuseblk.")):

@@ -1,0 +1,286 @@
+"""The part of a switch that runs inside a mount namespace: a forked helper's commands.
+
+It holds what is prepared for each old mount there and, when told, puts the new one beneath, takes the old one off, or
+gives it back. The order and the decisions are ``spfs.mountswitch``'s.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from dataclasses import dataclass, field
+from typing import Any, Dict, List, Tuple
+
+from spfs.errors import reason
+from spfs.instances import mount_id, read_mountinfo
+from spfs.linux import mountapi
+from spfs.linux.mountapi import MoveMount
+from spfs.linux.mountinfo import MountTable
+from spfs.nschild import Answer, Command
+
+_CLONE_TREE = mountapi.OPEN_TREE_CLONE | mountapi.AT_RECURSIVE
+_HERE = mountapi.AT_NO_AUTOMOUNT | mountapi.AT_SYMLINK_NOFOLLOW
+
+
+@dataclass
+class _Place:
+    """One old mount, ``old`` a descriptor of its root; ``real`` goes in its place, ``spare`` is a detached copy of the
+    old one to give it back with.
+
+    ``late``: nested mounts that could not be attached ahead of time, with their paths beneath the root.
+    ``how``: what was done ("" nothing yet).
+    """
+
+    path: str
+    old: int
+    real: int
+    real_id: int
+    spare: int
+    late: List[Tuple[int, str]] = field(default_factory=list)
+    how: str = ""
+
+
+class Worker:
+    """State of a helper; made before the fork, lives only in the child. Mount ids are the keys of all."""
+
+    def __init__(self) -> None:
+        self._places: Dict[int, _Place] = {}
+        self._proc = -1
+
+    def commands(self) -> Dict[str, Command]:
+        return {
+            "prepare": self.prepare,
+            "nested": self.nested,
+            "place": self.place,
+            "reveal": self.reveal,
+            "follow": self.follow,
+            "undo": self.undo,
+            "check": self.check,
+        }
+
+    def open_proc(self) -> None:
+        """Open this process' /proc; to be done before it joins a namespace, which may have none."""
+        self._proc = os.open("/proc/self", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+
+    def prepare(self, argument: Any, fds: List[int]) -> Answer:
+        """[[id, path]] and a detached real mount for each → {id: why it cannot be switched}."""
+        refused = {}
+        for (number, path), fd in zip(argument, fds):
+            try:
+                old = mountapi.open_tree(mountapi.AT_FDCWD, path, _HERE)
+                if mount_id(old, self._proc) != number:
+                    os.close(old)
+                    raise OSError(errno.ESTALE, "its path leads to another mount, which covers it")
+                # Recursive, or the kernel refuses to copy a mount that has locked mounts on it.
+                spare = mountapi.open_tree(old, "", _CLONE_TREE)
+                real = os.dup(fd)
+                self._places[number] = _Place(path, old, real, mount_id(real, self._proc), spare)
+            except OSError as error:
+                refused[number] = reason(error)
+        return refused, []
+
+    def nested(self, argument: Any, fds: List[int]) -> Answer:
+        """{id, mounts: [[path, path beneath it, with all on it?, index in fds or -1]]}: copied onto the real mount."""
+        place = self._places[argument["id"]]
+        for path, relative, recursive, index in argument["mounts"]:
+            if index >= 0:
+                copy = os.dup(fds[index])
+            else:
+                flags = _CLONE_TREE if recursive else mountapi.OPEN_TREE_CLONE
+                copy = mountapi.open_tree(mountapi.AT_FDCWD, path, flags | mountapi.AT_NO_AUTOMOUNT)
+            try:
+                os.close(os.open(relative, os.O_PATH | os.O_CLOEXEC, dir_fd=place.real))
+            except OSError as error:
+                os.close(copy)
+                raise OSError(error.errno, f"{path} has no place on the real file system: {reason(error)}") from error
+            try:
+                mountapi.move_mount(copy, place.real, relative)
+            except OSError as error:
+                # Onto a detached mount only since Linux 6.15, and if it was made by fsmount, or in this namespace.
+                if error.errno != errno.EINVAL:
+                    os.close(copy)
+                    raise
+                place.late.append((copy, relative))
+            else:
+                os.close(copy)
+        return None, []
+
+    def place(self, argument: Any, fds: List[int]) -> Answer:
+        """[id] → {id: how}: the real mount beneath the old one, where the kernel allows it."""
+        return {number: self._place(number) for number in argument}, []
+
+    def _place(self, number: int) -> str:
+        place = self._places[number]
+        if self._top(place.path) != number:
+            return "gone"
+        try:
+            # Since Linux 6.5. Refused for a locked mount, one on the root of the namespace or on our root, and where
+            # the parent's propagation would put a copy beneath the very mount (fs/namespace.c,
+            # can_move_mount_beneath).
+            mountapi.move_mount(place.real, place.old, flags=MoveMount.BENEATH)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.EPERM, errno.ENOSYS):
+                raise
+        else:
+            place.how = "beneath"
+            self._attach_late(place)
+        return place.how
+
+    def _attach_late(self, place: _Place) -> None:
+        # By the descriptor of its root the covered mount is reached: a walk looks for mounts on what it comes to, not
+        # on where it starts.
+        while place.late:
+            copy, relative = place.late[0]
+            if not self._is_mountpoint(place, relative):  # it may have come by propagation from a peer
+                mountapi.move_mount(copy, place.real, relative)
+            place.late.pop(0)
+            os.close(copy)
+
+    def _is_mountpoint(self, place: _Place, relative: str) -> bool:
+        fd = os.open(relative, os.O_PATH | os.O_CLOEXEC, dir_fd=place.real)
+        try:
+            there = self._table().by_id.get(mount_id(fd, self._proc))
+        finally:
+            os.close(fd)
+        return there is not None and there.mountpoint == os.path.join(place.path, relative)
+
+    def reveal(self, argument: Any, fds: List[int]) -> Answer:
+        """[id] → {id: how}: the old mount off, so that the real one is on the path."""
+        return {number: self._reveal(number) for number in argument}, []
+
+    def _reveal(self, number: int) -> str:
+        place = self._places[number]
+        if place.how == "beneath":
+            _unmount(place.old, gone_is_fine=True)
+        elif self._top(place.path) == number:
+            self._exchange(place)
+        # Neither: it went with a peer, and a copy of the peer's real mount is here.
+        return place.how if self._top(place.path) == place.real_id else "gone"
+
+    def _exchange(self, place: _Place) -> None:
+        """Without "beneath": the old one off, then the real one on. Between the two the path is bare."""
+        try:
+            _unmount(place.old)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.EPERM):
+                raise
+            # Locked: made in a more privileged namespace, from which this one is a copy (mount_namespaces(7)). It
+            # cannot be unmounted here by anybody, but it can be covered.
+            mountapi.move_mount(place.real, place.old)
+            place.how = "covered"
+        else:
+            try:
+                mountapi.move_mount(place.real, mountapi.AT_FDCWD, place.path)
+            except OSError:
+                mountapi.move_mount(place.spare, mountapi.AT_FDCWD, place.path)
+                raise
+            place.how = "exchanged"
+        self._attach_late(place)
+
+    def follow(self, argument: Any, fds: List[int]) -> Answer:
+        """[[id, keep what propagated?]] → {id: [how, index of the new root in the fds or None]}.
+
+        For mounts that a peer's switch may have switched already. A copy that propagated here is itself replaced by
+        the mount that was prepared, unless its parent is shared: then the copy stays, for what is done to it is done
+        to its peers, and the descriptor of its root goes back.
+        """
+        answer: Dict[int, List[Any]] = {}
+        roots: List[int] = []
+        for number, keep in argument:
+            place = self._places[number]
+            if self._top(place.path) == number:
+                self._place(number)
+                self._reveal(number)
+            top = self._table().top_at(place.path)
+            if top is None:
+                mountapi.move_mount(place.real, mountapi.AT_FDCWD, place.path)
+                self._attach_late(place)
+                place.how = "exchanged"
+            elif top.mount_id != place.real_id and keep:
+                place.how = "propagated"
+                answer[number] = [place.how, len(roots)]
+                roots.append(mountapi.open_tree(mountapi.AT_FDCWD, place.path, _HERE))
+                continue
+            elif top.mount_id != place.real_id:
+                self._replace_copy(place)
+            answer[number] = [place.how, None]
+        return answer, roots
+
+    def _replace_copy(self, place: _Place) -> None:
+        copy = mountapi.open_tree(mountapi.AT_FDCWD, place.path, _HERE)
+        try:
+            mountapi.move_mount(place.real, copy, flags=MoveMount.BENEATH)
+            self._attach_late(place)
+            _unmount(copy)
+        finally:
+            os.close(copy)
+        place.how = "beneath"
+
+    def undo(self, argument: Any, fds: List[int]) -> Answer:
+        """[id] → {id: why the old mount could not be given back}."""
+        failed = {}
+        for number in reversed(argument):
+            place = self._places[number]
+            try:
+                self._undo(place)
+            except OSError as error:
+                failed[number] = reason(error)
+        return failed, []
+
+    def _undo(self, place: _Place) -> None:
+        if place.how == "covered":
+            _unmount(place.real)
+        elif place.how in ("beneath", "exchanged"):
+            try:
+                # Beneath the real one, by its descriptor: then whatever is on the real one goes with it, and the path
+                # is never bare.
+                mountapi.move_mount(place.spare, place.real, flags=MoveMount.BENEATH)
+            except OSError:
+                _unmount(place.real)
+                mountapi.move_mount(place.spare, mountapi.AT_FDCWD, place.path)
+            else:
+                _unmount(place.real)
+        elif place.how == "propagated":
+            raise OSError(errno.EBUSY, "it is given back together with the mount it was propagated from")
+        place.how = ""
+
+    def check(self, argument: Any, fds: List[int]) -> Answer:
+        """[major, minor] of the old device → {id: what is wrong with what is on its path now}."""
+        table = self._table()
+        here = [table.by_id[place.real_id] for place in self._places.values() if place.real_id in table.by_id]
+        wrong = {}
+        for number, place in self._places.items():
+            top = table.by_id.get(self._top(place.path))
+            device = list(top.device) if top is not None else None
+            if place.how == "propagated":
+                # A copy has an id that nobody told us: its device must do.
+                right = device is not None and device != argument and all(device == list(m.device) for m in here)
+            else:
+                right = top is not None and top.mount_id == place.real_id
+            if not right:
+                wrong[number] = f"{top.fstype if top else 'an unknown'} mount is there instead of the real one"
+        return wrong, []
+
+    def _table(self) -> MountTable:
+        return MountTable.from_bytes(read_mountinfo(self._proc))
+
+    def _top(self, path: str) -> int:
+        """Id of the mount that ``path`` leads to."""
+        fd = mountapi.open_tree(mountapi.AT_FDCWD, path, _HERE)
+        try:
+            return mount_id(fd, self._proc)
+        finally:
+            os.close(fd)
+
+
+def _unmount(root_fd: int, gone_is_fine: bool = False) -> None:
+    """Unmount lazily the very mount that ``root_fd`` is the root of, whatever is on its path or on it by now."""
+    # "." of the mount's root is that mount; a path could lead to another, and /proc/self/fd need not exist there.
+    os.fchdir(root_fd)
+    try:
+        mountapi.umount2(".", mountapi.MNT_DETACH)
+    except OSError as error:
+        if not gone_is_fine or error.errno != errno.EINVAL:
+            raise
+    finally:
+        os.chdir("/")
