@@ -1,0 +1,111 @@
+"""Tables of system calls: the form in which many calls are run by one piece of machine code.
+
+The same table serves a tracee (``spfs.tracee`` writes it into its memory) and ourselves (``run_local``), where it
+saves the interpreter's cost per call. An entry is 64 bytes: number, six arguments, result.
+"""
+
+from __future__ import annotations
+
+import array
+import ctypes
+import mmap
+import struct
+from typing import Any, Optional, Union
+
+from spfs.linux.arch import LOAD_ARGUMENT_0, LOAD_ARGUMENT_1, LOAD_ARGUMENT_2, call_numbers, current
+from stubfs.libc import bind
+
+ENTRY = 64
+RESULT = 56  # offset of the result within an entry
+_PACK = struct.Struct("<Qqqqqqqq")
+_MASK = (1 << 64) - 1
+
+
+class CallTable:
+    """A table that grows by ``add``; where results will be is known before it runs (``base`` + offset)."""
+
+    def __init__(self) -> None:
+        self.numbers = call_numbers()
+        self._entries = bytearray()
+
+    def __len__(self) -> int:
+        return len(self._entries) // ENTRY
+
+    def add(self, name: str, *arguments: int, load: int = 0) -> int:
+        """Append a call; the index of its entry. ``load``: LOAD_ARGUMENT_* bits. Addresses must be below 2**63."""
+        index = len(self._entries) // ENTRY
+        filled = arguments + (0,) * (7 - len(arguments))
+        self._entries += _PACK.pack(self.numbers[name] | load, *filled)
+        return index
+
+    def encode(self) -> bytearray:
+        """The table as it lies in memory; the object's own buffer, not to be resized while in use."""
+        return self._entries
+
+
+def results(table: Union[bytes, bytearray]) -> "array.array[int]":
+    """The results in a table that has run: negative errno or the call's value, in the order of the entries."""
+    words = array.array("q")
+    words.frombytes(table)
+    return words[RESULT // 8 :: ENTRY // 8]
+
+
+def result_address(base: int, index: int) -> int:
+    """Where entry ``index`` of a table at ``base`` keeps its result, for LOAD_ARGUMENT_*."""
+    return base + index * ENTRY + RESULT
+
+
+class _LocalCode:
+    """The loop in our own memory. Made at first use: some systems refuse executable memory (then call by call)."""
+
+    def __init__(self) -> None:
+        self._function: Optional[Any] = None
+        self._syscall = bind("syscall", *[ctypes.c_long] * 7, restype=ctypes.c_long)
+        self._syscall.errcheck = lambda result, function, arguments: (
+            -ctypes.get_errno() if result == -1 else result
+        )
+        architecture = current()
+        if architecture is None:
+            return
+        try:
+            protection = mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC
+            self._memory = mmap.mmap(-1, mmap.PAGESIZE, prot=protection)
+        except OSError:
+            return
+        self._memory[: len(architecture.local)] = architecture.local
+        address = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
+        self._function = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_size_t)(address)
+
+    def run(self, address: int, count: int, by_call: bool = False) -> None:
+        if self._function is not None and not by_call:
+            self._function(address, count)
+            return
+        for entry in range(address, address + count * ENTRY, ENTRY):
+            words = (ctypes.c_long * 8).from_address(entry)
+            number, arguments = words[0] & 0xFFFFFFFF, list(words[1:7])
+            if words[0] & LOAD_ARGUMENT_0:
+                arguments[0] = ctypes.c_int.from_address(arguments[0]).value
+            if words[0] & LOAD_ARGUMENT_1:
+                arguments[1] = ctypes.c_long.from_address(arguments[1]).value
+            if words[0] & LOAD_ARGUMENT_2:
+                arguments[2] = ctypes.c_int.from_address(arguments[2]).value
+            words[7] = self._syscall(number, *arguments)
+
+
+_local: Optional[_LocalCode] = None
+
+
+def address_of(buffer: bytearray) -> int:
+    """Where a buffer's bytes lie; valid while it is neither resized nor dropped."""
+    return ctypes.addressof(ctypes.c_char.from_buffer(buffer)) if buffer else 0
+
+
+def run_local(table: CallTable, by_call: bool = False) -> "array.array[int]":
+    """Run a table in this thread and return the results; ``by_call`` without the machine code."""
+    global _local
+    if _local is None:
+        _local = _LocalCode()
+    encoded = table.encode()
+    if encoded:
+        _local.run(address_of(encoded), len(table), by_call)
+    return results(encoded)

@@ -1,0 +1,174 @@
+"""Parsers of /proc files, from bytes, and the few that read one. Formats: proc(5).
+
+/proc/PID/fdinfo, maps and stat never ask the file system of the object; readlink of fd links does not either.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from typing import Dict, FrozenSet, List, NamedTuple, Optional, Tuple
+
+_READ = 1 << 16
+
+
+def read(path: str) -> bytes:
+    """A whole /proc file; without the buffering of open(), which costs more than the file."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        parts: List[bytes] = []
+        while True:
+            part = os.read(fd, _READ)
+            if not part:
+                return b"".join(parts)
+            parts.append(part)
+    finally:
+        os.close(fd)
+
+
+@dataclass(frozen=True)
+class Stat:
+    """The fields of /proc/PID/stat in use. ``start``: clock ticks since boot; with the pid it names a process."""
+
+    command: str
+    state: str
+    parent: int
+    start: int
+    fields: Tuple[str, ...]  # from the third on: fields[0] is the state
+
+
+def parse_stat(data: bytes) -> Stat:
+    opened, closed = data.index(b"("), data.rindex(b")")  # the command may hold either
+    fields = tuple(data[closed + 2 :].decode().split())
+    command = data[opened + 1 : closed].decode(errors="replace")
+    return Stat(command, fields[0], int(fields[1]), int(fields[19]), fields)
+
+
+@dataclass(frozen=True)
+class Status:
+    """The fields of /proc/PID/status in use."""
+
+    tracer: int
+    kernel_thread: bool
+    uid: int  # of the file system credentials, as gid and groups
+    gid: int
+    groups: Tuple[int, ...]
+    seccomp: int  # 0 off, 1 strict, 2 filter
+
+
+def parse_status(data: bytes) -> Status:
+    values: Dict[str, str] = {}
+    for line in data.decode(errors="replace").splitlines():
+        key, _, value = line.partition(":")
+        values[key] = value.strip()
+    return Status(
+        tracer=int(values.get("TracerPid", "0")),
+        kernel_thread=values.get("Kthread", "0") == "1" or "VmSize" not in values,
+        uid=int(values["Uid"].split()[3]),
+        gid=int(values["Gid"].split()[3]),
+        groups=tuple(int(group) for group in values.get("Groups", "").split()),
+        seccomp=int(values.get("Seccomp", "0")),
+    )
+
+
+@dataclass(frozen=True)
+class FdInfo:
+    """/proc/PID/fdinfo/N: offset, status flags as fcntl(2) has them plus O_CLOEXEC, mount id, locks, watches."""
+
+    position: int
+    flags: int
+    mount_id: int
+    locks: Tuple[str, ...]  # kinds of the locks held by this description: POSIX, FLOCK, OFDLCK, LEASE
+    lines: Tuple[str, ...]  # what the kind of file adds
+
+
+def parse_fdinfo(data: bytes) -> FdInfo:
+    values = {"pos": "0", "flags": "0", "mnt_id": "0"}
+    locks: List[str] = []
+    lines: List[str] = []
+    for line in data.decode(errors="replace").splitlines():
+        key, _, value = line.partition(":")
+        if key in values:
+            values[key] = value.strip()
+        elif key == "lock":
+            locks.append(value.split()[1])  # split by white space: the columns move
+        else:
+            lines.append(line)
+    return FdInfo(int(values["pos"]), int(values["flags"], 8), int(values["mnt_id"]), tuple(locks), tuple(lines))
+
+
+class Mapping(NamedTuple):
+    """One line of /proc/PID/maps."""
+
+    start: int
+    end: int
+    permissions: str  # "rwxp" or "rwxs"
+    offset: int  # bytes
+    inode: int
+    name: str
+
+    @property
+    def shared(self) -> bool:
+        return self.permissions[3] == "s"
+
+
+_MAPPING = re.compile(rb"([0-9a-f]+)-([0-9a-f]+) (\S{4}) ([0-9a-f]+) \S+ (\d+) *(.*)")
+
+
+def device_text(device: int) -> bytes:
+    """How maps writes a device number, with the blanks around it: what to look for in the whole file."""
+    return b" %02x:%02x " % (os.major(device), os.minor(device))
+
+
+def lines_of_device(maps: bytes, device: int) -> List[bytes]:
+    """The lines of maps whose file is on ``device``."""
+    text = device_text(device)
+    if text not in maps:
+        return []
+    return [line for line in maps.splitlines() if line.split(b" ", 4)[3] == text.strip()]
+
+
+def parse_mapping(line: bytes) -> Mapping:
+    match = _MAPPING.match(line)
+    if match is None:
+        raise ValueError(f"not a line of maps: {line!r}")
+    start, end, permissions, offset, inode, name = match.groups()
+    return Mapping(
+        int(start, 16), int(end, 16), permissions.decode(), int(offset, 16), int(inode), os.fsdecode(name)
+    )
+
+
+def find_vdso(maps: bytes) -> Optional[Tuple[int, int]]:
+    """(start, end) of the vDSO in the contents of maps."""
+    end = maps.find(b"[vdso]")
+    if end < 0:
+        return None
+    mapping = parse_mapping(maps[maps.rfind(b"\n", 0, end) + 1 : end])
+    return mapping.start, mapping.end
+
+
+def parse_vm_flags(smaps: bytes) -> Dict[int, FrozenSet[str]]:
+    """The VmFlags of each mapping in smaps, by start address."""
+    found: Dict[int, FrozenSet[str]] = {}
+    start = 0
+    for line in smaps.splitlines():
+        if line.startswith(b"VmFlags:"):
+            found[start] = frozenset(line.decode().split()[1:])
+        else:
+            head = line.split(b"-", 1)[0]
+            if b":" not in head and re.match(rb"[0-9a-f]+-[0-9a-f]+ ", line):
+                start = int(head, 16)
+    return found
+
+
+def tasks(pid: int) -> List[int]:
+    """The thread ids of a process; empty if it is gone."""
+    try:
+        return [int(name) for name in os.listdir(f"/proc/{pid}/task")]
+    except (FileNotFoundError, ProcessLookupError):
+        return []
+
+
+def processes() -> List[int]:
+    return [int(name) for name in os.listdir("/proc") if name.isdigit()]

@@ -1,0 +1,117 @@
+"""ptrace(2) in its PTRACE_SEIZE form, and how a tracee's stops are awaited.
+
+All calls must come from the thread that seized: the kernel keeps the relation per thread, and ends it, with what is
+still pending, when that thread ends. Stops are read by waitid(2) without WEXITED, so that no exit status that
+somebody else waits for is consumed.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+from typing import Optional, Tuple
+
+from stubfs.libc import bind
+
+O_TRACESYSGOOD = 0x1
+O_SUSPEND_SECCOMP = 1 << 21
+
+EVENT_STOP = 128  # high byte of a stop's status: an interrupt's stop, or a group-stop
+SYSCALL_STOP = signal.SIGTRAP | 0x80  # with O_TRACESYSGOOD
+
+_CONT = 7
+_DETACH = 17
+_SYSCALL = 24
+_GETREGSET = 0x4204
+_SETREGSET = 0x4205
+_SEIZE = 0x4206
+_INTERRUPT = 0x4207
+_GETSIGMASK = 0x420A
+_SETSIGMASK = 0x420B
+_GET_RSEQ_CONFIGURATION = 0x420F
+_NT_PRSTATUS = 1
+NT_X86_XSTATE = 0x202
+
+_WALL = 0x40000000
+_STOPS = os.WSTOPPED | os.WNOHANG | _WALL
+_SIGMASK_SIZE = 8  # bytes of the kernel's sigset_t
+
+_ptrace = bind(
+    "ptrace", ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p, restype=ctypes.c_long
+)
+
+
+class _IoVec(ctypes.Structure):
+    _fields_ = [("base", ctypes.c_void_p), ("length", ctypes.c_size_t)]
+
+
+def seize(tid: int, options: int) -> None:
+    """Begin to trace without stopping. OSError: EPERM (traced already, or a zombie), ESRCH, EINVAL (an option)."""
+    _ptrace(_SEIZE, tid, None, options)
+
+
+def interrupt(tid: int) -> None:
+    """Ask for an event stop; it comes at once even from a blocking system call, whose registers it leaves as is."""
+    _ptrace(_INTERRUPT, tid, None, None)
+
+
+def cont(tid: int, number: int = 0) -> None:
+    _ptrace(_CONT, tid, None, number)
+
+
+def cont_to_syscall(tid: int) -> None:
+    """Go on until the next entry to, or exit from, a system call."""
+    _ptrace(_SYSCALL, tid, None, None)
+
+
+def detach(tid: int, number: int = 0) -> None:
+    """Let a *stopped* tracee go; OSError ESRCH if it is not stopped."""
+    _ptrace(_DETACH, tid, None, number)
+
+
+def read_registers(tid: int, size: int, kind: int = _NT_PRSTATUS) -> bytes:
+    """The register set, at most ``size`` bytes. A 32-bit task has a shorter one."""
+    buffer = ctypes.create_string_buffer(size)
+    vector = _IoVec(ctypes.addressof(buffer), size)
+    _ptrace(_GETREGSET, tid, kind, ctypes.addressof(vector))
+    return buffer.raw[: vector.length]
+
+
+def write_registers(tid: int, registers: bytes) -> None:
+    buffer = ctypes.create_string_buffer(registers, len(registers))
+    vector = _IoVec(ctypes.addressof(buffer), len(registers))
+    _ptrace(_SETREGSET, tid, _NT_PRSTATUS, ctypes.addressof(vector))
+
+
+def signal_mask(tid: int) -> bytes:
+    """The blocked signals; in a call with a mask of its own (ppoll, sigsuspend) those it goes back to."""
+    buffer = ctypes.create_string_buffer(_SIGMASK_SIZE)
+    _ptrace(_GETSIGMASK, tid, _SIGMASK_SIZE, ctypes.addressof(buffer))
+    return buffer.raw
+
+
+def set_signal_mask(tid: int, mask: bytes) -> None:
+    buffer = ctypes.create_string_buffer(mask, _SIGMASK_SIZE)
+    _ptrace(_SETSIGMASK, tid, _SIGMASK_SIZE, ctypes.addressof(buffer))
+
+
+def rseq_area(tid: int) -> Optional[int]:
+    """The address of the task's struct rseq; None without one, or before Linux 5.13."""
+    buffer = ctypes.create_string_buffer(24)
+    try:
+        _ptrace(_GET_RSEQ_CONFIGURATION, tid, 24, ctypes.addressof(buffer))
+    except OSError:
+        return None
+    return int.from_bytes(buffer.raw[:8], "little") or None
+
+
+def poll_stop(tid: int) -> Optional[Tuple[int, int]]:
+    """(signal, event) of a stop of ``tid`` that nobody has read yet; None if it runs, or has ended."""
+    try:
+        result = os.waitid(os.P_PID, tid, _STOPS)
+    except ChildProcessError:
+        return None
+    if result is None:
+        return None
+    return result.si_status & 0xFF, result.si_status >> 8

@@ -1,0 +1,52 @@
+"""statx(2), as far as it tells what an object is without asking its file system.
+
+With AT_STATX_DONT_SYNC a FUSE file system is sent no request: the kernel answers from the inode (fuse_update_get_attr
+in fs/fuse/dir.c), so that even one that holds every request can be examined.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import struct
+from dataclasses import dataclass
+from typing import Union
+
+from stubfs.libc import bind
+
+AT_FDCWD = -100
+AT_SYMLINK_NOFOLLOW = 0x100
+AT_EMPTY_PATH = 0x1000
+AT_STATX_DONT_SYNC = 0x4000
+STATX_BASIC_STATS = 0x7FF
+STATX_MNT_ID = 0x1000
+MASK = STATX_BASIC_STATS | STATX_MNT_ID
+
+SIZE = 256  # of struct statx
+DEVICE_WORDS = (34, 35)  # major and minor, as 32-bit words of the structure
+_LAYOUT = struct.Struct("<28xHxx Q Q 88x II Q")  # mode, ino, size; 136: device; 144: mount id
+
+_statx = bind("statx", ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_uint, ctypes.c_void_p)
+
+
+@dataclass(frozen=True)
+class Object:
+    """What a file descriptor or a path refers to."""
+
+    device: int  # st_dev, as os.makedev() encodes it
+    inode: int
+    mode: int
+    mount_id: int
+    size: int  # bytes; for a remote file as the kernel knew it last
+
+
+def decode(data: Union[bytes, bytearray], offset: int = 0) -> Object:
+    mode, inode, size, major, minor, mount_id = _LAYOUT.unpack_from(data, offset)
+    return Object(os.makedev(major, minor), inode, mode, mount_id, size)
+
+
+def examine(path: str, dirfd: int = AT_FDCWD, flags: int = 0) -> Object:
+    """What ``path`` refers to, without a request to its file system. Magic links of /proc are followed."""
+    buffer = ctypes.create_string_buffer(SIZE)
+    _statx(dirfd, os.fsencode(path), AT_STATX_DONT_SYNC | flags, MASK, ctypes.addressof(buffer))
+    return decode(buffer.raw)

@@ -1,0 +1,187 @@
+"""Opens on the new mount what processes hold on the old one: same path, same flags, as the same user.
+
+Done before anything stands still. What cannot be opened gets the reason into its record's ``problem``.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import stat
+from functools import partial
+from typing import Callable, Dict, Iterable, Optional, Set, Tuple
+
+from spfs.errors import reason
+from spfs.linux import procfs, statx
+from spfs.linux.openat2 import RESOLVE_BENEATH, RESOLVE_NO_MAGICLINKS, RESOLVE_NO_SYMLINKS, openat2
+from spfs.linux.process import Credentials
+from spfs.references import Kind, MountRoot, Resolver
+from spfs.surgery.examine import Description, Place, Process, Region
+
+# What must not be done again when a file is opened once more; O_CLOEXEC belongs to the descriptor, O_ASYNC is set
+# when the owner is.
+_ONCE = os.O_CREAT | os.O_EXCL | os.O_TRUNC | os.O_NOCTTY | os.O_CLOEXEC | os.O_ASYNC
+_TMPFILE = 0o20000000  # __O_TMPFILE
+SETTABLE = os.O_APPEND | os.O_NONBLOCK | os.O_DIRECT | os.O_NOATIME | os.O_ASYNC  # by F_SETFL, fcntl(2)
+_RESOLVE = RESOLVE_BENEATH | RESOLVE_NO_MAGICLINKS | RESOLVE_NO_SYMLINKS
+_PAGE = 4096
+
+_NAMES = {
+    stat.S_IFREG: "regular file",
+    stat.S_IFDIR: "directory",
+    stat.S_IFIFO: "fifo",
+    stat.S_IFSOCK: "socket",
+    stat.S_IFLNK: "symbolic link",
+    stat.S_IFCHR: "character device",
+    stat.S_IFBLK: "block device",
+}
+_LATER = {
+    Kind.SOCKET: "sockets are not moved",
+    Kind.DEVICE: "devices are not moved",
+}
+
+
+class Counterparts:
+    """Opens counterparts beneath the roots of the new mounts. Descriptors go to the records, which close them;
+    those of mappings are shared between records and closed by ``close``."""
+
+    def __init__(self, resolver: Resolver, roots: Callable[[int], MountRoot]) -> None:
+        self._resolver = resolver
+        self._roots = roots
+        self._paths: Dict[int, Optional[str]] = {}
+        self._mapped: Dict[Tuple[int, int, bool], int] = {}
+
+    def close(self) -> None:
+        for fd in self._mapped.values():
+            os.close(fd)
+        self._mapped.clear()
+
+    def provide(self, processes: Iterable[Process]) -> None:
+        """Open what is still missing for the references of ``processes``."""
+        processes = list(processes)
+        self._resolve(processes)
+        done: Set[int] = set()
+        for process in processes:
+            for table in process.tables:
+                for description in table.held.values():
+                    if id(description) not in done:
+                        done.add(id(description))
+                        self._description(process.status, description)
+            for place in process.places():
+                self._attempt(place, partial(self._place, process.status, place))
+            for region in process.memory.regions if process.memory else ():
+                self._attempt(region, partial(self._region, process.status, region))
+
+    def _resolve(self, processes: Iterable[Process]) -> None:
+        wanted: Set[int] = set()
+        for process in processes:
+            wanted.update(d.object.inode for t in process.tables for d in t.held.values())
+            wanted.update(place.object.inode for place in process.places())
+            if process.memory:
+                wanted.update(region.object.inode for region in process.memory.regions)
+        wanted -= self._paths.keys()
+        if wanted:
+            self._paths.update(self._resolver.paths(wanted))
+
+    def _attempt(self, record: "Description | Place | Region", action: Callable[[], None]) -> None:
+        if record.problem is not None or record.new >= 0:
+            return
+        try:
+            action()
+        except OSError as error:
+            if error.errno == errno.ENOENT:
+                record.problem = "there is no such file on the new mount"
+            else:
+                record.problem = f"its counterpart cannot be opened: {reason(error)}"
+
+    def _description(self, status: procfs.Status, description: Description) -> None:
+        description.path = self._paths.get(description.object.inode)
+        if description.kind in _LATER and description.problem is None:
+            description.problem = _LATER[description.kind]
+        if description.kind is Kind.DIRECTORY and description.position and description.problem is None:
+            description.problem = "is being read, and its position means nothing on another file system"
+
+        def action() -> None:
+            flags = description.flags & ~_ONCE
+            if flags & _TMPFILE:
+                flags &= ~(_TMPFILE | os.O_DIRECTORY)
+            mode = description.object.mode
+            if description.kind is Kind.FIFO:
+                description.new = self._fifo(status, description, flags)
+            else:
+                if flags & os.O_PATH and stat.S_ISLNK(mode):
+                    flags |= os.O_NOFOLLOW
+                description.new = self._open(status, description.object, flags)
+            _copy_owner(description.copy, description.new, description.flags)
+
+        self._attempt(description, action)
+
+    def _fifo(self, status: procfs.Status, description: Description, flags: int) -> int:
+        # Opened for both, which never waits (fifo(7)), so that neither does the opening of one end.
+        both = self._open(status, description.object, os.O_RDWR | os.O_NONBLOCK)
+        try:
+            fd = self._open(status, description.object, flags | os.O_NONBLOCK)
+            fcntl.fcntl(fd, fcntl.F_SETFL, flags & SETTABLE)
+            return fd
+        finally:
+            os.close(both)
+
+    def _place(self, status: procfs.Status, place: Place) -> None:
+        place.path = self._paths.get(place.object.inode)
+        flags = os.O_RDONLY if place.kind is Kind.EXE else os.O_PATH | os.O_DIRECTORY
+        place.new = self._open(status, place.object, flags)
+
+    def _region(self, status: procfs.Status, region: Region) -> None:
+        region.path = self._paths.get(region.object.inode)
+        # Of a file opened for reading only, a shared mapping can never be made writable: neither must the new one.
+        writable = region.mapping.shared and bool(region.file_mode & stat.S_IWUSR)
+        key = (region.object.inode, region.object.mount_id, writable)
+        fd = self._mapped.get(key)
+        if fd is None:
+            fd = self._open(status, region.object, os.O_RDWR if writable else os.O_RDONLY)
+            self._mapped[key] = fd
+        size = os.fstat(fd).st_size
+        end = region.mapping.offset + region.mapping.end - region.mapping.start
+        if size < min(end, region.object.size) and -(-size // _PAGE) < -(-min(end, region.object.size) // _PAGE):
+            region.problem = f"its counterpart is too short: {size} bytes, mapped are {end}"
+            return
+        region.new = fd
+
+    def _open(self, status: procfs.Status, old: statx.Object, flags: int) -> int:
+        path = self._paths.get(old.inode)
+        if path is None:
+            raise OSError(errno.ESTALE, "it has no name any more (deleted)")
+        try:
+            root = self._roots(old.mount_id)
+        except LookupError:
+            raise OSError(errno.ESTALE, f"mount {old.mount_id} is not among those that are replaced") from None
+        relative = root.relative(path)
+        if relative is None:
+            raise OSError(errno.EXDEV, "it lies outside of what its mount shows")
+        try:
+            with Credentials(status.uid, status.gid, status.groups):
+                fd = openat2(root.fd, relative or ".", flags, _RESOLVE)
+        except PermissionError:
+            # The process may have opened it before it gave up privileges, or got it from somebody who had them.
+            fd = openat2(root.fd, relative or ".", flags, _RESOLVE)
+        found = os.fstat(fd).st_mode
+        if stat.S_IFMT(found) != stat.S_IFMT(old.mode):
+            os.close(fd)
+            old_name, new_name = (_NAMES.get(stat.S_IFMT(mode), "?") for mode in (old.mode, found))
+            raise OSError(errno.EINVAL, f"it is a {new_name} there, not a {old_name}")
+        return fd
+
+
+def _copy_owner(old: int, new: int, flags: int) -> None:
+    """F_SETOWN, F_SETSIG and O_ASYNC. Owner ids are translated by the kernel to and from our pid namespace."""
+    if flags & os.O_PATH:
+        return
+    owner = fcntl.fcntl(old, 16, bytes(8))  # F_GETOWN_EX
+    if owner[4:] != bytes(4):
+        fcntl.fcntl(new, 15, owner)  # F_SETOWN_EX
+    number = fcntl.fcntl(old, fcntl.F_GETSIG)
+    if number:
+        fcntl.fcntl(new, fcntl.F_SETSIG, number)
+    if flags & os.O_ASYNC:
+        fcntl.fcntl(new, fcntl.F_SETFL, fcntl.fcntl(new, fcntl.F_GETFL) | os.O_ASYNC)

@@ -1,0 +1,382 @@
+"""Finds the processes that hold something of a device, and what: by /proc alone, never by asking the file system.
+
+The result is a set of ``Process`` records; ``spfs.surgery.compare`` tells later whether they still are true. What
+can be shared between tasks (descriptor table, working directory, memory) has a record of its own with one task that
+stands for all its users.
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import os
+import resource
+import stat
+from dataclasses import dataclass, field
+from typing import Dict, List, Optional, Sequence, Set, Tuple
+
+from spfs.linux import process, procfs, statx
+from spfs.linux.calls import CallTable, address_of, run_local
+from spfs.references import Kind
+
+
+@dataclass(eq=False)
+class Description:
+    """An open file description of the old mount: one object however many descriptors refer to it.
+
+    ``copy`` is our descriptor of it, ``new`` that of its counterpart (-1: none yet); both are closed by ``close``.
+    """
+
+    object: statx.Object
+    flags: int  # status flags as F_GETFL gives them
+    kind: Kind
+    position: int
+    copy: int = -1
+    new: int = -1
+    path: Optional[str] = None
+    problem: Optional[str] = None  # why it stays where it is
+
+    def close(self) -> None:
+        for fd in (self.copy, self.new):
+            if fd >= 0:
+                os.close(fd)
+        self.copy = self.new = -1
+
+
+@dataclass(eq=False)
+class Place:
+    """A working or root directory, or an executable, of the old mount."""
+
+    object: statx.Object
+    kind: Kind
+    new: int = -1
+    path: Optional[str] = None
+    problem: Optional[str] = None
+    moved: bool = False
+
+    def close(self) -> None:
+        if self.new >= 0:
+            os.close(self.new)
+        self.new = -1
+
+
+@dataclass(eq=False)
+class FdTable:
+    """A descriptor table: ``numbers`` are all its descriptors, ``held`` those of the old mount."""
+
+    tid: int
+    numbers: Set[int] = field(default_factory=set)
+    held: Dict[int, Description] = field(default_factory=dict)
+    limit: int = 0  # RLIMIT_NOFILE, soft and hard
+    hard_limit: int = 0
+    watches: List[Tuple[int, str]] = field(default_factory=list)  # descriptors that watch the mount, and how
+    epolls: Dict[int, List["EpollEntry"]] = field(default_factory=dict)  # by watched descriptor
+    owner: Optional["FdTable"] = None  # another process's record of the same table, which is operated on instead
+    moved: Set[int] = field(default_factory=set)
+    failures: Dict[int, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class EpollEntry:
+    """A descriptor that is registered with an epoll instance, as fdinfo shows it."""
+
+    epoll: int
+    events: int
+    data: int
+
+
+@dataclass(eq=False)
+class FsContext:
+    """What CLONE_FS shares: working and root directory (None: not on the old mount)."""
+
+    tid: int
+    cwd: Optional[Place] = None
+    root: Optional[Place] = None
+    owner: Optional["FsContext"] = None
+
+
+@dataclass(eq=False)
+class Region:
+    """A mapping of the old mount."""
+
+    mapping: procfs.Mapping
+    object: statx.Object
+    kind: Kind
+    flags: frozenset[str]  # VmFlags of smaps
+    file_mode: int  # how the file it was made from had been opened: stat.S_IRUSR, S_IWUSR
+    new: int = -1
+    path: Optional[str] = None
+    problem: Optional[str] = None
+    moved: bool = False
+
+    @property
+    def what(self) -> str:
+        return f"mapping {self.mapping.start:x}-{self.mapping.end:x}"
+
+
+@dataclass(eq=False)
+class Memory:
+    """An address space: ``lines`` are the lines of maps that are on the device."""
+
+    tid: int
+    lines: List[bytes] = field(default_factory=list)
+    regions: List[Region] = field(default_factory=list)
+    exe: Optional[Place] = None
+    maps: bytes = b""
+    owner: Optional["Memory"] = None
+
+
+@dataclass(eq=False)
+class Process:
+    """A thread group and what it holds. ``close`` closes ``pidfd`` and the places; descriptions are the examiner's."""
+
+    pid: int
+    command: str
+    start: int
+    pidfd: int
+    status: procfs.Status
+    tids: Set[int] = field(default_factory=set)
+    tables: List[FdTable] = field(default_factory=list)
+    contexts: List[FsContext] = field(default_factory=list)
+    memory: Optional[Memory] = None
+    problem: Optional[str] = None  # why nothing of it can be moved
+
+    @property
+    def uses_mount(self) -> bool:
+        return (
+            any(table.held or table.watches for table in self.tables)
+            or any(context.cwd or context.root for context in self.contexts)
+            or (self.memory is not None and bool(self.memory.lines or self.memory.exe))
+        )
+
+    def places(self) -> List[Place]:
+        found = [place for context in self.contexts for place in (context.cwd, context.root) if place]
+        return found + ([self.memory.exe] if self.memory and self.memory.exe else [])
+
+    def close(self) -> None:
+        if self.pidfd >= 0:
+            os.close(self.pidfd)
+            self.pidfd = -1
+        for place in self.places():
+            place.close()
+
+
+def objects(paths: Sequence[str]) -> List[Optional[statx.Object]]:
+    """statx of many paths at once, without requests to their file systems; None for what cannot be examined."""
+    if not paths:
+        return []
+    table, buffer, keep = statx_table(paths)
+    outcome = run_local(table)
+    return [
+        None if result < 0 else statx.decode(buffer, index * statx.SIZE) for index, result in enumerate(outcome)
+    ]
+
+
+def statx_table(paths: Sequence[str]) -> Tuple[CallTable, bytearray, bytearray]:
+    """A table of statx calls, the buffer for their answers, and the names, which must be kept while it runs."""
+    encoded = [os.fsencode(path) + b"\0" for path in paths]
+    names = bytearray(b"".join(encoded))
+    buffer = bytearray(statx.SIZE * len(paths))
+    table = CallTable()
+    name, answer = address_of(names), address_of(buffer)
+    for path in encoded:
+        table.add("statx", statx.AT_FDCWD, name, statx.AT_STATX_DONT_SYNC, statx.MASK, answer)
+        name += len(path)
+        answer += statx.SIZE
+    return table, buffer, names
+
+
+def kind_of(mode: int, flags: int) -> Kind:
+    if flags & os.O_PATH:
+        return Kind.PATH
+    return {
+        stat.S_IFREG: Kind.FILE,
+        stat.S_IFDIR: Kind.DIRECTORY,
+        stat.S_IFIFO: Kind.FIFO,
+        stat.S_IFSOCK: Kind.SOCKET,
+        stat.S_IFLNK: Kind.SYMLINK,
+    }.get(stat.S_IFMT(mode), Kind.DEVICE)
+
+
+class Examiner:
+    """Examines processes for references to ``device``; descriptions that several of them share are one object."""
+
+    def __init__(self, device: int) -> None:
+        self.device = device
+        self._descriptions: Dict[Tuple[int, int], List[Description]] = {}
+
+    def close(self) -> None:
+        for candidates in self._descriptions.values():
+            for description in candidates:
+                description.close()
+        self._descriptions.clear()
+
+    def process(self, pid: int) -> Optional[Process]:
+        """Everything ``pid`` holds; None if it is gone, a zombie or a kernel thread."""
+        try:
+            status = procfs.parse_status(procfs.read(f"/proc/{pid}/status"))
+            if status.kernel_thread:
+                return None
+            before = procfs.parse_stat(procfs.read(f"/proc/{pid}/stat"))
+            pidfd = process.pidfd_open(pid)
+        except (FileNotFoundError, ProcessLookupError):
+            return None
+        record = Process(pid, before.command, before.start, pidfd, status)
+        try:
+            self._fill(record)
+        except (FileNotFoundError, ProcessLookupError):
+            record.close()
+            return None
+        except BaseException:
+            record.close()
+            raise
+        return record
+
+    def _fill(self, record: Process) -> None:
+        tids = [tid for tid in procfs.tasks(record.pid) if not _is_dead(tid)]
+        if not tids:
+            raise ProcessLookupError(record.pid)
+        record.tids = set(tids)
+        leader = record.pid if record.pid in record.tids else tids[0]
+        own_tables, own_contexts = {leader}, {leader}
+        for tid in tids:
+            if tid != leader:
+                if process.kcmp(leader, tid, process.KCMP_FILES, 0, 0):
+                    own_tables.add(tid)
+                if process.kcmp(leader, tid, process.KCMP_FS, 0, 0):
+                    own_contexts.add(tid)
+        for tid in sorted(own_tables):
+            record.tables.append(self.table(record, tid))
+        for tid in sorted(own_contexts):
+            record.contexts.append(self.context(tid))
+        record.memory = self.memory(leader)
+
+    # -- descriptors
+
+    def table(self, record: Process, tid: int) -> FdTable:
+        numbers = [int(name) for name in os.listdir(f"/proc/{tid}/fd")]
+        soft, hard = resource.prlimit(tid, resource.RLIMIT_NOFILE)
+        table = FdTable(tid, set(numbers), limit=soft, hard_limit=hard)
+        pidfd = record.pidfd
+        if tid != record.pid and record.pid in record.tids:
+            pidfd = process.pidfd_open(tid, leader=False)
+        try:
+            for number, found in zip(numbers, objects([f"/proc/{tid}/fd/{number}" for number in numbers])):
+                if found is None:
+                    continue
+                if found.device == self.device:
+                    description = self._description(tid, pidfd, number, found)
+                    if description is not None:
+                        table.held[number] = description
+                elif stat.S_IFMT(found.mode) == 0:  # an anonymous inode: epoll, inotify, fanotify …
+                    self._watch(table, number)
+        finally:
+            if pidfd != record.pidfd:
+                os.close(pidfd)
+        return table
+
+    def _description(self, tid: int, pidfd: int, number: int, found: statx.Object) -> Optional[Description]:
+        info = procfs.parse_fdinfo(procfs.read(f"/proc/{tid}/fdinfo/{number}"))
+        flags = info.flags & ~os.O_CLOEXEC
+        candidates = self._descriptions.setdefault((found.inode, found.mount_id), [])
+        low, high = 0, len(candidates)
+        while low < high:  # candidates are in the kernel's order, so that many openings of one file cost no n²
+            middle = (low + high) // 2
+            order = process.kcmp(tid, os.getpid(), process.KCMP_FILE, number, candidates[middle].copy)
+            if order == 0:
+                return candidates[middle]
+            low, high = (low, middle) if order == 1 else (middle + 1, high)
+        try:
+            copy = process.pidfd_getfd(pidfd, number, 0)
+        except OSError as error:
+            if error.errno == errno.EBADF:  # closed meanwhile
+                return None
+            raise
+        kind = kind_of(found.mode, flags)
+        description = Description(found, flags, kind, info.position, copy)
+        if info.locks:
+            description.problem = f"holds a lock ({', '.join(sorted(set(info.locks)))})"
+        candidates.insert(low, description)
+        return description
+
+    def _watch(self, table: FdTable, number: int) -> None:
+        """Note what an inotify, fanotify or epoll descriptor watches on the mount."""
+        try:
+            info = procfs.parse_fdinfo(procfs.read(f"/proc/{table.tid}/fdinfo/{number}"))
+        except FileNotFoundError:
+            return
+        device = f"{_kernel_device(self.device):x}"
+        for line in info.lines:
+            words = line.split()
+            values = dict(word.split(":", 1) for word in words if ":" in word)
+            if line.startswith(("inotify wd", "fanotify ino")) and values.get("sdev") == device:
+                table.watches.append((number, words[0] + " watch"))
+            elif line.startswith("tfd:") and values.get("sdev") == device:
+                # "tfd: 5 events: 1 data: 5 pos:0 ino:1 sdev:1": the first three have a blank before their value
+                entry = EpollEntry(number, int(words[3], 16), int(words[5], 16))
+                table.epolls.setdefault(int(words[1]), []).append(entry)
+
+    # -- directories
+
+    def context(self, tid: int) -> FsContext:
+        cwd, root = objects([f"/proc/{tid}/cwd", f"/proc/{tid}/root"])
+        return FsContext(tid, self._place(cwd, Kind.CWD), self._place(root, Kind.ROOT))
+
+    def _place(self, found: Optional[statx.Object], kind: Kind) -> Optional[Place]:
+        return Place(found, kind) if found is not None and found.device == self.device else None
+
+    # -- memory
+
+    def memory(self, tid: int) -> Memory:
+        maps = procfs.read(f"/proc/{tid}/maps")
+        (exe,) = objects([f"/proc/{tid}/exe"])
+        memory = Memory(tid, procfs.lines_of_device(maps, self.device), exe=self._place(exe, Kind.EXE), maps=maps)
+        if memory.lines:
+            flags = procfs.parse_vm_flags(procfs.read(f"/proc/{tid}/smaps"))
+            for line in memory.lines:
+                region = _region(tid, procfs.parse_mapping(line), flags)
+                if region is not None:
+                    memory.regions.append(region)
+        return memory
+
+
+def _region(tid: int, mapping: procfs.Mapping, flags: Dict[int, frozenset[str]]) -> Optional[Region]:
+    link = f"/proc/{tid}/map_files/{mapping.start:x}-{mapping.end:x}"
+    try:
+        mode = os.lstat(link).st_mode
+        found = statx.examine(link)
+    except FileNotFoundError:
+        return None  # changed since maps was read: seen when the process stands still
+    kind = Kind.SHARED_MAPPING if mapping.shared else Kind.PRIVATE_MAPPING
+    return Region(mapping, found, kind, flags.get(mapping.start, frozenset()), mode)
+
+
+def _is_dead(tid: int) -> bool:
+    try:
+        return procfs.parse_stat(procfs.read(f"/proc/{tid}/stat")).state in "ZX"
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+
+
+def _kernel_device(device: int) -> int:
+    """dev_t as the kernel prints it in fdinfo (MKDEV: 20 bits for the minor number)."""
+    return os.major(device) << 20 | os.minor(device)
+
+
+def shared(tids: Sequence[int], kind: int) -> Dict[int, int]:
+    """For each task that shares what kcmp(2) calls ``kind`` with one earlier in the kernel's order: that one."""
+
+    def compare(first: int, second: int) -> int:
+        try:
+            return {0: 0, 1: -1}.get(process.kcmp(first, second, kind, 0, 0), 1)
+        except ProcessLookupError:
+            return -1 if first < second else 1
+
+    found: Dict[int, int] = {}
+    first: Optional[int] = None
+    for tid in sorted(tids, key=functools.cmp_to_key(compare)):
+        if first is not None and compare(first, tid) == 0:
+            found[tid] = first
+        else:
+            first = tid
+    return found

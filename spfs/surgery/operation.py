@@ -1,0 +1,223 @@
+"""What one task is made to do: take over descriptors, change directories, exchange mappings.
+
+A first table of calls moves descriptors and directories in one go. It is encoded ahead for the address where the
+scratch memory will be; if that is taken by then, again for another one. Mappings follow in ``spfs.surgery.maps``.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import struct
+from typing import List, Optional, Tuple
+
+from spfs.linux import statx
+from spfs.linux.arch import LOAD_ARGUMENT_0, LOAD_ARGUMENT_2
+from spfs.linux.calls import CallTable, result_address, results
+from spfs.references import Kind
+from spfs.surgery.examine import Description, EpollEntry, FdTable, FsContext, Memory, Place, Process
+from spfs.surgery.gadget import GadgetFinder
+from spfs.tracee import DOT, PAGE, USER, Script, Tracee
+from stubfs.wire import MAX_FDS
+
+FIRST_BASE = 1 << 44  # far from where programs, libraries, heaps and stacks are put
+BASE_STEP = 1 << 28
+
+_F_GETFD, _F_SETFD = 1, 2
+_MSG_CMSG_CLOEXEC = 0x40000000
+_EPOLL_DEL, _EPOLL_ADD = 2, 1
+_SCM_RIGHTS = struct.Struct("<QII")  # cmsghdr: length, level, type
+_HEADER = 128  # bytes for a message's msghdr, iovec and byte
+_LEAST_SPARE = 2  # descriptors: the socketpair's two, of which one is closed before any is received
+
+
+class _Program:
+    """A table of calls, the data it needs, and the descriptors it receives, for one base address."""
+
+    def __init__(self, operation: "Operation", base: int) -> None:
+        self.base = base
+        self.data = bytearray()
+        self.calls = CallTable()
+        self.groups: List[List[int]] = []
+        self.moves: List[Tuple[int, int]] = []  # descriptor, entry of its dup3
+        self.changes: List[Tuple[Place, int]] = []
+        self.calls.add("close", base + _PAIR, load=LOAD_ARGUMENT_0)
+        self._fill(operation)
+        self.data += bytes(-len(self.data) % 64)
+
+    @property
+    def table(self) -> int:
+        return self.base + USER + len(self.data)
+
+    def _fill(self, operation: "Operation") -> None:
+        items = operation.items()
+        # Result addresses depend on where the table lies, behind the data: so the data's size first.
+        chunk = operation.chunk
+        groups = [items[start : start + chunk] for start in range(0, len(items), chunk)]
+        sizes = [_HEADER + (_SCM_RIGHTS.size + 4 * len(group) + 63) // 64 * 64 for group in groups]
+        events = sum(len(operation.epolls(item)) for item in items)
+        self._table = self.base + USER + sum(sizes) + (16 * events + 63) // 64 * 64
+        self._event_at = self.base + USER + sum(sizes)
+        self._events = bytearray()
+        for group, size in zip(groups, sizes):
+            slots = self._message(group, size)
+            self.groups.append([fd for _, _, fd in group])
+            for slot, item in zip(slots, group):
+                self._item(operation, item, slot)
+        self.data += self._events
+
+    def _message(self, group: "List[Item]", size: int) -> List[int]:
+        """A msghdr for a group; the addresses where its descriptors will be found (-1 if they do not come)."""
+        at = self.base + USER + len(self.data)
+        control = at + _HEADER
+        length = _SCM_RIGHTS.size + 4 * len(group)
+        header = struct.pack("<QIxxxxQQQQI", 0, 0, at + 64, 1, control, (length + 7) & ~7, 0)
+        part = header.ljust(64, b"\0") + struct.pack("<QQ", at + 80, 1)
+        part = part.ljust(_HEADER, b"\0") + bytes(_SCM_RIGHTS.size) + b"\xff" * (4 * len(group))
+        self.data += part.ljust(size, b"\0")
+        self.calls.add("recvmsg", self.base + _THEIRS, at, _MSG_CMSG_CLOEXEC, load=LOAD_ARGUMENT_0)
+        return [control + _SCM_RIGHTS.size + 4 * index for index in range(len(group))]
+
+    def _item(self, operation: "Operation", item: "Item", slot: int) -> None:
+        number, place, _ = item
+        if place is not None:
+            self._directory(place, slot)
+        else:
+            self._descriptor(operation, item, number, slot)
+        self.calls.add("close", slot, load=LOAD_ARGUMENT_0)
+
+    def _directory(self, place: Place, slot: int) -> None:
+        add = self.calls.add
+        if place.kind is Kind.CWD:
+            self.changes.append((place, add("fchdir", slot, load=LOAD_ARGUMENT_0)))
+            return
+        # chroot(2) only to where the task is: it goes there and back, whether or not it may.
+        here = add("openat", statx.AT_FDCWD, self.base + DOT, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        add("fchdir", slot, load=LOAD_ARGUMENT_0)
+        self.changes.append((place, add("chroot", self.base + DOT)))
+        back = result_address(self._table, here)
+        add("fchdir", back, load=LOAD_ARGUMENT_0)
+        add("close", back, load=LOAD_ARGUMENT_0)
+
+    def _descriptor(self, operation: "Operation", item: "Item", number: int, slot: int) -> None:
+        add = self.calls.add
+        watched = operation.epolls(item)
+        for entry in watched:
+            add("epoll_ctl", entry.epoll, _EPOLL_DEL, number, 0)
+        state = add("fcntl", number, _F_GETFD)
+        self.moves.append((number, add("dup3", slot, number, 0, load=LOAD_ARGUMENT_0)))
+        # FD_CLOEXEC as it is now, not as it was when the process was examined.
+        add("fcntl", number, _F_SETFD, result_address(self._table, state), load=LOAD_ARGUMENT_2)
+        for entry in watched:
+            add("epoll_ctl", entry.epoll, _EPOLL_ADD, number, self._event_at + len(self._events))
+            self._events += struct.pack("<IQxxxx", entry.events, entry.data)
+
+
+_PAIR = PAGE + 16
+_THEIRS = _PAIR + 4
+
+Item = Tuple[int, Optional[Place], int]  # descriptor in the tracee, or -1 and a directory; our descriptor
+
+
+class Operation:
+    """Everything that task ``tid`` does for its process: for its table, its directories, its memory, as given."""
+
+    def __init__(
+        self,
+        process: Process,
+        tid: int,
+        base: int,
+        table: Optional[FdTable] = None,
+        context: Optional[FsContext] = None,
+        memory: Optional[Memory] = None,
+    ) -> None:
+        self.process, self.tid, self.base = process, tid, base
+        self.table, self.context, self.memory = table, context, memory
+        self.chunk = MAX_FDS
+        self.descriptors: Optional[int] = None
+        self._program: Optional[_Program] = None
+
+    # -- ahead of time
+
+    def prepare(self) -> None:
+        self._spare()
+        self._program = _Program(self, self.base)
+
+    def _spare(self) -> None:
+        """How many descriptors can be received at once; a full table needs its soft limit raised, if it can be."""
+        if self.table is None:
+            return
+        used = sum(1 for number in self.table.numbers if number < self.table.limit)
+        spare = self.table.limit - used
+        if spare < _LEAST_SPARE and self.table.hard_limit > self.table.limit:
+            self.descriptors = min(self.table.hard_limit, self.table.limit + MAX_FDS + _LEAST_SPARE)
+            spare += self.descriptors - self.table.limit
+        self.chunk = max(1, min(MAX_FDS, spare - 1))
+
+    def items(self) -> List[Item]:
+        found: List[Item] = []
+        if self.table is not None:
+            found = [(n, None, d.new) for n, d in self.table.held.items() if self._movable(d)]
+        if self.context is not None:
+            # The root first: going there changes the working directory, which is set right afterwards.
+            for place in (self.context.root, self.context.cwd):
+                if place is not None and place.problem is None and place.new >= 0:
+                    found.append((-1, place, place.new))
+        return found
+
+    def epolls(self, item: Item) -> "List[EpollEntry]":
+        number, place, _ = item
+        return self.table.epolls.get(number, []) if self.table is not None and place is None else []
+
+    @staticmethod
+    def _movable(description: Description) -> bool:
+        return description.problem is None and description.new >= 0
+
+    # -- while the process stands still
+
+    def maps(self) -> bytes:
+        memory = self.process.memory
+        return memory.maps if memory is not None else b""
+
+    def script(self, tracee: Tracee, gadgets: GadgetFinder) -> Script:
+        """The whole operation; what failed is noted in the records. OSError only for the process as a whole."""
+        assert self._program is not None
+        tracee.capture()
+        tracee.gadget = gadgets.find(tracee, self.maps())
+        size = _round_up(self._program.table - self._program.base + len(self._program.calls) * 64) + PAGE
+        for attempt in range(16):
+            try:
+                yield from tracee.open(self.base + attempt * BASE_STEP * 4096, size, self.descriptors)
+                break
+            except OSError as error:
+                if error.errno != errno.EEXIST:
+                    raise
+        else:
+            raise OSError(errno.ENOMEM, "no room for the scratch memory", str(self.process.pid))
+        if tracee.base != self._program.base:
+            self._program = _Program(self, tracee.base)
+        program = self._program
+        tracee.write(program.base + USER, program.data + program.calls.encode())
+        yield from tracee.run(program.table, len(program.calls), program.groups)
+        self._collect(tracee)
+        yield from tracee.close()
+
+    def _collect(self, tracee: Tracee) -> None:
+        program = self._program
+        assert program is not None
+        outcome = results(tracee.read(program.table, len(program.calls) * 64))
+        if self.table is not None:
+            for number, entry in program.moves:
+                if outcome[entry] == number:
+                    self.table.moved.add(number)
+                else:
+                    self.table.failures[number] = f"it cannot be exchanged: {os.strerror(-outcome[entry])}"
+        for place, entry in program.changes:
+            if outcome[entry] == 0:
+                place.moved = True
+            else:
+                place.problem = f"the process cannot go there: {os.strerror(-outcome[entry])}"
+
+
+def _round_up(size: int) -> int:
+    return -(-size // PAGE) * PAGE

@@ -1,0 +1,65 @@
+"""What is, was, and could not be moved, as counts and lists for reports."""
+
+from __future__ import annotations
+
+from typing import Dict, Iterable, Iterator, List, Optional, Tuple
+
+from spfs.references import LeftReference
+from spfs.surgery.examine import Process
+
+
+def entries(process: Process) -> Iterator[Tuple[str, str, Optional[str], Optional[str]]]:
+    """(kind, what, path, problem) of everything the process still holds on the old mount."""
+    for table in process.tables:
+        if table.owner is not None:
+            continue
+        for number, description in sorted(table.held.items()):
+            if number not in table.moved:
+                problem = table.failures.get(number) or description.problem
+                yield description.kind.value, f"fd {number}", description.path, problem
+        for number, kind in table.watches:
+            yield kind, f"fd {number}", None, "watches are not moved"
+    for context in process.contexts:
+        for place in (context.cwd, context.root) if context.owner is None else ():
+            if place is not None and not place.moved:
+                yield place.kind.value, place.kind.value, place.path, place.problem
+    memory = process.memory
+    if memory is not None and memory.owner is None:
+        for region in memory.regions:
+            if not region.moved:
+                yield region.kind.value, region.what, region.path, region.problem
+        if memory.exe is not None and not memory.exe.moved:
+            yield memory.exe.kind.value, "exe", memory.exe.path, memory.exe.problem
+
+
+def moved(process: Process) -> Iterator[Tuple[str, str]]:
+    """(kind, what) of everything that was moved."""
+    for table in process.tables:
+        for number in table.moved:
+            yield table.held[number].kind.value, f"fd {number}"
+    for place in process.places():
+        if place.moved:
+            yield place.kind.value, place.kind.value
+    for region in process.memory.regions if process.memory else ():
+        if region.moved:
+            yield region.kind.value, region.what
+
+
+def left(processes: Iterable[Process]) -> List[LeftReference]:
+    """What will stay, or has stayed, on the old mount because of a known problem."""
+    found: List[LeftReference] = []
+    for process in processes:
+        for kind, what, path, problem in entries(process):
+            reason = process.problem or problem
+            if reason is not None:
+                found.append(LeftReference(process.pid, process.command, kind, what, path, reason))
+    return found
+
+
+def references(processes: Iterable[Process]) -> Dict[str, int]:
+    """How many references of each kind there are."""
+    counts: Dict[str, int] = {}
+    for process in processes:
+        for kind, _, _, _ in entries(process):
+            counts[kind] = counts.get(kind, 0) + 1
+    return counts

@@ -1,0 +1,178 @@
+"""Brings whole processes to a stop and lets them go again: every task seized, none by a signal.
+
+Belongs to the one thread that seizes. Whatever cannot be stopped or detached in time is let go by the kernel when
+that thread ends, with what is still pending (``exit_ptrace``): ``in_own_thread`` gives the work such a thread.
+"""
+
+from __future__ import annotations
+
+import errno
+import signal
+import threading
+import time
+from typing import Callable, Dict, List, Optional, Set, Tuple, TypeVar
+
+from spfs.linux import procfs, ptrace
+from spfs.surgery.scheduler import Bell, has_ended
+
+T = TypeVar("T")
+
+_UNINTERRUPTIBLE = 0.05  # seconds after which a task in D state (vfork(2), a hung file system) is given up
+
+
+class Theatre:
+    """``stops``: the stopped tasks by tid, each with (signal, event) of its stop."""
+
+    def __init__(self, bell: Bell) -> None:
+        self._bell = bell
+        self._members: Dict[int, Set[int]] = {}
+        self._pending: Dict[int, int] = {}  # tid -> pid: interrupted, not yet stopped
+        self.stops: Dict[int, Tuple[int, int]] = {}
+        self.problems: Dict[int, str] = {}  # by pid: why it could not be stopped
+        self.seccomp_suspended = True
+
+    def seize(self, pid: int) -> List[int]:
+        """Seize and interrupt every task of ``pid`` that is not yet; the new ones. Does not wait."""
+        members = self._members.setdefault(pid, set())
+        added = []
+        for tid in procfs.tasks(pid):
+            if tid in members or pid in self.problems:
+                continue
+            try:
+                self._seize(tid)
+                ptrace.interrupt(tid)
+            except ProcessLookupError:
+                continue
+            except OSError as error:
+                if not has_ended(tid):
+                    self._give_up(pid, _who_traces(tid) or f"cannot be traced: {error.strerror}")
+                continue
+            members.add(tid)
+            self._pending[tid] = pid
+            added.append(tid)
+        return added
+
+    def _seize(self, tid: int) -> None:
+        options = ptrace.O_TRACESYSGOOD
+        if self.seccomp_suspended:
+            try:
+                ptrace.seize(tid, options | ptrace.O_SUSPEND_SECCOMP)
+                return
+            except OSError as error:
+                if error.errno not in (errno.EPERM, errno.EINVAL):
+                    raise
+        ptrace.seize(tid, options)
+        self.seccomp_suspended = False  # refused: we are under seccomp ourselves, or the kernel cannot
+
+    def wait(self, timeout: float) -> None:
+        """Until every interrupted task stands still; those that do not in time become ``problems``."""
+        begin = time.monotonic()
+        deadline = begin + timeout
+        while self._pending:
+            arrived = False
+            for tid, pid in list(self._pending.items()):
+                stop = ptrace.poll_stop(tid)
+                if stop is None:
+                    continue
+                arrived = True
+                if stop[1] != ptrace.EVENT_STOP:
+                    # A signal that was on its way when we came: delivered as if we were not here.
+                    ptrace.cont(tid, stop[0])
+                    continue
+                self.stops[tid] = stop
+                self._pending.pop(tid, None)
+            if arrived or self._bell.wait((), deadline):
+                continue
+            now = time.monotonic()
+            for tid, pid in list(self._pending.items()):
+                state = _state(tid)
+                if state in ("", "Z", "X"):
+                    self._pending.pop(tid, None)
+                    self._members.get(pid, set()).discard(tid)
+                elif now > deadline or state == "D" and now > begin + _UNINTERRUPTIBLE:
+                    self._give_up(pid, f"task {tid} cannot be stopped: {_where(tid)}")
+
+    def _give_up(self, pid: int, why: str) -> None:
+        self.problems[pid] = why
+        for tid in self._members.get(pid, set()):
+            if tid in self.stops:
+                self._detach(tid)
+            self._pending.pop(tid, None)
+
+    def _detach(self, tid: int) -> None:
+        self.stops.pop(tid, None)
+        try:
+            ptrace.detach(tid)
+        except ProcessLookupError:
+            pass  # killed meanwhile
+
+    def release(self) -> None:
+        """Detach everything that stands still."""
+        for tid in list(self.stops):
+            self._detach(tid)
+        self._members.clear()
+
+    def is_stopped(self, pid: int) -> bool:
+        return bool(self._members.get(pid)) and pid not in self.problems
+
+
+def _state(tid: int) -> str:
+    try:
+        return procfs.parse_stat(procfs.read(f"/proc/{tid}/stat")).state
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
+
+
+def _where(tid: int) -> str:
+    try:
+        function = procfs.read(f"/proc/{tid}/wchan").decode(errors="replace")
+    except OSError:
+        function = ""
+    return f"it waits in the kernel ({function})" if function not in ("", "0") else "it does not react"
+
+
+def _who_traces(tid: int) -> Optional[str]:
+    try:
+        tracer = procfs.parse_status(procfs.read(f"/proc/{tid}/status")).tracer
+        if not tracer:
+            return None
+        command = procfs.parse_stat(procfs.read(f"/proc/{tracer}/stat")).command
+    except (FileNotFoundError, ProcessLookupError, KeyError):
+        return None
+    return f"is traced by process {tracer} ({command})"
+
+
+def in_own_thread(work: Callable[[threading.Event], T]) -> T:
+    """Run ``work`` in a thread of its own with SIGCHLD blocked here and there, and return or raise what it does.
+
+    ``work`` gets an event that is set when this thread is told to give up (KeyboardInterrupt, a signal handler that
+    raises): that exception is raised here only when the work has ended, so that nothing is left half done.
+    """
+    outcome: List[T] = []
+    failure: List[BaseException] = []
+    cancelled = threading.Event()
+
+    def body() -> None:
+        try:
+            outcome.append(work(cancelled))
+        except BaseException as error:
+            failure.append(error)
+
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD])
+    interruption: Optional[BaseException] = None
+    try:
+        thread = threading.Thread(target=body, name="surgery")
+        thread.start()
+        while thread.is_alive():
+            try:
+                thread.join()
+            except BaseException as error:
+                interruption = error
+                cancelled.set()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    if interruption is not None:
+        raise interruption
+    if failure:
+        raise failure[0]
+    return outcome[0]

@@ -1,0 +1,423 @@
+"""Moves what processes hold on one mount to another one, while they stand still for some milliseconds.
+
+The process part of a replacement, and all of a switch between two mounts. Order: ``prepare`` (nothing stands still,
+nothing is changed), then ``execute``: freeze, seize, thaw, compare, have the mounts switched, operate, detach; again
+for references that came meanwhile, until there are none.
+"""
+
+from __future__ import annotations
+
+import errno
+import gc
+import os
+import resource
+import threading
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Callable, Container, Dict, Iterator, List, Tuple, TypeVar
+
+from spfs.errors import MissingFeatureError, SpfsError, reason
+from spfs.freezer import Freezer
+from spfs.linux import arch
+from spfs.linux import process as syscalls
+from spfs.linux import procfs
+from spfs.linux.arch import Architecture
+from spfs.linux.process import KCMP_FILES, KCMP_FS, KCMP_VM
+from spfs.references import LeftReference, MountRoot, Resolver
+from spfs.surgery import fifos, report, scheduler
+from spfs.surgery.compare import Comparison, memory_is_same
+from spfs.surgery.counterparts import Counterparts
+from spfs.surgery.examine import Examiner, FdTable, FsContext, Memory, Process, shared
+from spfs.surgery.gadget import GadgetFinder
+from spfs.surgery.operation import BASE_STEP, FIRST_BASE, Operation
+from spfs.surgery.theatre import Theatre, in_own_thread
+from spfs.tracee import Script, Tracee
+
+R = TypeVar("R", FdTable, FsContext, Memory)
+Progress = Callable[[str, Dict[str, object]], None]
+
+FREEZE_TIMEOUT = 5.0  # seconds
+STOP_TIMEOUT = 2.0  # seconds until every seized task must stand still
+STEP_TIMEOUT = 5.0  # seconds without any progress in a process that is operated on
+ROUNDS = 5  # how often new references are looked for
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """What ``prepare`` found: processes by pid and command, references by kind, and what will be left."""
+
+    processes: Dict[int, str]
+    references: Dict[str, int]
+    left: List[LeftReference]
+
+
+@dataclass(frozen=True)
+class SwitchReport:
+    """What ``execute`` did. ``blackout``: seconds from the freeze to the last detach, of all rounds together."""
+
+    processes: Dict[int, str]
+    moved: Dict[str, int]
+    left: List[LeftReference]
+    blackout: float
+    stages: Dict[str, float] = field(default_factory=dict)  # seconds
+    rounds: int = 1
+
+
+def _no_progress(stage: str, details: Dict[str, object]) -> None:
+    pass
+
+
+class Switch:
+    """One switch of the processes from the mount of ``device`` (st_dev). Used once; ``close`` releases everything.
+
+    ``resolver`` knows the paths behind the device's inode numbers, ``roots`` the new mount for an old mount's id
+    (LookupError: none). ``exclude``: processes never to be touched, the file system's own among them.
+    """
+
+    def __init__(
+        self,
+        device: int,
+        resolver: Resolver,
+        roots: Callable[[int], MountRoot],
+        freezer: Freezer,
+        *,
+        strict: bool = False,
+        exclude: Container[int] = (),
+        freeze_timeout: float = FREEZE_TIMEOUT,
+        progress: Progress = _no_progress,
+    ) -> None:
+        architecture = arch.current()
+        if architecture is None:
+            raise MissingFeatureError(f"cannot operate on processes: no code for {os.uname().machine}")
+        self._architecture: Architecture = architecture
+        self._device = device
+        self._freezer = freezer
+        self._strict = strict
+        self._exclude = exclude
+        self._freeze_timeout = freeze_timeout
+        self._progress = progress
+        self._examiner = Examiner(device)
+        self._counterparts = Counterparts(resolver, roots)
+        self._processes: Dict[int, Process] = {}
+        self._moved: Dict[str, int] = {}
+        self._reasons: Dict[Tuple[int, int, str], str] = {}
+        self._stages: Dict[str, float] = {}
+        self._blackout = 0.0
+
+    def __enter__(self) -> "Switch":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        for process in self._processes.values():
+            process.close()
+        self._processes.clear()
+        self._examiner.close()
+        self._counterparts.close()
+
+    # -- ahead of time
+
+    def prepare(self) -> Preparation:
+        """Find the users and open the counterparts of what they hold; causes no request to the file system.
+
+        SpfsError with ``strict`` if anything could not be moved.
+        """
+        self._find()
+        left = report.left(self._processes.values())
+        self._refuse(left)
+        users = [process for process in self._processes.values() if process.uses_mount]
+        return Preparation(
+            {process.pid: process.command for process in users}, report.references(users), left
+        )
+
+    def _find(self) -> None:
+        """Examine every process; keep those that use the mount and those of the freezer."""
+        _raise_descriptor_limit()
+        frozen = set(self._freezer.pids())
+        for pid in sorted(frozen | set(procfs.processes())):
+            if pid == os.getpid() or pid in self._exclude or pid in self._processes:
+                continue
+            try:
+                process = self._examiner.process(pid)
+            except PermissionError:
+                continue
+            if process is None:
+                continue
+            if process.uses_mount or pid in frozen:
+                self._processes[pid] = process
+            else:
+                process.close()
+        self._counterparts.provide(self._processes.values())
+        fifos.judge(self._processes.values())
+
+    def _refuse(self, left: List[LeftReference]) -> None:
+        if self._strict and left:
+            first = left[0]
+            what = f"{first.what} ({first.path or 'no name'}) of process {first.pid} ({first.command})"
+            more = f" and {len(left) - 1} more" if len(left) > 1 else ""
+            raise SpfsError(f"cannot move {what}{more}: {first.reason}", "without strict they stay on the old mount")
+
+    # -- the blackout
+
+    def execute(self, when_stopped: Callable[[], None]) -> SwitchReport:
+        """Stop the processes, call ``when_stopped`` (the mounts are switched), move everything, let them go.
+
+        Whatever fails, nothing stays frozen or stopped. SpfsError: the freezer's, or with ``strict`` for what came
+        since ``prepare``; what ``when_stopped`` raises passes through; in these cases nothing was moved.
+        """
+        return in_own_thread(lambda cancelled: self._execute(when_stopped, cancelled))
+
+    def _execute(self, when_stopped: Callable[[], None], cancelled: threading.Event) -> SwitchReport:
+        bell = scheduler.Bell()
+        everybody: Dict[int, str] = {}
+        try:
+            for number in range(1, ROUNDS + 1):
+                everybody.update({p.pid: p.command for p in self._processes.values() if p.uses_mount})
+                with _no_collection():
+                    self._round(bell, when_stopped if number == 1 else _nothing, cancelled)
+                self._account()
+                if not self._find_again():
+                    break
+        finally:
+            bell.close()
+        left = self._left()
+        return SwitchReport(everybody, dict(self._moved), left, self._blackout, dict(self._stages), number)
+
+    def _round(self, bell: scheduler.Bell, when_stopped: Callable[[], None], cancelled: threading.Event) -> None:
+        processes = list(self._processes.values())
+        comparison = Comparison(processes, self._device)
+        operations = self._plan(processes)
+        theatre = Theatre(bell)
+        begin = time.perf_counter()
+        try:
+            self._stop(theatre)
+            self._stage("stop", begin)
+            stale = self._compare(theatre, comparison)
+            if stale:
+                operations = self._examine_again(theatre, stale, operations)
+            fifos.judge(self._processes.values())
+            if self._strict:
+                self._refuse(report.left(self._processes.values()))
+            if cancelled.is_set():
+                raise SpfsError("cannot move the processes: told to give up")
+            self._timed("mounts", when_stopped)
+            self._timed("fifos", lambda: fifos.transfer(self._processes.values()))
+            self._timed("operate", lambda: self._operate(theatre, operations, bell))
+        finally:
+            detaching = time.perf_counter()
+            theatre.release()
+            self._freezer.restore()
+            end = time.perf_counter()
+            self._stages["detach"] = self._stages.get("detach", 0.0) + end - detaching
+            self._blackout += end - begin
+
+    def _stage(self, name: str, begin: float) -> None:
+        self._stages[name] = self._stages.get(name, 0.0) + time.perf_counter() - begin
+
+    def _timed(self, name: str, action: Callable[[], None]) -> None:
+        begin = time.perf_counter()
+        action()
+        self._stage(name, begin)
+
+    def _stop(self, theatre: Theatre) -> None:
+        """Freeze, seize and interrupt all, thaw: a frozen task cannot run what is injected."""
+        self._freezer.freeze(self._freeze_timeout)
+        try:
+            pids = list(self._processes)
+            pids += [pid for pid in self._freezer.pids() if pid not in self._processes and pid not in self._exclude]
+            for pid in pids:
+                theatre.seize(pid)
+        finally:
+            self._freezer.thaw()
+        theatre.wait(STOP_TIMEOUT)
+        # Without a freezer, tasks can be made until the last one stands still.
+        while any([theatre.seize(pid) for pid in pids]):
+            theatre.wait(STOP_TIMEOUT)
+
+    def _compare(self, theatre: Theatre, comparison: Comparison) -> List[int]:
+        """The pids whose references are no longer, or not at all, those that were examined."""
+        begin = time.perf_counter()
+        stale = {process.pid for process in comparison.stale()}
+        for process in self._processes.values():
+            memory = process.memory
+            if not theatre.is_stopped(process.pid):
+                process.problem = theatre.problems.get(process.pid)
+                continue
+            try:
+                maps = procfs.read(f"/proc/{memory.tid}/maps") if memory else b""
+            except (FileNotFoundError, ProcessLookupError):
+                maps = b""
+            if memory is not None:
+                memory.maps = maps
+            if not memory_is_same(process, maps, self._device):
+                stale.add(process.pid)
+        stale.update(pid for pid in self._freezer.pids() if pid not in self._processes and theatre.is_stopped(pid))
+        self._stage("compare", begin)
+        return sorted(stale)
+
+    def _examine_again(self, theatre: Theatre, pids: List[int], operations: List[Operation]) -> List[Operation]:
+        begin = time.perf_counter()
+        fresh: List[Process] = []
+        for pid in pids:
+            problem = None
+            if pid in self._processes:
+                problem = self._processes[pid].problem
+            process = self._examiner.process(pid)
+            if process is None:
+                self._processes.pop(pid, None)
+                continue
+            process.problem = problem
+            self._processes[pid] = process
+            fresh.append(process)
+        self._counterparts.provide(fresh)
+        Comparison(fresh, self._device).stale()  # for the offsets
+        plan = [operation for operation in operations if operation.process.pid not in pids]
+        plan += self._plan(fresh, len(operations))
+        self._stage("examine again", begin)
+        return plan
+
+    def _plan(self, processes: List[Process], first: int = 0) -> List[Operation]:
+        """One operation for each task that must act, encoded for scratch memory at an address of its own."""
+        _find_owners(processes)
+        plan: Dict[int, Operation] = {}
+
+        def operation(process: Process, tid: int) -> Operation:
+            if tid not in plan:
+                base = FIRST_BASE + (first + len(plan)) * BASE_STEP
+                plan[tid] = Operation(process, tid, base)
+            return plan[tid]
+
+        for process in processes:
+            for table in process.tables:
+                if table.held and table.owner is None:
+                    operation(process, table.tid).table = table
+            for context in process.contexts:
+                if (context.cwd or context.root) and context.owner is None:
+                    operation(process, context.tid).context = context
+            memory = process.memory
+            if memory is not None and (memory.regions or memory.exe) and memory.owner is None:
+                operation(process, memory.tid).memory = memory
+        for planned in plan.values():
+            planned.prepare()
+        return list(plan.values())
+
+    def _operate(self, theatre: Theatre, operations: List[Operation], bell: scheduler.Bell) -> None:
+        gadgets = GadgetFinder(self._device)
+        tracees: Dict[Tracee, Operation] = {}
+        scripts: Dict[Tracee, Script] = {}
+        for operation in operations:
+            process = operation.process
+            if operation.tid not in theatre.stops:
+                process.problem = process.problem or theatre.problems.get(process.pid, "the process ended")
+                continue
+            sandboxed = process.status.seccomp != 0
+            if sandboxed and not theatre.seccomp_suspended:
+                process.problem = "its seccomp filter cannot be suspended (the one who replaces is under seccomp too)"
+                continue
+            pidfd = process.pidfd
+            if operation.tid != process.pid and process.pid in process.tids:
+                pidfd = syscalls.pidfd_open(operation.tid, leader=False)
+            tracee = Tracee(operation.tid, process.pid, pidfd, self._architecture, sandboxed)
+            tracees[tracee] = operation
+            scripts[tracee] = operation.script(tracee, gadgets)
+
+        recover: Dict[Tracee, Script] = {}
+
+        def failed(tracee: Tracee, error: OSError) -> None:
+            process = tracees[tracee].process
+            if error.errno == errno.ESRCH:
+                process.problem = "the process ended"
+                return
+            process.problem = f"the process cannot be operated on: {reason(error)}"
+            recover[tracee] = tracee.close()
+
+        def lost(tracee: Tracee, error: OSError) -> None:
+            tracees[tracee].process.problem = f"the process could not be put back: {reason(error)}"
+
+        try:
+            scheduler.run(scripts, bell, STEP_TIMEOUT, failed)
+            scheduler.run(recover, bell, STEP_TIMEOUT, lost)
+            for tracee in tracees:
+                tracee.repeat_swallowed()
+        finally:
+            for tracee in tracees:
+                tracee.release()
+                if tracee.pidfd != tracees[tracee].process.pidfd:
+                    os.close(tracee.pidfd)
+
+    # -- and again
+
+    def _account(self) -> None:
+        """Count what was moved, remember why the rest was not, and let go of both sides."""
+        for process in self._processes.values():
+            for kind, what in report.moved(process):
+                self._moved[kind] = self._moved.get(kind, 0) + 1
+            for kind, what, _, problem in report.entries(process):
+                why = process.problem or problem
+                if why is not None:
+                    self._reasons[process.pid, process.start, what] = why
+        self.close()
+
+    def _find_again(self) -> bool:
+        """Examine everything anew; True if something is found that was not tried yet."""
+        self._find()
+        again = False
+        for process in self._processes.values():
+            for _, what, _, problem in report.entries(process):
+                if problem is None and process.problem is None:
+                    if (process.pid, process.start, what) not in self._reasons:
+                        again = True
+        return again
+
+    def _left(self) -> List[LeftReference]:
+        left: List[LeftReference] = []
+        for process in self._processes.values():
+            for kind, what, path, problem in report.entries(process):
+                known = self._reasons.get((process.pid, process.start, what))
+                why = process.problem or problem or known or "it came while the processes were moved"
+                left.append(LeftReference(process.pid, process.command, kind, what, path, why))
+        return left
+
+
+def _find_owners(processes: List[Process]) -> None:
+    """Where tables, directories or memory are shared between processes (clone(2)), let one act for all."""
+    tables = [table for process in processes for table in process.tables if table.held]
+    contexts = [c for process in processes for c in process.contexts if c.cwd or c.root]
+    memories = [p.memory for p in processes if p.memory is not None and (p.memory.lines or p.memory.exe)]
+    for tid, first in shared([table.tid for table in tables], KCMP_FILES).items():
+        _by_tid(tables, tid).owner = _by_tid(tables, first)
+    for tid, first in shared([context.tid for context in contexts], KCMP_FS).items():
+        _by_tid(contexts, tid).owner = _by_tid(contexts, first)
+    for tid, first in shared([memory.tid for memory in memories], KCMP_VM).items():
+        _by_tid(memories, tid).owner = _by_tid(memories, first)
+
+
+def _by_tid(records: List[R], tid: int) -> R:
+    return next(record for record in records if record.tid == tid)
+
+
+def _nothing() -> None:
+    pass
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """No garbage collection meanwhile: it would lengthen the blackout."""
+    enabled = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _raise_descriptor_limit() -> None:
+    """Copies and counterparts of everything are open at once."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

@@ -1,0 +1,316 @@
+"""One stopped task that is made to run system calls, and is put back so that it cannot tell.
+
+Stages: capture -> open (scratch memory, socket) -> run tables of calls -> close. Each is a script, a generator that
+yields what it waits for, so that ``spfs.surgery.scheduler`` can drive many tracees at once. The task must be in an
+event stop when ``open`` begins, and is in one again when ``close`` (or ``restore``) has ended.
+"""
+
+from __future__ import annotations
+
+import array
+import enum
+import errno
+import os
+import signal
+import socket
+import struct
+from typing import Callable, Generator, List, Optional, Sequence, Set
+
+from spfs.linux import process, ptrace, sigframe
+from spfs.linux.arch import Architecture
+from spfs.linux.calls import CallTable
+
+PAGE = 4096
+DATA = PAGE  # offset of the command buffer within the scratch memory; the code lies before it
+PAIR = DATA + 16  # two 32-bit fds of the socketpair, the first one ours
+DOT = DATA + 24  # "."
+LIMITS = DATA + 32  # two struct rlimit64: the new and the old one
+FRAME = DATA + 256
+USER = FRAME + 4 * PAGE  # from here on the memory is the user's; the extended state has at most 3 pages
+
+_PROT_RWX = 7
+_MAP_SCRATCH = 0x2 | 0x20 | 0x100000  # MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED_NOREPLACE
+_SIGNALS_BLOCKED = b"\xff" * 8
+_MAX_XSTATE = 3 * PAGE
+_SOCKET_BUFFER = 8 << 20
+_SO_SNDBUFFORCE = 32
+_RLIMIT_NOFILE = 7
+_WORD = (1 << 64) - 1
+
+# System calls that fail with EINTR after any stop, signal or not (signal(7)), and the argument that makes them wait
+# for ever: those can be restarted without harm. index of the argument, and whether "for ever" is a negative number.
+_RESTARTABLE = {232: (3, True), 281: (3, True), 441: (3, False), 128: (2, False), 65: (-1, False), 220: (3, False)}
+_ERESTARTNOHAND = -514
+_EINTR = -errno.EINTR
+
+
+class Wait(enum.Enum):
+    """What a script waits for."""
+
+    STOP = enum.auto()
+    MESSAGE = enum.auto()
+
+
+Script = Generator[Wait, None, None]
+Call = Generator[Wait, None, int]
+
+
+class Tracee:
+    """A seized task ``tid`` of process ``pid``. ``gadget``: address of a system call instruction in its memory.
+
+    The object owns the memory's fd and our end of the socket; ``release`` closes them.
+    """
+
+    def __init__(self, tid: int, pid: int, pidfd: int, architecture: Architecture, sandboxed: bool) -> None:
+        self.tid, self.pid, self.pidfd = tid, pid, pidfd
+        self.architecture = architecture
+        self.gadget = 0
+        self.base = 0
+        self.size = 0
+        self.sandboxed = sandboxed  # a seccomp filter is on: close() may be fatal once it is no longer suspended
+        self.socket: Optional[socket.socket] = None
+        self.memory = -1
+        self.stop = (0, 0)
+        self.swallowed: Set[int] = set()
+        self._registers = b""
+        self._mask = b""
+        self._running = False
+        self._limits: Optional[bytes] = None
+        self._resume: Callable[[int], None] = ptrace.cont
+
+    def release(self) -> None:
+        if self.memory >= 0:
+            os.close(self.memory)
+            self.memory = -1
+        if self.socket is not None:
+            self.socket.close()
+            self.socket = None
+
+    # -- memory
+
+    def write(self, address: int, data: "bytes | bytearray") -> None:
+        if os.pwrite(self.memory, data, address) != len(data):
+            raise OSError(errno.EFAULT, "the memory of the process cannot be written", str(self.pid))
+
+    def read(self, address: int, length: int) -> bytes:
+        data = os.pread(self.memory, length, address)
+        if len(data) != length:
+            raise OSError(errno.EFAULT, "the memory of the process cannot be read", str(self.pid))
+        return data
+
+    # -- scripts
+
+    def capture(self) -> None:
+        """Save what will be given back. OSError ENOEXEC for a task of another architecture (32 bits)."""
+        size = 8 * self.architecture.registers
+        self._registers = ptrace.read_registers(self.tid, size)
+        if len(self._registers) != size or self._compatibility_mode():
+            raise OSError(errno.ENOEXEC, "a 32-bit process cannot be operated on", str(self.pid))
+        self._mask = ptrace.signal_mask(self.tid)
+        self.memory = os.open(f"/proc/{self.tid}/mem", os.O_RDWR | os.O_CLOEXEC)
+        self._leave_critical_section()
+
+    def open(self, base: int, size: int, descriptors: Optional[int] = None) -> Script:
+        """Scratch memory at ``base`` (EEXIST if something is there) and the socket.
+
+        ``descriptors``: the soft RLIMIT_NOFILE to set meanwhile, for a process whose table is full.
+        """
+        xstate = ptrace.read_registers(self.tid, _MAX_XSTATE, ptrace.NT_X86_XSTATE)
+        # From here to the jump into the server code the task cannot help itself should we die: nothing slow.
+        ptrace.set_signal_mask(self.tid, _SIGNALS_BLOCKED)
+        result = yield from self._call("mmap", base, size, _PROT_RWX, _MAP_SCRATCH, -1, 0)
+        if result != base:  # kernels before 4.17 take the address for a hint
+            if result >= 0:
+                yield from self._call("munmap", result, size)
+            _check(result if result < 0 else -errno.EEXIST, "mmap")
+        self.base, self.size = base, size
+        if descriptors is not None:
+            yield from self._raise_limit(descriptors)
+        result = yield from self._call("socketpair", socket.AF_UNIX, _STREAM, 0, base + PAIR)
+        _check(result, "socketpair")
+        ours, self._theirs = struct.unpack("<ii", self.read(base + PAIR, 8))
+        self.socket = socket.socket(fileno=process.pidfd_getfd(self.pidfd, ours, 0))
+        self.socket.setsockopt(socket.SOL_SOCKET, _SO_SNDBUFFORCE, _SOCKET_BUFFER)
+        self.socket.setblocking(False)
+        frame_at = base + FRAME
+        self.write(base, self.architecture.server)
+        self.write(base + DOT, b".\0")
+        self.write(frame_at, sigframe.build(self._registers, self._mask, xstate, frame_at))
+
+    def run(self, table: int, count: int, fds: Sequence[Sequence[int]] = ()) -> Script:
+        """Run ``count`` calls of the table at address ``table``, which may receive ``fds``, a message each."""
+        assert self.socket is not None
+        if self._running:
+            self.socket.send(struct.pack("<QQ", table, count))
+        for group in fds:
+            rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", group))
+            self.socket.sendmsg([b"d"], [rights], socket.MSG_NOSIGNAL)
+        if not self._running:
+            words = self._fresh_registers()
+            values = (table, count, self.base + DATA, self._theirs, self.base + FRAME, int(self.sandboxed))
+            for index, value in zip(self.architecture.loop, values):
+                words[index] = value
+            words[self.architecture.instruction_pointer] = self.base
+            self._set(words)
+            self._running = True
+            self._go(ptrace.cont)
+        while True:
+            yield Wait.MESSAGE
+            try:
+                done = self.socket.recv(1)
+            except BlockingIOError:
+                continue
+            if not done:
+                raise ProcessLookupError(errno.ESRCH, "the process ended", str(self.pid))
+            return
+
+    def first_calls(self, table: CallTable) -> None:
+        """Add what the first table to be run must begin with: our end of the socket is to be ours alone."""
+        table.add("close", self.base + PAIR, load=1 << 32)
+
+    def close(self) -> Script:
+        """Take scratch memory and socket away again and put the task back to where it was."""
+        if self._running:
+            ptrace.interrupt(self.tid)
+            yield from self._until(_is_event)
+            self._running = False
+        if self.socket is not None:
+            _check((yield from self._call("close", self._theirs)), "close")
+        if self._limits is not None:
+            self.write(self.base + LIMITS, self._limits)
+            _check((yield from self._call("prlimit64", 0, _RLIMIT_NOFILE, self.base + LIMITS, 0)), "prlimit64")
+        if self.base:
+            _check((yield from self._call("munmap", self.base, self.size)), "munmap")
+            self.base = 0
+        self.restore()
+
+    def restore(self) -> None:
+        """In an event stop: the registers *unmodified*, so that the kernel itself restarts an interrupted call or
+        lets it fail with EINTR, as the signals that are pending by then demand."""
+        ptrace.write_registers(self.tid, self._endless_wait_restarted())
+        ptrace.set_signal_mask(self.tid, self._mask)
+
+    def repeat_swallowed(self) -> None:
+        """Send again what no mask can block and we had to take: only SIGSTOP. Before detaching."""
+        for number in self.swallowed:
+            os.kill(self.pid, number)
+
+    # -- details
+
+    def _call(self, name: str, *arguments: int) -> Call:
+        """One call through the instruction at ``gadget``, from event stop to event stop."""
+        words = self._fresh_registers()
+        words[self.architecture.number] = CALL_NUMBERS(self.architecture, name)
+        for index, value in zip(self.architecture.arguments, arguments):
+            words[index] = value & _WORD
+        words[self.architecture.instruction_pointer] = self.gadget
+        self._set(words)
+        self._go(ptrace.cont_to_syscall)
+        yield from self._until(_is_entry)
+        # Interrupted while inside the call, the task stops before it returns to user space, in an event stop again.
+        ptrace.interrupt(self.tid)
+        self._go(ptrace.cont)
+        yield from self._until(_is_event)
+        words = self._words(ptrace.read_registers(self.tid, len(self._registers)))
+        result = words[self.architecture.result]
+        return result - (1 << 64) if result >> 63 else result
+
+    def _go(self, resume: Callable[[int], None]) -> None:
+        self._resume = resume
+        resume(self.tid)
+
+    def _until(self, expected: Callable[[int, int], bool]) -> Script:
+        while True:
+            yield Wait.STOP
+            number, event = self.stop
+            if expected(number, event):
+                return
+            self.absorb()
+
+    def absorb(self) -> None:
+        """Go on after a stop that was not asked for: SIGSTOP, or news about a group-stop.
+
+        OSError EFAULT for a signal that says the injected code itself failed.
+        """
+        number, event = self.stop
+        if not event and number != ptrace.SYSCALL_STOP:
+            if number != signal.SIGSTOP:
+                raise OSError(errno.EFAULT, f"injected calls were ended by signal {number}", str(self.pid))
+            self.swallowed.add(number)
+        self._resume(self.tid)
+
+    def _raise_limit(self, descriptors: int) -> Script:
+        self.write(self.base + LIMITS, struct.pack("<QQ", descriptors, descriptors))
+        address = self.base + LIMITS
+        _check((yield from self._call("prlimit64", 0, _RLIMIT_NOFILE, 0, address + 16)), "prlimit64")
+        limits = self.read(address + 16, 16)
+        (hard,) = struct.unpack_from("<Q", limits, 8)
+        self.write(address, struct.pack("<QQ", min(descriptors, hard), hard))
+        _check((yield from self._call("prlimit64", 0, _RLIMIT_NOFILE, address, 0)), "prlimit64")
+        self._limits = limits
+
+    def _words(self, registers: bytes) -> List[int]:
+        return list(self.architecture.words(registers))
+
+    def _fresh_registers(self) -> List[int]:
+        words = self._words(self._registers)
+        words[self.architecture.original] = _WORD  # else the kernel would "restart" with our registers
+        return words
+
+    def _set(self, words: List[int]) -> None:
+        ptrace.write_registers(self.tid, struct.pack(f"<{len(words)}Q", *words))
+
+    def _compatibility_mode(self) -> bool:
+        return self.architecture.machine == "x86_64" and self._words(self._registers)[17] == 0x23  # cs: __USER32_CS
+
+    def _leave_critical_section(self) -> None:
+        """Abort an rseq critical section as the kernel would: it will see our code and take the section for left."""
+        words = self._words(self._registers)
+        if words[self.architecture.original] >> 63 == 0:
+            return  # in a system call, hence in no section
+        area = ptrace.rseq_area(self.tid)
+        if area is None:
+            return
+        (section,) = struct.unpack("<Q", self.read(area + 8, 8))
+        if not section:
+            return
+        start, length, abort = struct.unpack("<8xQQQ", self.read(section, 32))
+        pointer = words[self.architecture.instruction_pointer]
+        if start <= pointer < start + length:
+            words[self.architecture.instruction_pointer] = abort
+            self._registers = struct.pack(f"<{len(words)}Q", *words)
+
+    def _endless_wait_restarted(self) -> bytes:
+        words = self._words(self._registers)
+        if words[self.architecture.result] - (1 << 64) != _EINTR:
+            return self._registers
+        rule = _RESTARTABLE.get(words[self.architecture.original])
+        if rule is None:
+            return self._registers
+        argument, negative = rule
+        if argument >= 0:
+            value = words[self.architecture.arguments[argument]]
+            if not (value & 0x80000000 if negative else value == 0):
+                return self._registers
+        words[self.architecture.result] = _ERESTARTNOHAND & _WORD
+        return struct.pack(f"<{len(words)}Q", *words)
+
+
+_STREAM = socket.SOCK_STREAM | socket.SOCK_CLOEXEC
+
+
+def CALL_NUMBERS(architecture: Architecture, name: str) -> int:
+    return architecture.calls[name]
+
+
+def _is_event(number: int, event: int) -> bool:
+    return event == ptrace.EVENT_STOP
+
+
+def _is_entry(number: int, event: int) -> bool:
+    return number == ptrace.SYSCALL_STOP
+
+
+def _check(result: int, call: str) -> None:
+    if result < 0:
+        raise OSError(-result, os.strerror(-result), call)
