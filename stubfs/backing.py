@@ -1,0 +1,256 @@
+"""One generation of contents: a directory fd and the operations beneath it, none of which leaves it.
+
+Paths are bytes relative to the directory, without a leading slash; b"" is the directory itself. Parents are
+resolved by openat2 without following any link, the last component never is one that gets followed.
+Credentials are the calling thread's. Everything raises OSError.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import stat
+import tempfile
+from typing import Dict, List, Sequence, Tuple
+
+from stubfs import syscalls
+from stubfs.syscalls import Resolve
+
+_INSIDE = Resolve.BENEATH | Resolve.NO_SYMLINKS | Resolve.NO_MAGICLINKS
+_PARENT = os.O_PATH | os.O_DIRECTORY
+# What a caller's open flags may ask of the backing file. Not O_DIRECT: our buffers are not aligned as it wants, and
+# FUSE has bypassed the page cache already.
+_OPEN_FLAGS = (
+    os.O_ACCMODE | os.O_APPEND | os.O_TRUNC | os.O_SYNC | os.O_DSYNC | os.O_NOATIME | os.O_NONBLOCK | os.O_DIRECTORY
+)
+_ONCE_FLAGS = os.O_CREAT | os.O_EXCL | os.O_TRUNC | os.O_NOCTTY
+
+
+def reopen_flags(flags: int) -> int:
+    """``flags`` less what must happen only at the first open: O_TRUNC would empty the file again."""
+    return flags & ~_ONCE_FLAGS
+
+
+class Backing:
+    """Owns ``fd`` (a directory, O_PATH or not), which close() closes."""
+
+    def __init__(self, fd: int, number: int, is_staging: bool) -> None:
+        self.fd = fd
+        self.number = number
+        self.is_staging = is_staging
+
+    def close(self) -> None:
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    def _parent(self, path: bytes) -> Tuple[int, bytes]:
+        """(fd of the parent, last component); the fd is the directory's own or to be given to _done."""
+        parent, slash, name = path.rpartition(b"/")
+        if not slash:
+            return self.fd, name or b"."
+        return syscalls.openat2(self.fd, parent, _PARENT, 0, _INSIDE), name
+
+    def _done(self, parent: int) -> None:
+        if parent != self.fd:
+            os.close(parent)
+
+    def stat(self, path: bytes) -> os.stat_result:
+        parent, name = self._parent(path)
+        try:
+            return os.stat(name, dir_fd=parent, follow_symlinks=False)
+        finally:
+            self._done(parent)
+
+    def open(self, path: bytes, flags: int) -> int:
+        """An open(2) of something that exists, with the flags that make sense here; the caller closes the fd."""
+        # O_NONBLOCK: what is a regular file to the kernel may be a fifo here by now, which must not hang us.
+        return syscalls.openat2(self.fd, path or b".", flags & _OPEN_FLAGS | os.O_NONBLOCK, 0, _INSIDE)
+
+    def create(self, path: bytes, flags: int, mode: int) -> int:
+        allowed = flags & (_OPEN_FLAGS | os.O_EXCL) | os.O_CREAT
+        return syscalls.openat2(self.fd, path, allowed, stat.S_IMODE(mode), _INSIDE)
+
+    def pin(self, path: bytes) -> int:
+        """An O_PATH fd of the object, of whatever type; the caller closes it."""
+        parent, name = self._parent(path)
+        try:
+            return os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
+        finally:
+            self._done(parent)
+
+    def mkdir(self, path: bytes, mode: int) -> None:
+        parent, name = self._parent(path)
+        try:
+            os.mkdir(name, mode, dir_fd=parent)
+        finally:
+            self._done(parent)
+
+    def mknod(self, path: bytes, mode: int, device: int) -> None:
+        parent, name = self._parent(path)
+        try:
+            os.mknod(name, mode, device, dir_fd=parent)
+        finally:
+            self._done(parent)
+
+    def symlink(self, target: bytes, path: bytes) -> None:
+        parent, name = self._parent(path)
+        try:
+            os.symlink(target, name, dir_fd=parent)
+        finally:
+            self._done(parent)
+
+    def readlink(self, path: bytes) -> bytes:
+        parent, name = self._parent(path)
+        try:
+            return os.readlink(name, dir_fd=parent)
+        finally:
+            self._done(parent)
+
+    def unlink(self, path: bytes) -> None:
+        parent, name = self._parent(path)
+        try:
+            os.unlink(name, dir_fd=parent)
+        finally:
+            self._done(parent)
+
+    def rmdir(self, path: bytes) -> None:
+        parent, name = self._parent(path)
+        try:
+            os.rmdir(name, dir_fd=parent)
+        finally:
+            self._done(parent)
+
+    def rename(self, old: bytes, new: bytes, flags: int = 0) -> None:
+        old_parent, old_name = self._parent(old)
+        try:
+            new_parent, new_name = self._parent(new)
+            try:
+                if flags:
+                    syscalls.renameat2(old_parent, old_name, new_parent, new_name, flags)
+                else:
+                    os.rename(old_name, new_name, src_dir_fd=old_parent, dst_dir_fd=new_parent)
+            finally:
+                self._done(new_parent)
+        finally:
+            self._done(old_parent)
+
+    def link(self, old: bytes, new: bytes) -> None:
+        old_parent, old_name = self._parent(old)
+        try:
+            new_parent, new_name = self._parent(new)
+            try:
+                os.link(old_name, new_name, src_dir_fd=old_parent, dst_dir_fd=new_parent, follow_symlinks=False)
+            finally:
+                self._done(new_parent)
+        finally:
+            self._done(old_parent)
+
+    def chmod(self, path: bytes, mode: int) -> None:
+        parent, name = self._parent(path)
+        try:
+            syscalls.fchmodat(parent, name, mode)
+        finally:
+            self._done(parent)
+
+    def chown(self, path: bytes, uid: int, gid: int) -> None:
+        parent, name = self._parent(path)
+        try:
+            os.chown(name, uid, gid, dir_fd=parent, follow_symlinks=False)
+        finally:
+            self._done(parent)
+
+    def truncate(self, path: bytes, size: int) -> None:
+        fd = self.open(path, os.O_WRONLY)
+        try:
+            os.ftruncate(fd, size)
+        finally:
+            os.close(fd)
+
+    def utimens(self, path: bytes, atime: Sequence[int], mtime: Sequence[int]) -> None:
+        parent, name = self._parent(path)
+        try:
+            syscalls.utimensat(parent, name, atime, mtime)
+        finally:
+            self._done(parent)
+
+    def access(self, path: bytes, mode: int) -> None:
+        parent, name = self._parent(path)
+        try:
+            syscalls.faccessat2(parent, name, mode)
+        finally:
+            self._done(parent)
+
+    def statvfs(self) -> os.statvfs_result:
+        return os.fstatvfs(self.fd)
+
+    # There is no getxattrat before Linux 6.13: go by the magic link of an O_PATH fd, which names the object itself.
+
+    def getxattr(self, path: bytes, name: bytes) -> bytes:
+        fd = self.pin(path)
+        try:
+            return os.getxattr(f"/proc/self/fd/{fd}", name)
+        finally:
+            os.close(fd)
+
+    def setxattr(self, path: bytes, name: bytes, value: bytes, flags: int) -> None:
+        fd = self.pin(path)
+        try:
+            os.setxattr(f"/proc/self/fd/{fd}", name, value, flags)
+        finally:
+            os.close(fd)
+
+    def listxattr(self, path: bytes) -> List[bytes]:
+        fd = self.pin(path)
+        try:
+            return [os.fsencode(name) for name in os.listxattr(f"/proc/self/fd/{fd}")]
+        finally:
+            os.close(fd)
+
+    def removexattr(self, path: bytes, name: bytes) -> None:
+        fd = self.pin(path)
+        try:
+            os.removexattr(f"/proc/self/fd/{fd}", name)
+        finally:
+            os.close(fd)
+
+
+class Staging(Backing):
+    """Where restore mode keeps its files: a tmpfs that is mounted nowhere, so nothing can be left behind.
+
+    Where that is not allowed (no CAP_SYS_ADMIN) a private temporary directory, which close() removes.
+    """
+
+    def __init__(self, number: int) -> None:
+        self._directory = ""
+        super().__init__(self._make(), number, is_staging=True)
+
+    def _make(self) -> int:
+        try:
+            return _detached_tmpfs({"source": "stubfs-staging", "mode": "0755"})
+        except OSError:
+            self._directory = tempfile.mkdtemp(prefix="stubfs-")
+            root = os.path.join(self._directory, "root")
+            os.mkdir(root, 0o755)
+            return os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+
+    def directory(self) -> int:
+        """A new fd of the directory, open for reading; the caller closes it."""
+        return os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=self.fd)
+
+    def discard(self) -> None:
+        """Remove what would outlive the process: nothing, in the usual case."""
+        directory, self._directory = self._directory, ""
+        if directory:
+            shutil.rmtree(directory, ignore_errors=True)
+
+
+def _detached_tmpfs(options: Dict[str, str]) -> int:
+    context = syscalls.fsopen("tmpfs")
+    try:
+        for key, value in options.items():
+            syscalls.fsconfig(context, key, value)
+        syscalls.fsconfig(context, None)
+        return syscalls.fsmount(context, syscalls.MountAttr.NOSUID | syscalls.MountAttr.NODEV)
+    finally:
+        os.close(context)

@@ -1,0 +1,112 @@
+"""Typed calls to a file system's control socket."""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+from types import TracebackType
+from typing import Any, Dict, Iterable, List, Optional, Sequence, Tuple, Type
+
+from stubfs import messages, wire
+from stubfs.errors import StubfsError, reason
+from stubfs.messages import FilesystemStatus, Handle, HeldRequest
+
+
+class FilesystemClient:
+    """A connection; a context manager. ``timeout`` in seconds holds for each call.
+
+    Calls raise StubfsError: what the file system refused (with its errno), or that it cannot be reached.
+    """
+
+    def __init__(self, path: str, timeout: Optional[float] = None) -> None:
+        self._path = path
+        try:
+            self._sock: socket.socket = wire.connect(path, timeout)
+        except OSError as error:
+            hint = "does the file system run, and is this its --socket-path?"
+            if error.errno == errno.ENAMETOOLONG:
+                hint = f"use a path of at most {wire.MAX_PATH} bytes"
+            raise StubfsError(
+                f"cannot reach a file system: {path}: {reason(error)}", hint, error.errno or errno.ECONNREFUSED
+            ) from error
+
+    def __enter__(self) -> "FilesystemClient":
+        return self
+
+    def __exit__(
+        self, kind: Optional[Type[BaseException]], error: Optional[BaseException], trace: Optional[TracebackType]
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._sock.close()
+
+    def _call(
+        self, command: str, fds: Sequence[int] = (), **arguments: Any
+    ) -> Tuple[Dict[str, Any], wire.Descriptors]:
+        try:
+            wire.send(self._sock, messages.encode({"command": command, **arguments}), fds)
+            packet = wire.receive(self._sock, messages.STATUS.size)
+        except OSError as error:
+            # Not the next request on this connection: its answer could be the one that is late.
+            self._sock.close()
+            number = errno.ETIMEDOUT if isinstance(error, socket.timeout) else error.errno
+            raise StubfsError(
+                f"cannot ask the file system for {command}: {self._path}: {reason(error) or 'timed out'}",
+                "",
+                number or errno.EIO,
+            ) from error
+        if packet is None:
+            raise StubfsError(
+                f"cannot ask the file system for {command}: {self._path}: it has ended", "", errno.ECONNRESET
+            )
+        prefix, payload, descriptors = packet
+        try:
+            (status,) = messages.STATUS.unpack(prefix)
+            answer = messages.decode(payload)
+            if status:
+                raise StubfsError(
+                    str(answer.get("message", os.strerror(-status))), str(answer.get("hint", "")), -status
+                )
+            return answer, descriptors
+        except ValueError as error:
+            descriptors.close()
+            raise StubfsError(
+                f"cannot understand the file system: {self._path}: {error}", "", errno.EPROTO
+            ) from error
+        except BaseException:
+            descriptors.close()
+            raise
+
+    def _ask(self, command: str, fds: Sequence[int] = (), **arguments: Any) -> Dict[str, Any]:
+        answer, descriptors = self._call(command, fds, **arguments)
+        descriptors.close()
+        return answer
+
+    def status(self) -> FilesystemStatus:
+        return FilesystemStatus(**self._ask("status"))
+
+    def mode(self, mode: str, directory: Optional[int] = None) -> FilesystemStatus:
+        """Change the mode; ``directory`` (for proxy) stays the caller's. Returns when the change is in force."""
+        return FilesystemStatus(**self._ask("mode", [] if directory is None else [directory], mode=mode))
+
+    def held(self) -> List[HeldRequest]:
+        return [HeldRequest(**item) for item in self._ask("held")["held"]]
+
+    def handles(self) -> List[Handle]:
+        return [Handle(**item) for item in self._ask("handles")["handles"]]
+
+    def nodes(self, numbers: Iterable[int]) -> Dict[int, Optional[str]]:
+        """node -> path relative to the root, None for one that has no name any more or is not known."""
+        return {number: path for number, path in self._ask("nodes", nodes=list(numbers))["nodes"]}
+
+    def staging(self) -> int:
+        """A directory fd of restore mode's contents, which the caller closes."""
+        _, descriptors = self._call("staging")
+        with descriptors:
+            return descriptors.steal(0)
+
+    def quit(self) -> None:
+        """End the file system: held requests get EIO; it unmounts what it has mounted itself."""
+        self._ask("quit")

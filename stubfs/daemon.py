@@ -1,0 +1,222 @@
+"""The process around a session: its fds, its signals, its way into the background, its main loop and its end."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import selectors
+import signal
+import socket
+import threading
+from functools import partial
+from typing import Callable, Iterable, List, Optional
+
+from stubfs import mount, wire
+from stubfs.control import Control
+from stubfs.errors import StubfsError, UsageError, reason
+from stubfs.modes import Mode, check_directory
+from stubfs.mount import MountOptions, OwnMount
+from stubfs.session import Session
+
+_log = logging.getLogger(__name__)
+_INIT_LIMIT = 10.0  # seconds for the kernel's first request, which it sends when the mount is made
+_OOM_SCORE = "-500"
+
+
+def close_inherited(kept: Iterable[int]) -> None:
+    """Close every fd but the standard ones and ``kept``: a pipe of a caller's must not live as long as we do."""
+    keep = {0, 1, 2, *kept}
+    for name in os.listdir("/proc/self/fd"):
+        if int(name) not in keep:
+            try:
+                os.close(int(name))
+            except OSError:
+                pass  # the listing's own
+
+
+def make_independent() -> None:
+    """Of the caller's directory, umask, and of the memory killer's taste for whoever has many blocked clients."""
+    os.chdir("/")
+    os.umask(0)
+    try:
+        with open("/proc/self/oom_score_adj", "w") as score:
+            score.write(_OOM_SCORE)
+    except OSError:
+        pass  # needs CAP_SYS_RESOURCE
+    import resource
+
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def go_background() -> Optional[Callable[[int], None]]:
+    """Fork. In the child: a function that tells the parent the exit status to end with. The parent never returns.
+
+    Before any thread is started.
+    """
+    read_end, write_end = os.pipe()
+    pid = os.fork()
+    if pid:
+        os.close(write_end)
+        told = os.read(read_end, 1)
+        if told:
+            os._exit(told[0])
+        _, status = os.waitpid(pid, 0)
+        os._exit(os.WEXITSTATUS(status) if os.WIFEXITED(status) else 128 + os.WTERMSIG(status))
+    os.close(read_end)
+    os.setsid()
+
+    def tell(status: int) -> None:
+        os.write(write_end, bytes([status]))
+        os.close(write_end)
+
+    return tell
+
+
+def leave_terminal(log_fd: Optional[int]) -> None:
+    """Standard input, output and error of a daemon: nothing, or the log."""
+    null = os.open(os.devnull, os.O_RDWR)
+    os.dup2(null, 0)
+    os.dup2(null if log_fd is None else log_fd, 1)
+    os.dup2(null if log_fd is None else log_fd, 2)
+    os.close(null)
+
+
+def warn_of_sysctls() -> None:
+    """Kernel settings that end blocked requests, or the machine, after a while."""
+    for path, meaning in (
+        ("/proc/sys/fs/fuse/max_request_timeout", "the kernel aborts the mount when a request is held longer (minutes)"),
+        ("/proc/sys/kernel/hung_task_panic", "the kernel panics when a process is blocked for long"),
+    ):
+        try:
+            with open(path) as setting:
+                value = setting.read().strip()
+        except OSError:
+            continue
+        if value not in ("", "0"):
+            _log.warning("%s is %s: %s (set it to 0)", path, value, meaning)
+
+
+class Daemon:
+    """Everything that must be undone if the start fails, or at the end."""
+
+    def __init__(
+        self, mountpoint: str, mode: Mode, proxy_directory: Optional[str], socket_path: Optional[str],
+        options: MountOptions,
+    ) -> None:  # fmt: skip
+        self._cleanups: List[Callable[[], None]] = []
+        self._control: Optional[Control] = None
+        self._wake_read, self._wake_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        self._leaving = threading.Lock()
+        self._left = False
+        try:
+            self._start(mountpoint, mode, proxy_directory, socket_path, options)
+        except BaseException:
+            self.leave()
+            raise
+
+    def _start(
+        self, mountpoint: str, mode: Mode, proxy_directory: Optional[str], socket_path: Optional[str],
+        options: MountOptions,
+    ) -> None:  # fmt: skip
+        directory = _open_directory(proxy_directory) if proxy_directory is not None else None
+        sock = _listen(socket_path) if socket_path is not None else None
+        if sock is not None:
+            self._cleanups.append(sock.close)
+            self._cleanups.append(partial(_remove, str(socket_path), os.stat(str(socket_path))))
+        device = mount.device_fd_of(mountpoint)
+        if device is None:
+            own = OwnMount(mountpoint, options)
+            self._cleanups.append(own.unmount)
+            device = own.device_fd
+        own_device = mount.connection_device(device)
+        if directory is not None:
+            try:
+                check_directory(directory, own_device)
+            except OSError as error:
+                raise StubfsError(
+                    f"cannot use {proxy_directory}: {reason(error)}", "give a directory of the real file system",
+                    error.errno or errno.EINVAL,
+                ) from error  # fmt: skip
+        self._session = Session(device, mode, directory)
+        self._cleanups.append(self._session.staging.discard)
+        # First of all, so that nobody waits for a mount that is going away.
+        self._cleanups.append(self._session.quit)
+        self._session.start(self._wake)
+        if not self._session.wait_ready(_INIT_LIMIT):
+            raise StubfsError(
+                f"cannot serve {mountpoint}: the kernel sends no request", "is it the device of a mount?", errno.ENODEV
+            )
+        if sock is not None:
+            sock.setblocking(False)
+            self._control = Control(sock, self._session, mountpoint, own_device, self.leave, self._wake)
+
+    def _wake(self) -> None:
+        try:
+            os.write(self._wake_write, b"\0")
+        except OSError:
+            pass  # full: it is awake
+
+    def run(self) -> None:
+        """Until the mount is gone, or a signal or a client ends it."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: None)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        signal.set_wakeup_fd(self._wake_write, warn_on_full_buffer=False)
+        if self._session.has_ended():
+            self._wake()
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._wake_read, selectors.EVENT_READ)
+            if self._control is not None:
+                selector.register(self._control.socket, selectors.EVENT_READ, self._control)
+            while True:
+                ready = [key.data for key, _ in selector.select()]
+                if None in ready:
+                    return
+                for control in ready:
+                    control.accept()
+
+    def leave(self) -> None:
+        """Undo everything, in reverse order. Threads that hang in the real file system are left to the exit."""
+        with self._leaving:
+            if self._left:
+                return
+            self._left = True
+            for cleanup in reversed(self._cleanups):
+                try:
+                    cleanup()
+                except OSError as error:
+                    _log.error("cannot clean up: %s", error)
+
+
+def _open_directory(path: str) -> int:
+    try:
+        return os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as error:
+        raise StubfsError(
+            f"cannot use {path}: {reason(error)}", "give a directory of the real file system", error.errno or errno.EIO
+        ) from error
+
+
+def _listen(path: str) -> socket.socket:
+    try:
+        return wire.listen(path)
+    except OSError as error:
+        hint = {
+            errno.EADDRINUSE: "another file system has it, or another file is there: choose another --socket-path",
+            errno.ENAMETOOLONG: f"use a --socket-path of at most {wire.MAX_PATH} bytes",
+            errno.ENOENT: "make its directory first",
+        }
+        raise UsageError(
+            f"cannot listen on {path}: {reason(error)}", hint.get(error.errno or 0, ""), error.errno or errno.EIO
+        ) from error
+
+
+def _remove(path: str, made: os.stat_result) -> None:
+    """Remove the socket's file if it still is the one that was ``made``."""
+    try:
+        if os.path.samestat(os.stat(path), made):
+            os.unlink(path)
+    except FileNotFoundError:
+        pass

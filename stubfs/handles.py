@@ -1,0 +1,160 @@
+"""The table of open files: fh -> node, generation, flags, backing fd; reopening after a change of generation.
+
+A handle owns its backing fds: the current one, and those of former generations, which close only with the handle,
+because an operation on them may still be under way. All of them close with the RELEASE of the handle.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+from typing import Dict, List, Optional, Tuple
+
+from stubfs import backing as backing_module
+from stubfs.backing import Backing
+from stubfs.credentials import Credentials, ThreadIdentity
+from stubfs.nodes import NodeTable
+
+
+class OpenFile:
+    __slots__ = (
+        "fh", "node", "is_directory", "flags", "generation", "fd", "former", "credentials", "tid", "position",
+        "lock", "unappended",
+    )  # fmt: skip
+
+    def __init__(
+        self, fh: int, node: int, is_directory: bool, flags: int, generation: int, fd: int,
+        credentials: Credentials, tid: int,
+    ) -> None:  # fmt: skip
+        self.fh = fh
+        self.node = node  # 0 while a CREATE is under way
+        self.is_directory = is_directory
+        self.flags = flags  # as the opener gave them
+        self.generation = generation  # number of the backing directory that fd is in
+        self.fd = fd
+        self.former: List[int] = []
+        self.credentials = credentials  # the opener's: reopening happens in its name
+        self.tid = tid
+        self.position = -1  # of a directory: the offset at which fd stands; -1: unknown
+        self.lock = threading.Lock()  # reopening, and a directory's position
+        self.unappended = -1
+
+    def without_append(self) -> int:
+        """An fd whose pwrite(2) obeys the offset: with O_APPEND it never does, and a page has its place."""
+        if not self.flags & os.O_APPEND:
+            return self.fd
+        with self.lock:
+            if self.unappended < 0:
+                self.unappended = os.open(f"/proc/self/fd/{self.fd}", os.O_WRONLY | os.O_CLOEXEC)
+            return self.unappended
+
+    def close(self) -> None:
+        fds = [self.fd, self.unappended, *self.former]
+        self.fd = self.unappended = -1
+        self.former = []
+        for fd in fds:
+            if fd >= 0:
+                try:
+                    os.close(fd)
+                except OSError:
+                    pass  # an error of writing back; FLUSH has reported it to whoever closed
+
+
+class HandleTable:
+    def __init__(self, nodes: NodeTable) -> None:
+        self._nodes = nodes
+        self._lock = threading.Lock()
+        self._files: Dict[int, OpenFile] = {}
+        self._of_node: Dict[int, Dict[int, OpenFile]] = {}
+        self._next = 1
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def add(
+        self, node: int, is_directory: bool, flags: int, backing: Backing, fd: int, credentials: Credentials, tid: int
+    ) -> OpenFile:
+        """A handle that owns ``fd`` from now on."""
+        with self._lock:
+            fh = self._next
+            self._next += 1
+            file = OpenFile(fh, node, is_directory, flags, backing.number, fd, credentials, tid)
+            self._files[fh] = file
+            if node:
+                self._of_node.setdefault(node, {})[fh] = file
+            return file
+
+    def created(self, fh: int, node: int) -> None:
+        """CREATE's reply has told the node of a file that was opened before it had one."""
+        with self._lock:
+            file = self._files.get(fh)
+            if file is not None:
+                file.node = node
+                self._of_node.setdefault(node, {})[fh] = file
+
+    def get(self, fh: int) -> OpenFile:
+        """OSError EBADF if there is no such handle."""
+        file = self._files.get(fh)
+        if file is None:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        return file
+
+    def of_node(self, node: int) -> Optional[OpenFile]:
+        """Any open file of the node; one that can be written to, if there is one."""
+        with self._lock:
+            found = None
+            for file in self._of_node.get(node, {}).values():
+                found = file
+                if file.flags & os.O_ACCMODE != os.O_RDONLY:
+                    break
+            return found
+
+    def use(self, fh: int, backing: Backing, identity: ThreadIdentity) -> OpenFile:
+        """The handle, with its fd in ``backing``'s generation.
+
+        A file whose name was removed stays in its own generation. OSError: ESTALE if the new generation has no such
+        file, or what opening it gives its opener.
+        """
+        file = self.get(fh)
+        if file.generation == backing.number:
+            return file
+        with file.lock:
+            if file.generation == backing.number:
+                return file
+            path = self._nodes.path(file.node)
+            if path is None:
+                return file
+            identity.assume(file.credentials)
+            flags = backing_module.reopen_flags(file.flags)
+            try:
+                fd = backing.open(path, flags | os.O_DIRECTORY if file.is_directory else flags)
+            except OSError as error:
+                if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EISDIR, errno.ENXIO):
+                    raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), path) from error
+                raise
+            file.former.append(file.fd)
+            if file.unappended >= 0:
+                file.former.append(file.unappended)
+                file.unappended = -1
+            file.fd, file.position = fd, -1
+            file.generation = backing.number  # last: who sees it without the lock goes on to use fd
+            return file
+
+    def release(self, fh: int) -> None:
+        with self._lock:
+            file = self._files.pop(fh, None)
+            if file is not None and file.node:
+                siblings = self._of_node.get(file.node)
+                if siblings is not None:
+                    siblings.pop(fh, None)
+                    if not siblings:
+                        del self._of_node[file.node]
+        if file is not None:
+            file.close()
+
+    def snapshot(self) -> List[Tuple[OpenFile, Optional[bytes]]]:
+        """Every open file, with its node's path (None: it has no name any more)."""
+        with self._lock:
+            files = list(self._files.values())
+        return [(file, self._nodes.path(file.node)) for file in files]

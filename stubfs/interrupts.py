@@ -1,0 +1,116 @@
+"""Which signals end a wait: only those that end the process, as on a hard NFS mount.
+
+The kernel announces the first signal to a waiting thread, whatever it is, and never another one. Fake signals of
+the freezer and of ptrace, handled signals and job control must not be seen by the caller as EINTR. So who was
+interrupted and goes on waiting is looked at again from time to time.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from typing import Callable, Dict
+
+_PERIOD = 0.25  # seconds between two looks
+_BUDGET = 0.05  # seconds that one look may take; the rest has its turn at the next one
+_IGNORED_BY_DEFAULT = (
+    signal.SIGCHLD, signal.SIGCONT, signal.SIGURG, signal.SIGWINCH,
+    signal.SIGSTOP, signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU,
+)  # fmt: skip
+
+
+def _bit(number: int) -> int:
+    return 1 << (number - 1)
+
+
+_HARMLESS = sum(_bit(number) for number in _IGNORED_BY_DEFAULT)
+_KILL = _bit(signal.SIGKILL)
+
+
+def is_fatal(status: bytes) -> bool:
+    """Whether the thread with this /proc/TID/status is to die of a signal it has pending.
+
+    The kernel marks a thread that dies of any signal without a core dump with SIGKILL (complete_signal() in
+    kernel/signal.c). One that dumps core stays pending itself until it is delivered, which the wait prevents.
+    """
+    fields = dict(line.split(b":", 1) for line in status.splitlines() if b":" in line)
+    pending = int(fields[b"SigPnd"], 16)
+    if pending & _KILL:
+        return True
+    pending |= int(fields[b"ShdPnd"], 16)
+    if pending & _KILL:
+        return True
+    if int(fields.get(b"TracerPid", b"0")):
+        return False  # its tracer decides what becomes of the signal
+    blocked = int(fields[b"SigBlk"], 16) | int(fields[b"SigIgn"], 16) | int(fields[b"SigCgt"], 16)
+    return bool(pending & ~blocked & ~_HARMLESS)
+
+
+def is_dying(tid: int) -> bool:
+    """Whether the waiting thread must be let go. Who cannot be seen (of another pid namespace) must, to be safe."""
+    if not tid:
+        return True
+    try:
+        with open(f"/proc/{tid}/status", "rb") as status:
+            return is_fatal(status.read())
+    except FileNotFoundError:
+        return True
+    except (OSError, ValueError, KeyError):
+        return True
+
+
+class Interrupts:
+    """Decides on each INTERRUPT, at once and again later. ``end_wait`` answers a request with EINTR.
+
+    ``still_waits`` tells whether a request is unanswered. Both are called with the request's unique number.
+    """
+
+    def __init__(self, still_waits: Callable[[int], bool], end_wait: Callable[[int], None]) -> None:
+        self._still_waits = still_waits
+        self._end_wait = end_wait
+        self._ignored: Dict[int, int] = {}
+        self._some = threading.Event()
+        self._ended = False
+        self._thread = threading.Thread(target=self._sweep, name="interrupts", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def interrupt(self, unique: int, tid: int) -> None:
+        """The caller ``tid`` of the waiting request ``unique`` has got some signal."""
+        if is_dying(tid):
+            self._end_wait(unique)
+        else:
+            self._ignored[unique] = tid
+            self._some.set()
+
+    def _sweep(self) -> None:
+        pause = threading.Event()
+        while not self._ended:
+            if not self._ignored:
+                self._some.clear()
+                if not self._ignored:  # again: one may have come before clear()
+                    self._some.wait()
+                continue
+            pause.wait(_PERIOD)
+            self.look()
+
+    def look(self) -> None:
+        """One bounded look at those that were interrupted and wait on."""
+        deadline = time.monotonic() + _BUDGET
+        for unique, tid in list(self._ignored.items()):
+            if not self._still_waits(unique):
+                self._ignored.pop(unique, None)
+            elif is_dying(tid):
+                self._ignored.pop(unique, None)
+                self._end_wait(unique)
+            elif time.monotonic() > deadline:
+                break
+            else:
+                # To the end of the order, so that the next look begins with those not seen now.
+                self._ignored[unique] = self._ignored.pop(unique, tid)
+
+    def end(self) -> None:
+        self._ended = True
+        self._some.set()

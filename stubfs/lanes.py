@@ -1,0 +1,202 @@
+"""Threads that serve requests: one at a time per source, and another one as soon as that one is stuck.
+
+A lane is a source of requests (the device; the held ones that are let go) with one thread, its owner, that fetches
+and serves. When the owner has been inside one request for about a millisecond, the monitor makes another thread
+the owner. So a request that hangs in the real file system never stops the others, and no hand-over costs the
+usual case anything. A few idle threads are kept.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from typing import Callable, List, Optional, Tuple
+
+from stubfs import libfuse
+from stubfs.credentials import ThreadIdentity
+from stubfs.nodes import Orphan
+from stubfs.request import Device, Request
+
+_log = logging.getLogger(__name__)
+_TICK = 0.001  # seconds after which an owner inside the same request counts as stuck
+_IDLE_TICKS = 20  # without a request before the monitor sleeps
+_SPARE_THREADS = 3  # per lane
+
+
+class Worker:
+    """What one serving thread has of its own. ``state`` is the one its request is served under, None between two."""
+
+    def __init__(self, device: Device) -> None:
+        self.buffer, native = libfuse.make_buffer()
+        self.buffers = [self.buffer]
+        self.output, _ = libfuse.make_buffer()
+        self.read_request = Request(device, self.buffer, native)
+        self.request: Request = self.read_request  # the one being served
+        self.identity = ThreadIdentity()
+        self.state: Optional[object] = None
+        self.count = 0  # requests begun
+        self.busy = False
+        self.rename_flags = 0
+        self.rename: Tuple[int, bytes, bytes] = (0, b"", b"")  # new parent, old and new name of a RENAME under way
+        self.orphan: Optional[Orphan] = None  # of the name that is being removed
+        self.wake = threading.Semaphore(0)
+
+
+class CurrentWorker(threading.local):
+    """The worker of the calling thread."""
+
+    worker: Worker
+
+
+class Monitor:
+    """The thread that looks after stuck owners; sleeps while nothing is going on."""
+
+    def __init__(self) -> None:
+        self._lanes: List["Lane"] = []
+        self.asleep = False
+        self._awake = threading.Semaphore(0)
+        self._ended = False
+
+    def watch(self, lane: "Lane") -> None:
+        self._lanes.append(lane)
+
+    def start(self) -> None:
+        threading.Thread(target=self._run, name="monitor", daemon=True).start()
+
+    def wake(self) -> None:
+        if self.asleep:
+            self.asleep = False
+            self._awake.release()
+
+    def end(self) -> None:
+        self._ended = True
+        self.wake()
+
+    def _run(self) -> None:
+        pause = threading.Event()
+        idle = 0
+        while not self._ended:
+            active = False
+            for lane in self._lanes:
+                active = lane.check() or active
+            idle = 0 if active else idle + 1
+            if idle < _IDLE_TICKS:
+                pause.wait(_TICK)
+                continue
+            self.asleep = True
+            # An owner sets busy before it looks at asleep; so one of the two sees the other.
+            if any(lane.is_busy() for lane in self._lanes) or self._ended:
+                self.asleep = False
+            else:
+                self._awake.acquire()
+            idle = 0
+
+
+class Lane:
+    """``fetch`` blocks for a worker's next request, None ends the lane; ``serve`` must not raise."""
+
+    def __init__(
+        self,
+        name: str,
+        device: Device,
+        monitor: Monitor,
+        current: CurrentWorker,
+        fetch: Callable[[Worker], Optional[Request]],
+        serve: Callable[[Worker, Request], None],
+    ) -> None:
+        self.name = name
+        self.workers: List[Worker] = []
+        self._device = device
+        self._monitor = monitor
+        self._current = current
+        self._fetch = fetch
+        self._serve = serve
+        self._lock = threading.Lock()
+        self._spare: List[Worker] = []
+        self._owner: Optional[Worker] = None
+        self._seen = 0
+        self._ended = False
+        monitor.watch(self)
+
+    def start(self) -> None:
+        """Make a thread the owner. RuntimeError if there can be no more threads."""
+        with self._lock:
+            self._own()
+
+    def _own(self) -> None:
+        if self._spare:
+            self._owner = self._spare.pop()
+            self._owner.wake.release()
+            return
+        worker = Worker(self._device)
+        thread = threading.Thread(
+            target=self._run, args=(worker,), name=f"{self.name}-{len(self.workers)}", daemon=True
+        )
+        former, self._owner = self._owner, worker
+        self.workers.append(worker)
+        try:
+            thread.start()
+        except RuntimeError:
+            self._owner = former
+            self.workers.remove(worker)
+            raise
+
+    def is_busy(self) -> bool:
+        owner = self._owner
+        return owner is not None and owner.busy
+
+    def check(self) -> bool:
+        """Replace an owner that has not got on since the last call. Whether there was anything going on."""
+        owner = self._owner
+        if owner is None:
+            return False
+        count, busy = owner.count, owner.busy
+        active = busy or count != self._seen
+        if busy and count == self._seen and not self._ended:
+            with self._lock:
+                if owner is self._owner:
+                    try:
+                        self._own()
+                        owner = self._owner
+                        count = owner.count
+                    except RuntimeError as error:
+                        _log.error("cannot start another thread: %s; requests wait for the stuck one", error)
+        self._seen = count
+        return active
+
+    def _run(self, worker: Worker) -> None:
+        self._current.worker = worker
+        fetch, serve, monitor = self._fetch, self._serve, self._monitor
+        try:
+            while self._owner is worker or self._stand_by(worker):
+                request = fetch(worker)
+                if request is None:
+                    break
+                worker.request = request
+                worker.count += 1
+                worker.busy = True
+                if monitor.asleep:
+                    monitor.wake()
+                serve(worker, request)
+                worker.busy = False
+        finally:
+            with self._lock:
+                self.workers.remove(worker)
+
+    def _stand_by(self, worker: Worker) -> bool:
+        """Wait to become the owner; False: there are enough that wait, end this thread."""
+        with self._lock:
+            if self._owner is worker:
+                return True
+            if self._ended or len(self._spare) >= _SPARE_THREADS:
+                return False
+            self._spare.append(worker)
+        worker.wake.acquire()
+        return not self._ended
+
+    def end(self) -> None:
+        with self._lock:
+            self._ended = True
+            for worker in self._spare:
+                worker.wake.release()
+            self._spare.clear()

@@ -1,0 +1,260 @@
+"""Making and removing FUSE mounts: detached by the mount API as root, by fusermount without.
+
+Nothing here serves requests. Used by ``stubfs`` itself and by whoever attaches the mount somewhere else.
+"""
+
+from __future__ import annotations
+
+import array
+import errno
+import os
+import shutil
+import socket
+import stat
+import subprocess
+from dataclasses import dataclass
+from typing import Dict, List, Optional, Tuple
+
+from stubfs import syscalls
+from stubfs.errors import MissingFeatureError, StubfsError, UsageError, reason
+from stubfs.syscalls import MountAttr
+
+DEVICE = "/dev/fuse"
+FD_PREFIX = "/dev/fd/"
+_DEVICE_NUMBER = os.makedev(10, 229)  # Documentation/admin-guide/devices.txt
+
+
+@dataclass(frozen=True)
+class MountOptions:
+    """``attributes`` are the mount's own; None for allow_other: as the maker of the mount is root or not."""
+
+    source: str = "stubfs"
+    subtype: str = "stubfs"
+    attributes: MountAttr = MountAttr.NOSUID | MountAttr.NODEV
+    allow_other: Optional[bool] = None
+
+
+_FLAGS = {
+    "ro": MountAttr.RDONLY, "nosuid": MountAttr.NOSUID, "nodev": MountAttr.NODEV, "noexec": MountAttr.NOEXEC,
+}  # fmt: skip
+_OPPOSITES = {"rw": "ro", "suid": "nosuid", "dev": "nodev", "exec": "noexec"}
+_IGNORED = ("defaults", "auto", "noauto", "user", "nouser", "nofail", "_netdev", "relatime", "noatime")
+
+
+def parse_options(text: str) -> MountOptions:
+    """The argument of -o, as mount(8) gives it. UsageError for what is unknown."""
+    attributes = MountAttr.NOSUID | MountAttr.NODEV
+    values: Dict[str, str] = {}
+    allow_other: Optional[bool] = None
+    for word in filter(None, text.split(",")):
+        key, _, value = word.partition("=")
+        if word in _FLAGS:
+            attributes |= _FLAGS[word]
+        elif word in _OPPOSITES:
+            attributes &= ~_FLAGS[_OPPOSITES[word]]
+        elif word == "allow_other":
+            allow_other = True
+        elif key in ("fsname", "subtype") and value:
+            values["source" if key == "fsname" else key] = value
+        elif word not in _IGNORED and not word.startswith("x-"):
+            known = [*_FLAGS, *_OPPOSITES, "allow_other", "fsname=NAME", "subtype=NAME"]
+            raise UsageError(f"cannot mount: -o {word}: no such option", f"known: {', '.join(known)}")
+    return MountOptions(attributes=attributes, allow_other=allow_other, **values)
+
+
+def open_device() -> int:
+    """A new /dev/fuse fd, the caller's. MissingFeatureError says what to do."""
+    try:
+        return os.open(DEVICE, os.O_RDWR | os.O_CLOEXEC)
+    except OSError as error:
+        hint = {
+            errno.ENOENT: "load the module: modprobe fuse; in a container, give it the device",
+            errno.ENODEV: "load the module: modprobe fuse",
+            errno.EACCES: "let this user open it, or become root",
+            errno.EPERM: "let the container open it: device 10:229",
+        }.get(error.errno or 0, "")
+        raise MissingFeatureError(
+            f"cannot open {DEVICE}: {reason(error)}", hint, error.errno or errno.ENODEV
+        ) from error
+
+
+def device_fd_of(mountpoint: str) -> Optional[int]:
+    """N of a mountpoint "/dev/fd/N", checked to be an open /dev/fuse; None for a path. UsageError if it is not."""
+    if not mountpoint.startswith(FD_PREFIX):
+        return None
+    try:
+        fd = int(mountpoint[len(FD_PREFIX) :])
+        status = os.fstat(fd)
+        if not stat.S_ISCHR(status.st_mode) or status.st_rdev != _DEVICE_NUMBER:
+            raise ValueError(f"not {DEVICE}")
+    except (ValueError, OverflowError, OSError) as error:
+        raise UsageError(
+            f"cannot serve {mountpoint}: {reason(error)}", f"pass an open {DEVICE} of a mount as that descriptor"
+        ) from error
+    return fd
+
+
+def fuse_mount(
+    subtype: str = "stubfs",
+    source: str = "stubfs",
+    attributes: int = MountAttr.NOSUID | MountAttr.NODEV,
+    allow_other: bool = True,
+    extra: Optional[Dict[str, Optional[str]]] = None,
+) -> Tuple[int, int]:
+    """(device fd, mount fd) of a new detached FUSE mount, made in the calling process's namespaces.
+
+    Both fds are the caller's and close-on-exec. Whoever serves the device must be able to see the callers' pids:
+    they are numbered as in the pid namespace of this process. OSError; MissingFeatureError without /dev/fuse.
+    """
+    device = open_device()
+    try:
+        context = syscalls.fsopen("fuse")
+        try:
+            syscalls.fsconfig(context, "source", source)
+            syscalls.fsconfig(context, "subtype", subtype)
+            syscalls.fsconfig(context, "fd", str(device))
+            syscalls.fsconfig(context, "rootmode", "40000")
+            syscalls.fsconfig(context, "user_id", str(os.geteuid()))
+            syscalls.fsconfig(context, "group_id", str(os.getegid()))
+            if allow_other:
+                syscalls.fsconfig(context, "allow_other")
+            for key, value in (extra or {}).items():
+                syscalls.fsconfig(context, key, value)
+            if attributes & MountAttr.RDONLY:
+                syscalls.fsconfig(context, "ro")
+            syscalls.fsconfig(context, None)
+            return device, syscalls.fsmount(context, attributes)
+        finally:
+            os.close(context)
+    except BaseException:
+        os.close(device)
+        raise
+
+
+def connection_device(device_fd: int) -> Optional[int]:
+    """st_dev of the mount behind an open /dev/fuse; None where the kernel does not tell (before 6.5)."""
+    with open(f"/proc/self/fdinfo/{device_fd}", "rb") as info:
+        for line in info:
+            if line.startswith(b"fuse_connection:"):
+                return os.makedev(0, int(line.split()[1]))  # an anonymous device, set_anon_super(): major 0
+    return None
+
+
+def check_mountpoint(path: str) -> str:
+    """The absolute path of a directory that can be mounted on. StubfsError says why not."""
+    absolute = os.path.realpath(path)
+    for mountpoint, fstype in _mounts():
+        if mountpoint == absolute and fstype in ("fuse.stubfs", "fuse.spfs"):
+            raise StubfsError(
+                f"cannot mount on {path}: a stubfs is mounted there already",
+                f"use it, or unmount it first: umount -l {path}",
+                errno.EBUSY,
+            )
+    try:
+        status = os.stat(absolute)
+    except OSError as error:
+        hint = {errno.ENOENT: f"make it: mkdir -p {path}", errno.ENOTCONN: f"unmount it first: umount -l {path}"}
+        raise StubfsError(
+            f"cannot mount on {path}: {reason(error)}", hint.get(error.errno or 0, ""), error.errno or errno.EIO
+        ) from error
+    if not stat.S_ISDIR(status.st_mode):
+        raise StubfsError(f"cannot mount on {path}: not a directory", "give a directory", errno.ENOTDIR)
+    return absolute
+
+
+def _mounts() -> List[Tuple[str, str]]:
+    """(mountpoint, type) of every mount in this namespace, proc(5): /proc/PID/mountinfo."""
+    found = []
+    with open("/proc/self/mountinfo", "rb") as mountinfo:
+        for line in mountinfo:
+            fields, _, rest = line.partition(b" - ")
+            path = fields.split(b" ")[4].decode("unicode_escape").encode("latin-1")
+            found.append((os.fsdecode(path), os.fsdecode(rest.split(b" ")[0])))
+    return found
+
+
+class OwnMount:
+    """A mount that we made, with the device that serves it; unmount() removes it if it still is ours."""
+
+    def __init__(self, mountpoint: str, options: MountOptions) -> None:
+        self.mountpoint = mountpoint
+        self._by_fusermount = False
+        try:
+            self.device_fd, mount_fd = fuse_mount(
+                options.subtype,
+                options.source,
+                options.attributes,
+                options.allow_other is not False,
+            )
+        except OSError as error:
+            if error.errno != errno.EPERM:
+                raise StubfsError(
+                    f"cannot mount on {mountpoint}: {reason(error)}", "", error.errno or errno.EIO
+                ) from error
+            self.device_fd = _fusermount(mountpoint, options)
+            self._by_fusermount = True
+        else:
+            try:
+                syscalls.move_mount(mount_fd, os.fsencode(mountpoint))
+            except OSError as error:
+                os.close(self.device_fd)
+                raise StubfsError(
+                    f"cannot mount on {mountpoint}: {reason(error)}", "", error.errno or errno.EIO
+                ) from error
+            finally:
+                os.close(mount_fd)
+        self._device = connection_device(self.device_fd)
+
+    def device(self) -> Optional[int]:
+        return self._device
+
+    def unmount(self) -> None:
+        """Lazily, so that whoever still uses it does not keep it on the path. Never what somebody else put there."""
+        path = os.fsencode(self.mountpoint)
+        try:
+            if self._device is None or syscalls.device_without_sync(path) != self._device:
+                return
+            if self._by_fusermount:
+                subprocess.run([_fusermount_path(), "-u", "-z", "-q", self.mountpoint], check=False)
+            else:
+                syscalls.umount2(path, syscalls.MNT_DETACH)
+        except OSError:
+            return  # not on the path any more
+
+
+def _fusermount_path() -> str:
+    path = shutil.which("fusermount") or shutil.which("fusermount3")
+    if path is None:
+        raise MissingFeatureError(
+            "cannot mount without root: fusermount: not found", "install it: apt install fuse; or become root"
+        )
+    return path
+
+
+def _fusermount(mountpoint: str, options: MountOptions) -> int:
+    """The device fd of a mount made by the setuid helper, which sends it over a socket (_FUSE_COMMFD)."""
+    words = [f"fsname={options.source}", f"subtype={options.subtype}"]
+    if options.attributes & MountAttr.RDONLY:
+        words.append("ro")
+    if options.attributes & MountAttr.NOEXEC:
+        words.append("noexec")
+    if options.allow_other:
+        words.append("allow_other")
+    ours, its = socket.socketpair()
+    with ours, its:
+        process = subprocess.Popen(
+            [_fusermount_path(), "-o", ",".join(words), "--", mountpoint],
+            pass_fds=[its.fileno()],
+            env={**os.environ, "_FUSE_COMMFD": str(its.fileno())},
+            stderr=subprocess.PIPE,
+        )
+        its.close()
+        try:
+            _, ancillary, _, _ = ours.recvmsg(1, socket.CMSG_SPACE(4), socket.MSG_CMSG_CLOEXEC)
+        finally:
+            _, message = process.communicate()
+    for level, kind, content in ancillary:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            return int(array.array("i", content[:4])[0])
+    text = os.fsdecode(message).strip().replace("\n", "; ") or f"fusermount ended with {process.returncode}"
+    raise StubfsError(f"cannot mount on {mountpoint}: {text}", "become root, or mend what fusermount says", errno.EPERM)

@@ -1,0 +1,135 @@
+"""The fusepy class: path in, backing directory, errno out; nothing else.
+
+libfuse calls it for what changes or walks the tree; the loop calls it for what it answers itself by path. The
+request being served, and with it the generation and the credentials, is the calling worker's.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from typing import Any, Dict, List, Optional
+
+from stubfs.backing import Backing
+from stubfs.handles import HandleTable
+from stubfs.lanes import CurrentWorker
+from stubfs.libfuse import ENCODING
+
+_STAT_FIELDS = (
+    "st_mode", "st_nlink", "st_uid", "st_gid", "st_rdev", "st_size", "st_blocks", "st_blksize",
+)  # fmt: skip
+
+
+def _bytes(path: str) -> bytes:
+    return path.encode(ENCODING)[1:]
+
+
+def _text(name: bytes) -> str:
+    return name.decode(ENCODING)
+
+
+class Operations:
+    """Every method raises nothing but OSError: fusepy's wrapper has no right answer to anything else.
+
+    Not derived from fusepy's Operations, whose defaults claim success for what is not implemented; methods that
+    are missing here are operations that the loop answers itself.
+    """
+
+    use_ns = True
+    flag_nullpath_ok = 1
+    # Paths of open files are not computed: a hung read and an unlink would else block libfuse's tree.
+    flag_nopath = 1
+
+    def __init__(self, handles: HandleTable, current: CurrentWorker) -> None:
+        self._handles = handles
+        self._current = current
+
+    def __call__(self, operation: str, *arguments: Any) -> Any:
+        return getattr(self, operation)(*arguments)
+
+    @property
+    def backing(self) -> Backing:
+        backing: Optional[Backing] = getattr(self._current.worker.request.state, "backing", None)
+        if backing is None:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return backing
+
+    def init(self, path: str) -> None:
+        """Nothing to do; fusepy insists on it."""
+
+    def destroy(self, path: str) -> None:
+        """The session closes what there is to close."""
+
+    def getattr(self, path: Optional[str], info: Any = None) -> Dict[str, int]:
+        if info is not None:
+            status = os.fstat(self._handles.get(info.fh).fd)
+        else:
+            status = self.backing.stat(_bytes(path or "/"))
+        attributes = {name: getattr(status, name) for name in _STAT_FIELDS}
+        attributes["st_atime"] = status.st_atime_ns
+        attributes["st_mtime"] = status.st_mtime_ns
+        attributes["st_ctime"] = status.st_ctime_ns
+        return attributes
+
+    def readlink(self, path: str) -> str:
+        return _text(self.backing.readlink(_bytes(path)))
+
+    def mknod(self, path: str, mode: int, device: int) -> None:
+        self.backing.mknod(_bytes(path), mode, device)
+
+    def mkdir(self, path: str, mode: int) -> None:
+        self.backing.mkdir(_bytes(path), mode)
+
+    def symlink(self, path: str, target: str) -> None:
+        self.backing.symlink(target.encode(ENCODING), _bytes(path))
+
+    def unlink(self, path: str) -> None:
+        self.backing.unlink(_bytes(path))
+
+    def rmdir(self, path: str) -> None:
+        self.backing.rmdir(_bytes(path))
+
+    def rename(self, old: str, new: str) -> None:
+        self.backing.rename(_bytes(old), _bytes(new), self._current.worker.rename_flags)
+
+    def link(self, new: str, old: str) -> None:
+        self.backing.link(_bytes(old), _bytes(new))
+
+    def access(self, path: str, mode: int) -> None:
+        self.backing.access(_bytes(path), mode)
+
+    def create(self, path: str, mode: int, info: Any) -> int:
+        worker, backing = self._current.worker, self.backing
+        request = worker.request
+        fd = backing.create(_bytes(path), info.flags, mode)
+        credentials = worker.identity.of(request.uid, request.gid, request.tid)
+        # The node has no number yet; the reply will tell it.
+        info.fh = self._handles.add(0, False, info.flags, backing, fd, credentials, request.tid).fh
+        return 0
+
+    def open(self, path: str, info: Any) -> int:
+        """Only after a create whose file was there already: the loop answers OPEN itself."""
+        return self.create(path, 0, info)
+
+    def release(self, path: Optional[str], info: Any) -> None:
+        """Only when the reply to a CREATE found nobody waiting."""
+        self._handles.release(info.fh)
+
+    def statfs(self, path: str) -> Dict[str, int]:
+        status = self.backing.statvfs()
+        names = (
+            "f_bavail", "f_bfree", "f_blocks", "f_bsize", "f_favail", "f_ffree", "f_files", "f_frsize", "f_namemax",
+        )  # fmt: skip
+        return {name: getattr(status, name) for name in names}
+
+    def getxattr(self, path: str, name: str) -> bytes:
+        return self.backing.getxattr(_bytes(path), name.encode(ENCODING))
+
+    def setxattr(self, path: str, name: str, value: bytes, flags: int) -> None:
+        self.backing.setxattr(_bytes(path), name.encode(ENCODING), value, flags)
+
+    def listxattr(self, path: str) -> List[str]:
+        return [_text(name) for name in self.backing.listxattr(_bytes(path))]
+
+    def removexattr(self, path: str, name: str) -> None:
+        self.backing.removexattr(_bytes(path), name.encode(ENCODING))

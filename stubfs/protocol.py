@@ -1,0 +1,236 @@
+"""FUSE's wire format, as far as the session loop reads or writes it itself: headers, opcodes, replies.
+
+From include/uapi/linux/fuse.h; the layouts are checked against the C compiler in the tests. Pure data: nothing
+here does I/O, and libfuse's own structures are not here.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from enum import IntEnum, IntFlag
+from typing import Iterator, Tuple, Union
+
+ROOT_NODE = 1
+UNKNOWN_INO = 0xFFFFFFFF  # inode number of directory entries whose node nobody has looked up, as libfuse has it
+
+# Opcodes change with kernels: one that is not listed is answered with ENOSYS, which makes the kernel do without.
+
+
+class Opcode(IntEnum):
+    LOOKUP = 1
+    FORGET = 2
+    GETATTR = 3
+    SETATTR = 4
+    READLINK = 5
+    SYMLINK = 6
+    MKNOD = 8
+    MKDIR = 9
+    UNLINK = 10
+    RMDIR = 11
+    RENAME = 12
+    LINK = 13
+    OPEN = 14
+    READ = 15
+    WRITE = 16
+    STATFS = 17
+    RELEASE = 18
+    FSYNC = 20
+    SETXATTR = 21
+    GETXATTR = 22
+    LISTXATTR = 23
+    REMOVEXATTR = 24
+    FLUSH = 25
+    INIT = 26
+    OPENDIR = 27
+    READDIR = 28
+    RELEASEDIR = 29
+    FSYNCDIR = 30
+    GETLK = 31
+    SETLK = 32
+    SETLKW = 33
+    ACCESS = 34
+    CREATE = 35
+    INTERRUPT = 36
+    BMAP = 37
+    DESTROY = 38
+    IOCTL = 39
+    POLL = 40
+    NOTIFY_REPLY = 41
+    BATCH_FORGET = 42
+    FALLOCATE = 43
+    READDIRPLUS = 44
+    RENAME2 = 45
+    LSEEK = 46
+    COPY_FILE_RANGE = 47
+    SETUPMAPPING = 48
+    REMOVEMAPPING = 49
+    SYNCFS = 50
+    TMPFILE = 51
+    STATX = 52
+    COPY_FILE_RANGE_64 = 53
+
+
+def opcode_name(opcode: int) -> str:
+    """The operation's name as people know it: "lookup", or "opcode 99" for one from a newer kernel."""
+    try:
+        return Opcode(opcode).name.lower()
+    except ValueError:
+        return f"opcode {opcode}"
+
+
+class InitFlags(IntFlag):
+    ASYNC_READ = 1 << 0
+    POSIX_LOCKS = 1 << 1
+    ATOMIC_O_TRUNC = 1 << 3
+    EXPORT_SUPPORT = 1 << 4
+    BIG_WRITES = 1 << 5
+    DONT_MASK = 1 << 6
+    FLOCK_LOCKS = 1 << 10
+    AUTO_INVAL_DATA = 1 << 12
+    ASYNC_DIO = 1 << 15
+    PARALLEL_DIROPS = 1 << 18
+    ABORT_ERROR = 1 << 21
+    MAX_PAGES = 1 << 22
+    HANDLE_KILLPRIV_V2 = 1 << 28
+
+
+class SetattrValid(IntFlag):
+    MODE = 1 << 0
+    UID = 1 << 1
+    GID = 1 << 2
+    SIZE = 1 << 3
+    ATIME = 1 << 4
+    MTIME = 1 << 5
+    FH = 1 << 6
+    ATIME_NOW = 1 << 7
+    MTIME_NOW = 1 << 8
+
+
+GETATTR_FH = 1 << 0
+WRITE_CACHE = 1 << 0
+WRITE_KILL_SUIDGID = 1 << 2
+FSYNC_FDATASYNC = 1 << 0
+NOTIFY_INVAL_INODE = 2
+
+IN_HEADER = struct.Struct("=IIQQIIIHH")  # len opcode unique nodeid uid gid pid total_extlen padding
+OUT_HEADER = struct.Struct("=IiQ")  # len error unique
+ATTR = struct.Struct("=QQQQQQIIIIIIIIII")  # ino size blocks times(3) nsecs(3) mode nlink uid gid rdev blksize flags
+ENTRY = struct.Struct("=QQQQII")  # nodeid generation entry_valid attr_valid and their nanoseconds; ATTR follows
+ATTR_OUT = struct.Struct("=QII")  # attr_valid, nanoseconds, padding; ATTR follows
+OPEN_OUT = struct.Struct("=QII")  # fh open_flags padding
+INIT_OUT = struct.Struct("=IIIIHHIIHHI28x")
+FORGET_ONE = struct.Struct("=QQ")  # nodeid nlookup
+DIRENT = struct.Struct("=QQII")  # ino off namelen type; the name follows, padded to 8 bytes
+NATIVE_DIRENT = struct.Struct("=QqHB")  # struct linux_dirent64: ino off reclen type; the name follows
+
+GETATTR_IN = struct.Struct("=IIQ")  # flags dummy fh
+SETATTR_IN = struct.Struct("=IIQQQQQQIIIIIIII")
+OPEN_IN = struct.Struct("=II")  # flags open_flags
+RELEASE_IN = struct.Struct("=QIIQ")  # fh flags release_flags lock_owner
+READ_IN = struct.Struct("=QQIIQII")  # fh offset size read_flags lock_owner flags padding
+WRITE_IN = struct.Struct("=QQIIQII")  # fh offset size write_flags lock_owner flags padding
+FSYNC_IN = struct.Struct("=QII")  # fh flags padding
+FALLOCATE_IN = struct.Struct("=QQQII")  # fh offset length mode padding
+LSEEK_IN = struct.Struct("=QQII")  # fh offset whence padding
+RENAME_IN = struct.Struct("=Q")  # newdir; two names follow
+RENAME2_IN = struct.Struct("=QII")  # newdir flags padding; two names follow
+INVAL_INODE_OUT = struct.Struct("=Qqq")  # ino offset length
+GETXATTR_IN = struct.Struct("=II")  # size padding; GETXATTR: the name follows
+GETXATTR_OUT = struct.Struct("=II")
+SETXATTR_IN = struct.Struct("=II")  # size flags; the name and the value follow
+STATFS_OUT = struct.Struct("=QQQQQIIII24x")  # blocks bfree bavail files ffree bsize namelen frsize padding
+U32 = struct.Struct("=I")
+U64 = struct.Struct("=Q")
+WRITE_OUT = struct.Struct("=II")  # size padding
+
+BODY = IN_HEADER.size  # where a request's own structure begins
+ENTRY_OUT_SIZE = ENTRY.size + ATTR.size
+# Where the fixed structure before the name ends, of the operations that carry a name.
+NAME_OFFSETS = {
+    Opcode.LOOKUP: BODY,
+    Opcode.UNLINK: BODY,
+    Opcode.RMDIR: BODY,
+    Opcode.SYMLINK: BODY,
+    Opcode.RENAME: BODY + 8,
+    Opcode.RENAME2: BODY + 16,
+    Opcode.LINK: BODY + 8,
+    Opcode.MKDIR: BODY + 8,
+    Opcode.MKNOD: BODY + 16,
+    Opcode.CREATE: BODY + 16,
+    Opcode.REMOVEXATTR: BODY,
+}
+# The largest request is a WRITE: the header and WRITE_IN before the data must fit too.
+MAX_PAGES = 256
+MAX_WRITE = MAX_PAGES * 4096
+BUFFER_SIZE = MAX_WRITE + 4096
+
+
+def text_at(buffer: Union[bytes, memoryview], offset: int, end: int) -> bytes:
+    """The NUL-terminated bytes at ``offset``."""
+    part = bytes(buffer[offset:end])
+    return part[: part.index(0)] if 0 in part else part
+
+
+def attr(node: int, status: os.stat_result) -> bytes:
+    """struct fuse_attr of ``status``; the inode number is the node's, so that /proc identifies an object by it."""
+    atime, mtime, ctime = status.st_atime_ns, status.st_mtime_ns, status.st_ctime_ns
+    return ATTR.pack(
+        node,
+        status.st_size,
+        status.st_blocks,
+        (atime // 1_000_000_000) & 0xFFFFFFFFFFFFFFFF,  # times before 1970 are negative numbers in an unsigned field
+        (mtime // 1_000_000_000) & 0xFFFFFFFFFFFFFFFF,
+        (ctime // 1_000_000_000) & 0xFFFFFFFFFFFFFFFF,
+        atime % 1_000_000_000,
+        mtime % 1_000_000_000,
+        ctime % 1_000_000_000,
+        status.st_mode,
+        status.st_nlink,
+        status.st_uid,
+        status.st_gid,
+        encode_device(status.st_rdev),
+        status.st_blksize,
+        0,
+    )
+
+
+def encode_device(device: int) -> int:
+    """A device number as FUSE has it: new_encode_dev() of the kernel, 32 bits."""
+    if not device:
+        return 0
+    major, minor = os.major(device), os.minor(device)
+    return (minor & 0xFF) | (major << 8) | ((minor & ~0xFF) << 12)
+
+
+def attr_out(node: int, status: os.stat_result) -> bytes:
+    """A GETATTR or SETATTR reply; never valid for longer than the answer itself."""
+    return ATTR_OUT.pack(0, 0, 0) + attr(node, status)
+
+
+def entry_out(node: int, generation: int, status: os.stat_result) -> bytes:
+    """A LOOKUP reply; neither the name nor the attributes may be cached."""
+    return ENTRY.pack(node, generation, 0, 0, 0, 0) + attr(node, status)
+
+
+def statfs_out(status: os.statvfs_result) -> bytes:
+    return STATFS_OUT.pack(
+        status.f_blocks, status.f_bfree, status.f_bavail, status.f_files, status.f_ffree,
+        status.f_bsize, status.f_namemax, status.f_frsize, 0,
+    )  # fmt: skip
+
+
+def dirent(node: int, offset: int, kind: int, name: bytes) -> bytes:
+    return (DIRENT.pack(node, offset & 0xFFFFFFFFFFFFFFFF, len(name), kind) + name).ljust(
+        (DIRENT.size + len(name) + 7) & ~7, b"\0"
+    )
+
+
+def native_dirents(data: bytes, length: int) -> Iterator[Tuple[int, int, bytes]]:
+    """(offset of the next entry, type, name) of each entry in a getdents64 buffer."""
+    position = 0
+    while position < length:
+        _, offset, size, kind = NATIVE_DIRENT.unpack_from(data, position)
+        name = data[position + NATIVE_DIRENT.size : position + size]
+        yield offset, kind, name[: name.index(0)]
+        position += size

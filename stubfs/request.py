@@ -1,0 +1,111 @@
+"""One request as it was read from /dev/fuse, and the device that takes its reply."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+from typing import TYPE_CHECKING, Optional, Union
+
+from stubfs.protocol import BODY, IN_HEADER, INVAL_INODE_OUT, NOTIFY_INVAL_INODE, OUT_HEADER, text_at
+
+if TYPE_CHECKING:
+    from stubfs.modes import State
+
+_log = logging.getLogger(__name__)
+
+
+class Device:
+    """The /dev/fuse fd of one mount; the session's owner closes it."""
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+
+    def reply(self, unique: int, error: int, payload: bytes = b"") -> bool:
+        """Answer with ``payload``, or with an errno. False: nobody waits for the answer any more."""
+        try:
+            os.write(self.fd, OUT_HEADER.pack(OUT_HEADER.size + len(payload), -error, unique) + payload)
+        except OSError as failure:
+            return self._lost(unique, failure)
+        return True
+
+    def reply_data(self, unique: int, data: memoryview) -> bool:
+        """reply() for large payloads: without another copy."""
+        try:
+            os.writev(self.fd, [OUT_HEADER.pack(OUT_HEADER.size + len(data), 0, unique), data])
+        except OSError as failure:
+            return self._lost(unique, failure)
+        return True
+
+    def write_raw(self, data: bytes) -> int:
+        """A whole reply as libfuse has made it: 0, or a negative errno as libfuse wants it back."""
+        try:
+            os.write(self.fd, data)
+        except OSError as failure:
+            self._lost(OUT_HEADER.unpack_from(data)[2], failure)
+            return -(failure.errno or errno.EIO)
+        return 0
+
+    @staticmethod
+    def _lost(unique: int, failure: OSError) -> bool:
+        # ENOENT: the request was ended meanwhile (interrupted, aborted); ENODEV: the mount is gone.
+        if failure.errno not in (errno.ENOENT, errno.ENODEV, errno.ECONNABORTED):
+            _log.error("the kernel refused the answer to request %d: %s", unique, failure)
+        return False
+
+    def invalidate(self, node: int, offset: int = 0, length: int = 0) -> None:
+        """Drop the kernel's cached pages of ``node``; a length of 0 means to the end.
+
+        Dirty pages are written back first, through requests that another thread must serve, and pages that
+        a request under way has locked are waited for.
+        """
+        size = OUT_HEADER.size + INVAL_INODE_OUT.size
+        try:
+            os.write(
+                self.fd,
+                OUT_HEADER.pack(size, NOTIFY_INVAL_INODE, 0) + INVAL_INODE_OUT.pack(node, offset, length),
+            )
+        except OSError as failure:
+            if failure.errno not in (errno.ENOENT, errno.ENODEV, errno.ECONNABORTED):  # ENOENT: no such inode there
+                raise
+
+
+class Request:
+    """The header's fields, the bytes, and under which state it is being served.
+
+    A worker uses one object over and over for what it reads; what is held is a copy.
+    """
+
+    __slots__ = ("device", "opcode", "unique", "node", "uid", "gid", "tid", "buffer", "native", "length", "state")
+
+    def __init__(self, device: Device, buffer: Union[bytes, memoryview], native: object) -> None:
+        self.device = device
+        self.buffer = buffer
+        self.native = native  # the same bytes in the form that libfuse takes
+        self.length = 0
+        self.opcode = self.unique = self.node = self.uid = self.gid = self.tid = 0
+        self.state: Optional["State"] = None
+
+    def parse(self, length: int) -> None:
+        """Take the header over from the buffer, of which ``length`` bytes are valid."""
+        self.length = length
+        _, self.opcode, self.unique, self.node, self.uid, self.gid, self.tid, _, _ = IN_HEADER.unpack_from(
+            self.buffer
+        )
+
+    def copy(self) -> "Request":
+        """A request that lives on when the worker's buffer takes the next one; as small as possible."""
+        data = bytes(self.buffer[: self.length])
+        kept = Request(self.device, data, data)
+        kept.parse(self.length)
+        return kept
+
+    def name(self, offset: int = BODY) -> bytes:
+        """The NUL-terminated name at ``offset`` of the request."""
+        return text_at(self.buffer, offset, self.length)
+
+    def answer(self, payload: bytes = b"") -> bool:
+        return self.device.reply(self.unique, 0, payload)
+
+    def fail(self, number: int) -> bool:
+        return self.device.reply(self.unique, number)

@@ -1,0 +1,454 @@
+"""One mount's life: read, triage, serve or hold; the change of modes; the end.
+
+Threads: one lane reads /dev/fuse, one works off what stub mode held, each replaced when stuck (``lanes``); control
+clients call in from threads of their own. Lock order: a mode change's lock, then the tables' own; none is held
+across an operation on a backing directory.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import threading
+import time
+from typing import Callable, Dict, List, Optional, Tuple
+
+from stubfs import caches, protocol
+from stubfs.answers import Answers
+from stubfs.backing import Staging
+from stubfs.credentials import ROOT
+from stubfs.handles import HandleTable
+from stubfs.held import HeldTable
+from stubfs.interrupts import Interrupts
+from stubfs.lanes import CurrentWorker, Lane, Monitor, Worker
+from stubfs.libfuse import Session as LibfuseSession
+from stubfs.modes import Mode, ModeSwitch, State
+from stubfs.nodes import NodeTable, Orphan
+from stubfs.operations import Operations
+from stubfs.protocol import BODY, ENTRY_OUT_SIZE, ROOT_NODE, InitFlags, Opcode, opcode_name
+from stubfs.request import Device, Request
+
+_log = logging.getLogger(__name__)
+
+_MINOR_VERSION = 31  # of the protocol that the loop speaks; libfuse 2.9 would say 19, and lose RENAME2
+_ADDED_FLAGS = (
+    InitFlags.BIG_WRITES
+    | InitFlags.AUTO_INVAL_DATA
+    | InitFlags.ASYNC_DIO
+    # Else lookups in one directory wait for each other, unkillable, when one of them is held.
+    | InitFlags.PARALLEL_DIROPS
+    | InitFlags.MAX_PAGES
+    # Else every write asks for security.capability first. Set-id bits are ours to remove then.
+    | InitFlags.HANDLE_KILLPRIV_V2
+)
+# Locks stay with the kernel: /proc shows them, and whoever moves the files to another mount finds them there.
+_REMOVED_FLAGS = InitFlags.POSIX_LOCKS | InitFlags.FLOCK_LOCKS
+_MAX_BACKGROUND = 65535  # with the default of 12, twelve held readaheads would keep all others from reaching us
+_ENTRY_MAKERS = frozenset(
+    (Opcode.LOOKUP, Opcode.CREATE, Opcode.MKNOD, Opcode.MKDIR, Opcode.SYMLINK, Opcode.LINK)
+)
+_RENAME_NOREPLACE = 1
+
+_Handler = Callable[[Worker, Request], object]
+
+
+class Session:
+    """Serves the mount behind ``device_fd``, which stays the caller's. start(), then wait() for its end."""
+
+    def __init__(self, device_fd: int, mode: Mode, directory: Optional[int] = None) -> None:
+        self.device = Device(device_fd)
+        self.nodes = NodeTable()
+        self.handles = HandleTable(self.nodes)
+        self.held = HeldTable()
+        self.staging = Staging(1)
+        self.ready = threading.Event()  # INIT has been answered
+        self._ended = threading.Event()
+        self._on_end: Callable[[], None] = lambda: None
+        self._current = CurrentWorker()
+        self._answers = Answers(self.nodes, self.handles)
+        self._root_status = os.fstat(self.staging.fd)
+        self.switch = ModeSwitch(self, self.held, self.staging)
+        self.state: State = self.switch.initial(mode, directory)
+        self.held.let_go(self.state.backing is not None)
+        self._libfuse = LibfuseSession(device_fd, Operations(self.handles, self._current), self._on_reply)
+        self._interrupts = Interrupts(self._still_waits, self._end_wait)
+        self._monitor = Monitor()
+        self._reading = Lane("reader", self.device, self._monitor, self._current, self._read, self._serve)
+        self._releasing = Lane(
+            "release", self.device, self._monitor, self._current, self._next_held, self._serve_released
+        )
+        self._drained = threading.Condition()
+        self._draining = 0
+        self._extra_workers: List[Worker] = []
+        answers = self._answers
+        # Served with the caller's credentials.
+        self._by_caller: Dict[int, _Handler] = {
+            Opcode.LOOKUP: self._lookup,
+            Opcode.GETATTR: self._getattr,
+            Opcode.SETATTR: answers.setattr,
+            Opcode.OPEN: answers.open,
+            Opcode.OPENDIR: answers.opendir,
+            Opcode.READLINK: self._through_libfuse,
+            Opcode.SYMLINK: self._through_libfuse,
+            Opcode.MKNOD: self._through_libfuse,
+            Opcode.MKDIR: self._through_libfuse,
+            Opcode.LINK: self._through_libfuse,
+            Opcode.CREATE: self._through_libfuse,
+            Opcode.UNLINK: self._through_libfuse,
+            Opcode.RMDIR: self._through_libfuse,
+            Opcode.RENAME: self._rename,
+            Opcode.RENAME2: self._rename,
+            Opcode.STATFS: self._through_libfuse,
+            Opcode.SETXATTR: self._through_libfuse,
+            Opcode.GETXATTR: self._getxattr,
+            Opcode.LISTXATTR: self._getxattr,
+            Opcode.REMOVEXATTR: self._through_libfuse,
+            Opcode.ACCESS: self._access,
+        }
+        # What an open file may do was decided when it was opened.
+        self._by_handle: Dict[int, _Handler] = {
+            Opcode.READ: answers.read,
+            Opcode.WRITE: answers.write,
+            Opcode.FLUSH: answers.flush,
+            Opcode.RELEASE: answers.release,
+            Opcode.RELEASEDIR: answers.release,
+            Opcode.FSYNC: answers.fsync,
+            Opcode.FSYNCDIR: answers.fsync,
+            Opcode.READDIR: answers.readdir,
+            Opcode.FALLOCATE: answers.fallocate,
+            Opcode.LSEEK: answers.lseek,
+            Opcode.IOCTL: lambda worker, request: request.fail(errno.ENOTTY),
+        }
+        # Never held: nobody waits for them, or the answer is the same in every mode.
+        self._at_once: Dict[int, _Handler] = {
+            Opcode.FORGET: self._forget,
+            Opcode.BATCH_FORGET: self._batch_forget,
+            Opcode.INTERRUPT: self._interrupt,
+            Opcode.INIT: self._through_libfuse,
+            Opcode.DESTROY: lambda worker, request: request.answer(),
+            Opcode.NOTIFY_REPLY: lambda worker, request: None,
+        }
+        for opcode in (Opcode.POLL, Opcode.BMAP, Opcode.TMPFILE, Opcode.STATX, Opcode.COPY_FILE_RANGE):
+            self._at_once[opcode] = self._unknown
+
+    # --- life
+
+    def start(self, on_end: Callable[[], None]) -> None:
+        """Begin to serve. ``on_end`` is called, in any thread, when the mount is gone."""
+        self._on_end = on_end
+        self._monitor.start()
+        self._interrupts.start()
+        self._releasing.start()
+        self._reading.start()
+
+    def wait_ready(self, timeout: float) -> bool:
+        """Wait until INIT is answered; False if that does not happen within ``timeout`` seconds, or never will."""
+        return self.ready.wait(timeout) and not self._ended.is_set()
+
+    def has_ended(self) -> bool:
+        return self._ended.is_set()
+
+    def quit(self) -> None:
+        """Answer with EIO what is held, and what would be from now on. Threads may go on serving the rest."""
+        self.held.end()
+
+    def _end(self) -> None:
+        if self._ended.is_set():
+            return
+        self._ended.set()
+        self.ready.set()  # whoever waits for it need not wait longer
+        self.held.end()
+        self._interrupts.end()
+        self._reading.end()
+        self._releasing.end()
+        self._monitor.end()
+        self._on_end()
+
+    # --- sources
+
+    def _read(self, worker: Worker) -> Optional[Request]:
+        request = worker.read_request
+        while True:
+            try:
+                length = os.readv(self.device.fd, worker.buffers)
+            except OSError as error:
+                if error.errno == errno.ENOENT:  # the request was ended before it was read
+                    continue
+                if error.errno not in (errno.ENODEV, errno.ECONNABORTED):
+                    _log.error("cannot read requests: %s", error)
+                self._end()
+                return None
+            request.parse(length)
+            return request
+
+    def _next_held(self, worker: Worker) -> Optional[Request]:
+        return self.held.next()
+
+    # --- serving
+
+    def _serve(self, worker: Worker, request: Request, released: bool = False) -> None:
+        while True:
+            state = worker.state = self.state
+            if state is self.state:  # else a change began in between and has not seen us
+                break
+        assert isinstance(state, State)
+        request.state = state
+        opcode = request.opcode
+        try:
+            handler = self._at_once.get(opcode)
+            if handler is not None:
+                handler(worker, request)
+            elif state.holds(request):
+                self.held.add(request if released else request.copy(), back_to_front=released)
+            else:
+                handler = self._by_handle.get(opcode)
+                if handler is None:
+                    worker.identity.assume(worker.identity.of(request.uid, request.gid, request.tid))
+                    handler = self._by_caller.get(opcode, self._unknown)
+                handler(worker, request)
+        except OSError as error:
+            request.fail(error.errno or errno.EIO)
+        except Exception:
+            _log.exception("cannot serve %s", opcode_name(opcode))
+            request.fail(errno.EIO)
+        finally:
+            worker.state = None
+            if self._draining:
+                with self._drained:
+                    self._drained.notify_all()
+
+    def _serve_released(self, worker: Worker, request: Request) -> None:
+        self._serve(worker, request, released=True)
+        self.held.served(request)
+
+    def _unknown(self, worker: Worker, request: Request) -> None:
+        request.fail(errno.ENOSYS)
+
+    def _through_libfuse(self, worker: Worker, request: Request) -> None:
+        if request.node != ROOT_NODE and self._answers.is_nameless(request.node) and request.node:
+            self._answers.nameless(worker, request)
+            return
+        if request.opcode in (Opcode.UNLINK, Opcode.RMDIR):
+            worker.orphan = self._pin(request, request.node, request.name())
+            try:
+                self._libfuse.process(request.native, request.length)
+            finally:
+                self._unpin(worker)
+        else:
+            self._libfuse.process(request.native, request.length)
+
+    def _pin(self, request: Request, parent: int, name: bytes) -> Optional[Orphan]:
+        """Hold on to what is about to lose its name, if the kernel knows it: it may be in use."""
+        state = request.state
+        if state is None or state.backing is None or self.nodes.child(parent, name) is None:
+            return None
+        path = self.nodes.child_path(parent, name)
+        try:
+            return Orphan(state.backing.pin(path), state.backing.number) if path is not None else None
+        except OSError:
+            return None  # the operation itself will say why
+
+    def _unpin(self, worker: Worker) -> None:
+        orphan, worker.orphan = worker.orphan, None
+        if orphan is not None:
+            os.close(orphan.fd)
+
+    def _lookup(self, worker: Worker, request: Request) -> None:
+        if not self._answers.lookup(worker, request):
+            self._libfuse.process(request.native, request.length)
+
+    def _getattr(self, worker: Worker, request: Request) -> None:
+        if request.node == ROOT_NODE and request.state is not None and request.state.backing is None:
+            request.answer(protocol.attr_out(ROOT_NODE, self._root_status))
+            return
+        status = self._answers.getattr(worker, request)
+        if request.node == ROOT_NODE:
+            self._root_status = status
+
+    def _access(self, worker: Worker, request: Request) -> None:
+        if request.state is not None and request.state.backing is None:
+            self.staging.access(b"", int.from_bytes(request.buffer[BODY : BODY + 4], "little"))
+            request.answer()
+            return
+        self._through_libfuse(worker, request)
+
+    def _getxattr(self, worker: Worker, request: Request) -> None:
+        if request.state is None or request.state.backing is not None:
+            self._through_libfuse(worker, request)
+        elif request.opcode == Opcode.GETXATTR:
+            request.fail(errno.ENODATA)
+        else:
+            (size, _) = protocol.GETXATTR_IN.unpack_from(request.buffer, BODY)
+            request.answer(b"" if size else protocol.GETXATTR_OUT.pack(0, 0))
+
+    def _rename(self, worker: Worker, request: Request) -> None:
+        flags = 0
+        data = bytes(request.buffer[: request.length])
+        if request.opcode == Opcode.RENAME2:
+            new_parent, flags, _ = protocol.RENAME2_IN.unpack_from(data, BODY)
+            if flags & ~_RENAME_NOREPLACE:
+                request.fail(errno.EINVAL)  # libfuse's tree cannot exchange two names
+                return
+            names = data[BODY + protocol.RENAME2_IN.size :]
+        else:
+            (new_parent,) = protocol.RENAME_IN.unpack_from(data, BODY)
+            names = data[BODY + protocol.RENAME_IN.size :]
+        worker.rename = (new_parent, *names.split(b"\0")[:2])
+        header = protocol.IN_HEADER.pack(
+            BODY + protocol.RENAME_IN.size + len(names),
+            Opcode.RENAME, request.unique, request.node, request.uid, request.gid, request.tid, 0, 0,
+        )  # fmt: skip
+        worker.rename_flags = flags
+        worker.orphan = self._pin(request, new_parent, worker.rename[2])
+        self.nodes.renames += 1
+        try:
+            data = header + protocol.RENAME_IN.pack(new_parent) + names
+            self._libfuse.process(data, len(data))
+        finally:
+            self.nodes.renames += 1
+            worker.rename_flags = 0
+            self._unpin(worker)
+
+    # --- libfuse's replies
+
+    def _on_reply(self, reply: bytes) -> int:
+        worker = self._current.worker
+        request = worker.request
+        _, error, unique = protocol.OUT_HEADER.unpack_from(reply)
+        opcode = request.opcode
+        added: Optional[int] = None
+        if error == 0 and unique == request.unique:
+            if opcode in _ENTRY_MAKERS:
+                added = self._entry_made(request, reply)
+            elif opcode in (Opcode.UNLINK, Opcode.RMDIR):
+                if self.nodes.remove(request.node, request.name(), worker.orphan):
+                    worker.orphan = None
+            elif opcode in (Opcode.RENAME, Opcode.RENAME2):
+                new_parent, old, new = worker.rename
+                if self.nodes.rename(request.node, old, new_parent, new, worker.orphan):
+                    worker.orphan = None
+            elif opcode == Opcode.INIT:
+                reply = self._init_reply(request, reply)
+        result = self.device.write_raw(reply)
+        if result < 0 and added is not None:
+            self.nodes.take_back(added, from_library=True)
+        if opcode == Opcode.INIT:
+            self.ready.set()
+        return result
+
+    def _entry_made(self, request: Request, reply: bytes) -> Optional[int]:
+        node, generation = protocol.ENTRY.unpack_from(reply, protocol.OUT_HEADER.size)[:2]
+        if not node:
+            return None  # a negative entry
+        attributes = protocol.ATTR.unpack_from(reply, protocol.OUT_HEADER.size + protocol.ENTRY.size)
+        name = request.name(protocol.NAME_OFFSETS[Opcode(request.opcode)])
+        self.nodes.add(request.node, name, int(node), int(generation), int(attributes[9]))
+        if request.opcode == Opcode.CREATE:
+            (fh,) = protocol.U64.unpack_from(reply, protocol.OUT_HEADER.size + ENTRY_OUT_SIZE)
+            self.handles.created(fh, node)
+        return int(node)
+
+    def _init_reply(self, request: Request, reply: bytes) -> bytes:
+        major, minor, readahead, offered = (
+            int.from_bytes(request.buffer[BODY + i : BODY + i + 4], "little") for i in (0, 4, 8, 12)
+        )
+        if major != 7:
+            return reply
+        flags = int.from_bytes(reply[protocol.OUT_HEADER.size + 12 : protocol.OUT_HEADER.size + 16], "little")
+        flags = (flags | _ADDED_FLAGS) & ~_REMOVED_FLAGS & offered
+        body = protocol.INIT_OUT.pack(
+            7, min(minor, _MINOR_VERSION), readahead, flags, _MAX_BACKGROUND, _MAX_BACKGROUND,
+            protocol.MAX_WRITE, 1, protocol.MAX_PAGES, 0, 0,
+        )  # fmt: skip
+        return protocol.OUT_HEADER.pack(protocol.OUT_HEADER.size + len(body), 0, request.unique) + body
+
+    # --- what has no answer
+
+    def _forget(self, worker: Worker, request: Request) -> None:
+        (count,) = protocol.U64.unpack_from(request.buffer, BODY)
+        self._forget_one(request.node, count)
+
+    def _batch_forget(self, worker: Worker, request: Request) -> None:
+        count = int.from_bytes(request.buffer[BODY : BODY + 4], "little")
+        for i in range(count):
+            self._forget_one(*protocol.FORGET_ONE.unpack_from(request.buffer, BODY + 8 + i * protocol.FORGET_ONE.size))
+
+    def _forget_one(self, node: int, count: int) -> None:
+        told = self.nodes.forget(node, count)
+        if told:
+            # libfuse counts on its own: it has not seen the lookups that were answered without it.
+            length = BODY + protocol.U64.size
+            header = protocol.IN_HEADER.pack(length, Opcode.FORGET, 0, node, 0, 0, 0, 0, 0)
+            self._libfuse.process(header + protocol.U64.pack(told), length)
+
+    def _interrupt(self, worker: Worker, request: Request) -> None:
+        (unique,) = protocol.U64.unpack_from(request.buffer, BODY)
+        tid = self._caller(unique)
+        if tid is not None:
+            worker.identity.assume(ROOT)  # with hidepid, others see nothing of a process
+            self._interrupts.interrupt(unique, tid)
+
+    def _workers(self) -> List[Worker]:
+        return self._reading.workers + self._releasing.workers + self._extra_workers
+
+    def _caller(self, unique: int) -> Optional[int]:
+        """The thread id of who waits for a request, held or being served; None if it has been answered."""
+        tid = self.held.caller(unique)
+        if tid is None:
+            for worker in self._workers():
+                request = worker.request
+                if worker.state is not None and request.unique == unique and request.opcode != Opcode.INTERRUPT:
+                    return request.tid
+        return tid
+
+    def _still_waits(self, unique: int) -> bool:
+        return self._caller(unique) is not None
+
+    def _end_wait(self, unique: int) -> None:
+        # One that is being served, and hangs in the real file system, is answered too: its own answer is then
+        # refused by the kernel, as for any request that was ended.
+        if self.held.take(unique) is not None or self._caller(unique) is not None:
+            self.device.reply(unique, errno.EINTR)
+
+    # --- for the mode switch
+
+    def drain(self, state: State, timeout: float) -> bool:
+        deadline = time.monotonic() + timeout
+        with self._drained:
+            self._draining += 1
+            try:
+                while any(worker.state not in (None, state) for worker in self._workers()):
+                    remaining = deadline - time.monotonic()
+                    if remaining <= 0:
+                        return False
+                    self._drained.wait(remaining)
+                return True
+            finally:
+                self._draining -= 1
+
+    def drop_caches(self, state: State) -> None:
+        worker = Worker(self.device)
+
+        def serve(request: Request) -> None:
+            """Answer a held READ or WRITE under the state that is being left."""
+            self._current.worker = worker
+            worker.request = request
+            request.state = state
+            try:
+                self._by_handle[request.opcode](worker, request)
+            except OSError as error:
+                request.fail(error.errno or errno.EIO)
+
+        caches.drop(self.device, self.held, self.nodes.cached(), serve)
+
+    # --- for people
+
+    def held_requests(self) -> List[Tuple[Request, float, Optional[bytes], Optional[bytes]]]:
+        """(request, seconds it waits, path of its node, name it carries), the oldest first."""
+        listed = []
+        for request, age in self.held.snapshot():
+            offset = protocol.NAME_OFFSETS.get(request.opcode)  # type: ignore[call-overload]
+            name = request.name(offset) if offset is not None else None
+            listed.append((request, age, self.nodes.path(request.node), name))
+        return listed

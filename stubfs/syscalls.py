@@ -1,0 +1,184 @@
+"""The kernel's calls that Python has no wrapper for, one function each, named as their manual pages.
+
+With ``libfuse`` the only module of the package that uses ctypes. Every function raises OSError.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from enum import IntFlag
+from typing import Optional, Sequence
+
+from stubfs.libc import bind, bind_syscall, machine_syscall
+
+AT_FDCWD = -100
+AT_SYMLINK_NOFOLLOW = 0x100
+AT_EACCESS = 0x200
+AT_STATX_DONT_SYNC = 0x4000
+AT_EMPTY_PATH = 0x1000
+UTIME_NOW = (1 << 30) - 1
+UTIME_OMIT = (1 << 30) - 2
+MNT_DETACH = 2
+CLONE_FS = 0x200
+MOVE_MOUNT_F_EMPTY_PATH = 4
+FSMOUNT_CLOEXEC = 1
+FSOPEN_CLOEXEC = 1
+FSCONFIG_SET_FLAG = 0
+FSCONFIG_SET_STRING = 1
+FSCONFIG_CMD_CREATE = 6
+
+
+class Resolve(IntFlag):
+    NO_XDEV = 1
+    NO_MAGICLINKS = 2
+    NO_SYMLINKS = 4
+    BENEATH = 8
+
+
+class MountAttr(IntFlag):
+    RDONLY = 1
+    NOSUID = 2
+    NODEV = 4
+    NOEXEC = 8
+
+
+class _OpenHow(ctypes.Structure):
+    _fields_ = [("flags", ctypes.c_uint64), ("mode", ctypes.c_uint64), ("resolve", ctypes.c_uint64)]
+
+
+class _Timespec(ctypes.Structure):
+    _fields_ = [("tv_sec", ctypes.c_long), ("tv_nsec", ctypes.c_long)]
+
+
+_openat2 = bind_syscall(
+    "openat2",
+    machine_syscall((437, 437)),
+    ctypes.c_int,
+    ctypes.c_char_p,
+    ctypes.POINTER(_OpenHow),
+    ctypes.c_size_t,
+)
+_HOW_SIZE = ctypes.sizeof(_OpenHow)
+_fchmodat = bind("fchmodat", ctypes.c_int, ctypes.c_char_p, ctypes.c_uint, ctypes.c_int)
+_utimensat = bind("utimensat", ctypes.c_int, ctypes.c_char_p, ctypes.POINTER(_Timespec), ctypes.c_int)
+_faccessat2 = bind_syscall(
+    "faccessat2", machine_syscall((439, 439)), ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_int
+)
+_renameat2 = bind(
+    "renameat2", ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint
+)
+_fallocate = bind("fallocate", ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+_getdents64 = bind("getdents64", ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t, restype=ctypes.c_ssize_t)
+# glibc's setgroups changes every thread of the process; credentials are a matter of one thread here.
+_setgroups = bind_syscall(
+    "setgroups", machine_syscall((116, 159)), ctypes.c_size_t, ctypes.POINTER(ctypes.c_uint32)
+)
+_setfsuid = bind("setfsuid", ctypes.c_uint32)
+_setfsgid = bind("setfsgid", ctypes.c_uint32)
+_fsopen = bind("fsopen", ctypes.c_char_p, ctypes.c_uint)
+_fsconfig = bind(
+    "fsconfig", ctypes.c_int, ctypes.c_uint, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_int
+)
+_fsmount = bind("fsmount", ctypes.c_int, ctypes.c_uint, ctypes.c_uint)
+_move_mount = bind(
+    "move_mount", ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint
+)
+_umount2 = bind("umount2", ctypes.c_char_p, ctypes.c_int)
+_statx = bind("statx", ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_uint, ctypes.c_void_p)
+
+
+def openat2(dir_fd: int, path: bytes, flags: int, mode: int = 0, resolve: int = 0) -> int:
+    """The caller closes the fd. O_CLOEXEC is added. Unlike openat(2), unknown flags are EINVAL."""
+    how = _OpenHow(flags | os.O_CLOEXEC, mode, resolve)
+    return _openat2(dir_fd, path, ctypes.byref(how), _HOW_SIZE)
+
+
+def fchmodat(dir_fd: int, path: bytes, mode: int) -> None:
+    """Never follows a symbolic link: EOPNOTSUPP for one."""
+    _fchmodat(dir_fd, path, mode, AT_SYMLINK_NOFOLLOW)
+
+
+def _timespecs(atime: Sequence[int], mtime: Sequence[int]) -> "ctypes.Array[_Timespec]":
+    return (_Timespec * 2)(_Timespec(*atime), _Timespec(*mtime))
+
+
+def utimensat(dir_fd: int, path: bytes, atime: Sequence[int], mtime: Sequence[int]) -> None:
+    """Times as (seconds, nanoseconds); UTIME_NOW and UTIME_OMIT as nanoseconds. Follows no symbolic link."""
+    _utimensat(dir_fd, path, _timespecs(atime, mtime), AT_SYMLINK_NOFOLLOW)
+
+
+def utimensat_following(path: bytes, atime: Sequence[int], mtime: Sequence[int]) -> None:
+    """As utimensat, but follows a symbolic link: for /proc/self/fd/N."""
+    _utimensat(AT_FDCWD, path, _timespecs(atime, mtime), 0)
+
+
+def faccessat2(dir_fd: int, path: bytes, mode: int, flags: int = 0) -> None:
+    """With the thread's effective (file system) ids; follows no symbolic link."""
+    _faccessat2(dir_fd, path, mode, AT_EACCESS | AT_SYMLINK_NOFOLLOW | flags)
+
+
+def renameat2(old_dir: int, old: bytes, new_dir: int, new: bytes, flags: int) -> None:
+    _renameat2(old_dir, old, new_dir, new, flags)
+
+
+def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
+    _fallocate(fd, mode, offset, length)
+
+
+def getdents64(fd: int, size: int) -> bytes:
+    """The next entries of a directory, as struct linux_dirent64; b"" at its end."""
+    buffer = ctypes.create_string_buffer(size)
+    length = _getdents64(fd, buffer, size)
+    return buffer.raw[:length]
+
+
+def setfsuid(uid: int) -> None:
+    """Of this thread. The call cannot fail; without CAP_SETUID it does nothing."""
+    _setfsuid(uid)
+
+
+def setfsgid(gid: int) -> None:
+    _setfsgid(gid)
+
+
+def setgroups(groups: Sequence[int]) -> None:
+    """Of this thread alone."""
+    _setgroups(len(groups), (ctypes.c_uint32 * len(groups))(*groups))
+
+
+def fsopen(name: str) -> int:
+    return int(_fsopen(name.encode(), FSOPEN_CLOEXEC))
+
+
+def fsconfig(fd: int, key: Optional[str], value: Optional[str] = None) -> None:
+    """Set a flag (no value) or a string; without a key: make the superblock (FSCONFIG_CMD_CREATE)."""
+    if key is None:
+        _fsconfig(fd, FSCONFIG_CMD_CREATE, None, None, 0)
+    elif value is None:
+        _fsconfig(fd, FSCONFIG_SET_FLAG, key.encode(), None, 0)
+    else:
+        _fsconfig(fd, FSCONFIG_SET_STRING, key.encode(), os.fsencode(value), 0)
+
+
+def fsmount(fd: int, attributes: int) -> int:
+    """A detached mount, which goes away with its fd unless move_mount attaches it."""
+    return int(_fsmount(fd, FSMOUNT_CLOEXEC, attributes))
+
+
+def move_mount(mount_fd: int, path: bytes) -> None:
+    _move_mount(mount_fd, b"", AT_FDCWD, path, MOVE_MOUNT_F_EMPTY_PATH)
+
+
+def umount2(path: bytes, flags: int) -> None:
+    _umount2(path, flags)
+
+
+def device_without_sync(path: bytes, dir_fd: int = AT_FDCWD) -> int:
+    """st_dev of a path, of which a FUSE server need not be asked (AT_STATX_DONT_SYNC, statx(2))."""
+    buffer = ctypes.create_string_buffer(256)
+    _statx(dir_fd, path, AT_STATX_DONT_SYNC | AT_EMPTY_PATH, 0, buffer)
+    # stx_dev_major and stx_dev_minor, struct statx in linux/stat.h
+    major = int.from_bytes(buffer.raw[136:140], "little")
+    minor = int.from_bytes(buffer.raw[140:144], "little")
+    return os.makedev(major, minor)
