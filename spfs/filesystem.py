@@ -206,7 +206,7 @@ def unmount(context: Context, device: int, pid: int, started: int, control: str,
         try:
             with FilesystemClient(control, timeout=END_TIMEOUT) as filesystem:
                 filesystem.quit()
-        except (OSError, StubfsError):
+        except StubfsError:
             pass  # it may have ended just now; if it hangs, it is killed below
         if not has_ended(pidfd, END_TIMEOUT):
             _end_process(pid, pidfd)

@@ -91,15 +91,8 @@ def _mode(options: argparse.Namespace) -> None:
                     "it must be a directory",
                     error.errno or errno.EIO,
                 ) from error
-        try:
-            with FilesystemClient(options.socket_path, options.timeout) as filesystem:
-                filesystem.mode(options.mode, directory)
-        except OSError as error:
-            raise SpfsError(
-                f"cannot change the mode: {options.socket_path}: {reason(error)}",
-                "is this the control socket of a running file system?",
-                error.errno or errno.EIO,
-            ) from error
+        with FilesystemClient(options.socket_path, options.timeout) as filesystem:
+            filesystem.mode(options.mode, directory)
     finally:
         if directory is not None:
             os.close(directory)
