@@ -11,7 +11,7 @@ import os
 from typing import Callable, Optional, Tuple, TypeVar
 
 from stubfs import protocol, syscalls
-from stubfs.backing import Backing
+from stubfs.backing import Backing, list_xattrs
 from stubfs.handles import HandleTable, OpenFile
 from stubfs.lanes import Worker
 from stubfs.modes import State
@@ -102,14 +102,6 @@ class Answers:
             (mask,) = protocol.U32.unpack_from(request.buffer, BODY)
             syscalls.faccessat2(fd, b"", mask, syscalls.AT_EMPTY_PATH)
             request.answer()
-        elif opcode == Opcode.GETXATTR:
-            size, _ = protocol.GETXATTR_IN.unpack_from(request.buffer, BODY)
-            value = os.getxattr(link, request.name(BODY + protocol.GETXATTR_IN.size))
-            self._answer_sized(request, size, value)
-        elif opcode == Opcode.LISTXATTR:
-            size, _ = protocol.GETXATTR_IN.unpack_from(request.buffer, BODY)
-            names = b"".join(os.fsencode(name) + b"\0" for name in os.listxattr(link))
-            self._answer_sized(request, size, names)
         elif opcode == Opcode.SETXATTR:
             size, flags = protocol.SETXATTR_IN.unpack_from(request.buffer, BODY)
             name = request.name(BODY + protocol.SETXATTR_IN.size)
@@ -123,6 +115,30 @@ class Answers:
             request.answer(os.readlink(b"", dir_fd=fd))
         else:
             raise OSError(errno.ENOENT, os.strerror(errno.ENOENT))
+
+    def getxattr(self, worker: Worker, request: Request) -> None:
+        """GETXATTR and LISTXATTR: asked before the first write to every file, so not by way of libfuse."""
+        size, _ = protocol.GETXATTR_IN.unpack_from(request.buffer, BODY)
+        listing = request.opcode == Opcode.LISTXATTR
+        name = b"" if listing else request.name(BODY + protocol.GETXATTR_IN.size)
+        fd = self._fd_now(request)
+        if fd is not None:
+            value = list_xattrs(_FD_LINK.format(fd)) if listing else os.getxattr(_FD_LINK.format(fd), name)
+        elif listing:
+            value = self._by_path(request, Backing.listxattr)
+        else:
+            value = self._by_path(request, lambda backing, path: backing.getxattr(path, name))
+        self._answer_sized(request, size, value)
+
+    def _fd_now(self, request: Request) -> Optional[int]:
+        """An fd of the node in the generation that the request is served from, or the one that a nameless node has."""
+        if self.is_nameless(request.node):
+            fd = self._own_fd(request.node)
+            if fd is None:
+                raise _stale()
+            return fd
+        file, backing = self._handles.of_node(request.node), backing_of(request)
+        return file.fd if file is not None and backing is not None and file.generation == backing.number else None
 
     @staticmethod
     def _answer_sized(request: Request, size: int, value: bytes) -> None:

@@ -11,7 +11,7 @@ import os
 import shutil
 import stat
 import tempfile
-from typing import Dict, List, Sequence, Tuple
+from typing import Dict, Sequence, Tuple
 
 from stubfs import syscalls
 from stubfs.syscalls import Resolve
@@ -29,6 +29,11 @@ _ONCE_FLAGS = os.O_CREAT | os.O_EXCL | os.O_TRUNC | os.O_NOCTTY
 def reopen_flags(flags: int) -> int:
     """``flags`` less what must happen only at the first open: O_TRUNC would empty the file again."""
     return flags & ~_ONCE_FLAGS
+
+
+def list_xattrs(path: str) -> bytes:
+    """The names as listxattr(2) gives them, each with its NUL."""
+    return b"".join(os.fsencode(name) + b"\0" for name in os.listxattr(path))
 
 
 class Backing:
@@ -200,10 +205,10 @@ class Backing:
         finally:
             os.close(fd)
 
-    def listxattr(self, path: bytes) -> List[bytes]:
+    def listxattr(self, path: bytes) -> bytes:
         fd = self.pin(path)
         try:
-            return [os.fsencode(name) for name in os.listxattr(f"/proc/self/fd/{fd}")]
+            return list_xattrs(f"/proc/self/fd/{fd}")
         finally:
             os.close(fd)
 

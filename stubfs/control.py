@@ -134,7 +134,7 @@ class Control:
         status = FilesystemStatus(
             mode=state.mode.value,
             since=state.since,
-            generation=state.backing.number if state.backing is not None else 0,
+            generation=session.switch.generation,
             held=len(session.held),
             handles=len(session.handles),
             nodes=len(session.nodes),

@@ -143,7 +143,7 @@ class Daemon:
         self._cleanups.append(self._session.staging.discard)
         # First of all, so that nobody waits for a mount that is going away.
         self._cleanups.append(self._session.quit)
-        self._session.start(self._wake)
+        self._session.start(self._mount_gone)
         if not self._session.wait_ready(_INIT_LIMIT):
             raise StubfsError(
                 f"cannot serve {mountpoint}: the kernel sends no request", "is it the device of a mount?", errno.ENODEV
@@ -151,6 +151,10 @@ class Daemon:
         if sock is not None:
             sock.setblocking(False)
             self._control = Control(sock, self._session, mountpoint, own_device, self.leave, self._wake)
+
+    def _mount_gone(self) -> None:
+        if not self._left:  # else we have unmounted it, and whoever asked for that is to get an answer first
+            self._wake()
 
     def _wake(self) -> None:
         try:

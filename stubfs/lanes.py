@@ -9,6 +9,7 @@ usual case anything. A few idle threads are kept.
 from __future__ import annotations
 
 import logging
+import os
 import threading
 from typing import Callable, List, Optional, Tuple
 
@@ -36,6 +37,7 @@ class Worker:
         self.state: Optional[object] = None
         self.count = 0  # requests begun
         self.busy = False
+        self.status: Optional[os.stat_result] = None  # what getattr saw last, for the reply that libfuse makes
         self.rename_flags = 0
         self.rename: Tuple[int, bytes, bytes] = (0, b"", b"")  # new parent, old and new name of a RENAME under way
         self.orphan: Optional[Orphan] = None  # of the name that is being removed

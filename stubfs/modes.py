@@ -86,7 +86,13 @@ class ModeSwitch:
         self._staging = staging
         self._changing = threading.Lock()
         self._last_number = staging.number
+        self._generation = staging.number
         self._proxy: Optional[Backing] = None
+
+    @property
+    def generation(self) -> int:
+        """Number of the latest backing directory: the one in force, or, in stub mode, the last that was."""
+        return self._generation
 
     def initial(self, mode: Mode, directory: Optional[int]) -> State:
         """The state to begin with; takes ``directory`` (needed for proxy) over."""
@@ -100,6 +106,8 @@ class ModeSwitch:
             assert directory is not None
             self._last_number += 1
             backing = Backing(directory, self._last_number, is_staging=False)
+        if backing is not None:
+            self._generation = backing.number
         return State(mode, backing, Gate.ALL if mode is Mode.STUB else Gate.NOTHING, time.time())
 
     def change(self, mode: Mode, directory: Optional[int] = None) -> State:
@@ -124,7 +132,7 @@ class ModeSwitch:
                 former, self._proxy = self._proxy, new.backing
                 if former is not None and drained:
                     former.close()
-            _log.info("mode %s, generation %d", mode.value, self._last_number)
+            _log.info("mode %s, generation %d", mode.value, self._generation)
             return new
 
     def _leave(self, old: State) -> None:

@@ -8,16 +8,12 @@ from __future__ import annotations
 
 import errno
 import os
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, Optional
 
 from stubfs.backing import Backing
 from stubfs.handles import HandleTable
 from stubfs.lanes import CurrentWorker
 from stubfs.libfuse import ENCODING
-
-_STAT_FIELDS = (
-    "st_mode", "st_nlink", "st_uid", "st_gid", "st_rdev", "st_size", "st_blocks", "st_blksize",
-)  # fmt: skip
 
 
 def _bytes(path: str) -> bytes:
@@ -61,15 +57,13 @@ class Operations:
         """The session closes what there is to close."""
 
     def getattr(self, path: Optional[str], info: Any = None) -> Dict[str, int]:
+        """The type alone: the session puts the attributes, exact ones, into the reply that libfuse makes."""
         if info is not None:
             status = os.fstat(self._handles.get(info.fh).fd)
         else:
             status = self.backing.stat(_bytes(path or "/"))
-        attributes = {name: getattr(status, name) for name in _STAT_FIELDS}
-        attributes["st_atime"] = status.st_atime_ns
-        attributes["st_mtime"] = status.st_mtime_ns
-        attributes["st_ctime"] = status.st_ctime_ns
-        return attributes
+        self._current.worker.status = status
+        return {"st_mode": status.st_mode}
 
     def readlink(self, path: str) -> str:
         return _text(self.backing.readlink(_bytes(path)))
@@ -122,14 +116,8 @@ class Operations:
         )  # fmt: skip
         return {name: getattr(status, name) for name in names}
 
-    def getxattr(self, path: str, name: str) -> bytes:
-        return self.backing.getxattr(_bytes(path), name.encode(ENCODING))
-
     def setxattr(self, path: str, name: str, value: bytes, flags: int) -> None:
         self.backing.setxattr(_bytes(path), name.encode(ENCODING), value, flags)
-
-    def listxattr(self, path: str) -> List[str]:
-        return [_text(name) for name in self.backing.listxattr(_bytes(path))]
 
     def removexattr(self, path: str, name: str) -> None:
         self.backing.removexattr(_bytes(path), name.encode(ENCODING))

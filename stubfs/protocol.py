@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import struct
 from enum import IntEnum, IntFlag
-from typing import Iterator, Tuple, Union
+from typing import Dict, Iterator, Tuple, Union
 
 ROOT_NODE = 1
 UNKNOWN_INO = 0xFFFFFFFF  # inode number of directory entries whose node nobody has looked up, as libfuse has it
@@ -145,9 +145,8 @@ U64 = struct.Struct("=Q")
 WRITE_OUT = struct.Struct("=II")  # size padding
 
 BODY = IN_HEADER.size  # where a request's own structure begins
-ENTRY_OUT_SIZE = ENTRY.size + ATTR.size
 # Where the fixed structure before the name ends, of the operations that carry a name.
-NAME_OFFSETS = {
+NAME_OFFSETS: Dict[int, int] = {
     Opcode.LOOKUP: BODY,
     Opcode.UNLINK: BODY,
     Opcode.RMDIR: BODY,

@@ -26,7 +26,7 @@ from stubfs.libfuse import Session as LibfuseSession
 from stubfs.modes import Mode, ModeSwitch, State
 from stubfs.nodes import NodeTable, Orphan
 from stubfs.operations import Operations
-from stubfs.protocol import BODY, ENTRY_OUT_SIZE, ROOT_NODE, InitFlags, Opcode, opcode_name
+from stubfs.protocol import BODY, ROOT_NODE, InitFlags, Opcode, opcode_name
 from stubfs.request import Device, Request
 
 _log = logging.getLogger(__name__)
@@ -49,6 +49,8 @@ _ENTRY_MAKERS = frozenset(
     (Opcode.LOOKUP, Opcode.CREATE, Opcode.MKNOD, Opcode.MKDIR, Opcode.SYMLINK, Opcode.LINK)
 )
 _RENAME_NOREPLACE = 1
+_ENTRY_ATTR = protocol.OUT_HEADER.size + protocol.ENTRY.size  # where a reply with an entry has its attributes
+_ENTRY_END = _ENTRY_ATTR + protocol.ATTR.size
 
 _Handler = Callable[[Worker, Request], object]
 
@@ -275,7 +277,7 @@ class Session:
 
     def _getxattr(self, worker: Worker, request: Request) -> None:
         if request.state is None or request.state.backing is not None:
-            self._through_libfuse(worker, request)
+            self._answers.getxattr(worker, request)
         elif request.opcode == Opcode.GETXATTR:
             request.fail(errno.ENODATA)
         else:
@@ -313,6 +315,8 @@ class Session:
     # --- libfuse's replies
 
     def _on_reply(self, reply: bytes) -> int:
+        if not reply:
+            return 0  # how libfuse "answers" FORGET
         worker = self._current.worker
         request = worker.request
         _, error, unique = protocol.OUT_HEADER.unpack_from(reply)
@@ -320,7 +324,7 @@ class Session:
         added: Optional[int] = None
         if error == 0 and unique == request.unique:
             if opcode in _ENTRY_MAKERS:
-                added = self._entry_made(request, reply)
+                added, reply = self._entry_made(worker, request, reply)
             elif opcode in (Opcode.UNLINK, Opcode.RMDIR):
                 if self.nodes.remove(request.node, request.name(), worker.orphan):
                     worker.orphan = None
@@ -337,17 +341,18 @@ class Session:
             self.ready.set()
         return result
 
-    def _entry_made(self, request: Request, reply: bytes) -> Optional[int]:
+    def _entry_made(self, worker: Worker, request: Request, reply: bytes) -> Tuple[Optional[int], bytes]:
+        """(node, or None for a negative entry; the reply with the attributes that libfuse was not told)."""
         node, generation = protocol.ENTRY.unpack_from(reply, protocol.OUT_HEADER.size)[:2]
-        if not node:
-            return None  # a negative entry
-        attributes = protocol.ATTR.unpack_from(reply, protocol.OUT_HEADER.size + protocol.ENTRY.size)
-        name = request.name(protocol.NAME_OFFSETS[Opcode(request.opcode)])
-        self.nodes.add(request.node, name, int(node), int(generation), int(attributes[9]))
+        status = worker.status
+        if not node or status is None:
+            return None, reply
+        name = request.name(protocol.NAME_OFFSETS[request.opcode])
+        self.nodes.add(request.node, name, node, generation, status.st_mode)
         if request.opcode == Opcode.CREATE:
-            (fh,) = protocol.U64.unpack_from(reply, protocol.OUT_HEADER.size + ENTRY_OUT_SIZE)
+            (fh,) = protocol.U64.unpack_from(reply, _ENTRY_END)
             self.handles.created(fh, node)
-        return int(node)
+        return node, reply[:_ENTRY_ATTR] + protocol.attr(node, status) + reply[_ENTRY_END:]
 
     def _init_reply(self, request: Request, reply: bytes) -> bytes:
         major, minor, readahead, offered = (
@@ -448,7 +453,7 @@ class Session:
         """(request, seconds it waits, path of its node, name it carries), the oldest first."""
         listed = []
         for request, age in self.held.snapshot():
-            offset = protocol.NAME_OFFSETS.get(request.opcode)  # type: ignore[call-overload]
+            offset = protocol.NAME_OFFSETS.get(request.opcode)
             name = request.name(offset) if offset is not None else None
             listed.append((request, age, self.nodes.path(request.node), name))
         return listed
