@@ -182,11 +182,16 @@ class Controller:
             done(None, {"mounts": []})
 
     def _status(self, request: protocol.Status, answer: Answer, connection: Connection) -> None:
-        chosen = self._registry.select(request.id)
+        if request.id is not None:
+            latest = self._registry.last(request.id)
+            chosen = [latest] if latest.live else []
+        else:
+            chosen = list(self._registry)
         rows = {managed.number: describe(managed) for managed in chosen}
 
         def finish() -> None:
-            finished = [describe(managed) for managed in self._registry.finished if request.id in (None, managed.id)]
+            gone = [managed for managed in self._registry.finished if request.id in (None, managed.id)]
+            finished = [describe(managed) for managed in reversed(gone)]  # the latest first
             answer(Reply(0, {**self._about(), "mounts": list(rows.values()), "finished": finished}), ())
 
         def add(managed: Managed, reply: Reply) -> None:

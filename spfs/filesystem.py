@@ -26,7 +26,8 @@ from stubfs.errors import StubfsError
 from stubfs.mount import fuse_mount
 
 START_TIMEOUT = 20.0  # seconds from exec to ready; it takes a tenth of one on an idle machine
-END_TIMEOUT = 3.0  # seconds for a file system process to end once its mount is gone
+END_TIMEOUT = 3.0  # seconds for a file system process to end when it is told to
+LAST_USE_TIMEOUT = 0.5  # seconds for one to notice that nobody uses its mount any more, after which somebody does
 
 
 @dataclass(frozen=True)
@@ -210,7 +211,7 @@ def unmount(context: Context, device: int, pid: int, started: int, control: str,
             pass  # it may have ended just now; if it hangs, it is killed below
         if not has_ended(pidfd, END_TIMEOUT):
             _end_process(pid, pidfd)
-    context.deliver({"ended": has_ended(pidfd, END_TIMEOUT)})
+    context.deliver({"ended": has_ended(pidfd, LAST_USE_TIMEOUT)})
 
 
 def _check_unused(control: str) -> None:

@@ -164,8 +164,12 @@ class Supervisor:
     # Mounting
 
     def mount(self, request: protocol.Mount, done: Done) -> None:
-        self._refuse_second_mount(request)
         managed = self.registry.add(request)
+        try:
+            self._refuse_second_mount(request)
+        except SpfsError:
+            self.registry.discard(managed)
+            raise
         managed.control = self._work.file(f"fs-{managed.number}.sock")
         running = self._running[managed.number] = _Running()
         log_file = self._log_file(managed)

@@ -13,6 +13,7 @@ import json
 import os
 import socket
 import stat
+import struct
 from types import TracebackType
 from typing import Iterable, List, Optional, Sequence, Tuple, Type
 
@@ -81,12 +82,27 @@ def listen(path: str) -> socket.socket:
 
 
 def connect(path: str, timeout: Optional[float] = None) -> socket.socket:
-    """A socket connected to the listener at ``path``; ``timeout`` in seconds is kept for later calls."""
+    """A socket connected to the listener at ``path``; ``timeout`` in seconds is kept for later calls.
+
+    TimeoutError if the listener's queue stays full for so long; with a timeout of 0, BlockingIOError at once.
+    """
     _check_path(path)
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     try:
+        if timeout == 0:
+            sock.setblocking(False)
+        elif timeout is not None:
+            # A non-blocking connect does not wait for room in the queue but fails; a blocking one waits for the
+            # time limit of sending, unix(7).
+            seconds, rest = divmod(timeout, 1)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", int(seconds), int(rest * 1e6)))
+        try:
+            sock.connect(path)
+        except BlockingIOError as error:
+            if timeout == 0:
+                raise
+            raise TimeoutError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT), path) from error
         sock.settimeout(timeout)
-        sock.connect(path)
     except BaseException:
         sock.close()
         raise

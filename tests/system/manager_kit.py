@@ -55,8 +55,8 @@ class Manager:
 
     def raw(self) -> socket.socket:
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        sock.connect(str(self.socket))  # before the timeout is set: a non-blocking one does not wait for its turn
         sock.settimeout(TIMEOUT)
-        sock.connect(str(self.socket))
         return sock
 
     def row(self, id: str) -> Dict[str, Any]:
