@@ -22,8 +22,14 @@ from stubfs.request import Request
 _T = TypeVar("_T")
 _RETRIES = 5  # of an operation by path that a rename came across
 _BY_FD = (errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.ESTALE)
-_HAS_TIMES = int(SetattrValid.ATIME | SetattrValid.MTIME)
-_HAS_OWNER = int(SetattrValid.UID | SetattrValid.GID)
+# As plain ints: each "&" with an IntFlag costs a microsecond.
+_MODE, _UID, _SIZE, _FH = (
+    int(flag) for flag in (SetattrValid.MODE, SetattrValid.UID, SetattrValid.SIZE, SetattrValid.FH)
+)
+_GID, _ATIME, _MTIME = int(SetattrValid.GID), int(SetattrValid.ATIME), int(SetattrValid.MTIME)
+_ATIME_NOW, _MTIME_NOW = int(SetattrValid.ATIME_NOW), int(SetattrValid.MTIME_NOW)
+_HAS_TIMES, _HAS_OWNER = _ATIME | _MTIME, _UID | _GID
+_CAPABILITY = b"security.capability"
 _FD_LINK = "/proc/self/fd/{}"
 
 
@@ -49,14 +55,17 @@ class Answers:
             return self._handles.get(fh)
         return self._handles.use(fh, backing, worker.identity)
 
-    def _by_path(self, request: Request, action: Callable[[Backing, bytes], _T]) -> _T:
-        """``action`` on the node's path; again if a rename took the path away meanwhile. ESTALE: it has none."""
+    def _by_path(self, request: Request, action: Callable[[Backing, bytes], _T], name: bytes = b"") -> _T:
+        """``action`` on the path of the node, or of ``name`` in it; again if a rename took it away meanwhile.
+
+        ESTALE: it has no path.
+        """
         backing = backing_of(request)
         if backing is None:
             raise _stale()
         for _ in range(_RETRIES):
             renames = self._nodes.renames
-            path = self._nodes.path(request.node)
+            path = self._nodes.child_path(request.node, name) if name else self._nodes.path(request.node)
             if path is None:
                 break
             try:
@@ -106,6 +115,9 @@ class Answers:
             size, flags = protocol.SETXATTR_IN.unpack_from(request.buffer, BODY)
             name = request.name(BODY + protocol.SETXATTR_IN.size)
             start = BODY + protocol.SETXATTR_IN.size + len(name) + 1
+            backing = backing_of(request)
+            if backing is not None:
+                backing.may_have_capabilities = True
             os.setxattr(link, name, bytes(request.buffer[start : start + size]), flags)
             request.answer()
         elif opcode == Opcode.REMOVEXATTR:
@@ -121,8 +133,13 @@ class Answers:
         size, _ = protocol.GETXATTR_IN.unpack_from(request.buffer, BODY)
         listing = request.opcode == Opcode.LISTXATTR
         name = b"" if listing else request.name(BODY + protocol.GETXATTR_IN.size)
+        backing = backing_of(request)
+        if name == _CAPABILITY and backing is not None and not backing.may_have_capabilities:
+            request.fail(errno.ENODATA)  # asked before every truncation
+            return
         fd = self._fd_now(request)
         if fd is not None:
+            # By the link, not the fd alone: that may be an O_PATH one.
             value = list_xattrs(_FD_LINK.format(fd)) if listing else os.getxattr(_FD_LINK.format(fd), name)
         elif listing:
             value = self._by_path(request, Backing.listxattr)
@@ -152,26 +169,34 @@ class Answers:
 
     # --- by path or by handle
 
-    def lookup(self, worker: Worker, request: Request) -> bool:
-        """False: the number must come from libfuse. Repeated lookups, the rule without entry cache, need it not."""
+    def lookup(self, worker: Worker, request: Request) -> Optional[os.stat_result]:
+        """None: answered. Else the attributes of what has no number yet: libfuse must allot one.
+
+        Without an entry cache most lookups are of what is known.
+        """
         name = request.name()
-        backing = backing_of(request)
-        path = self._nodes.child_path(request.node, name)
-        if backing is None or path is None:
-            raise _stale()
-        renames = self._nodes.renames
-        try:
-            status = backing.stat(path)
-        except OSError as error:
-            if error.errno == errno.ENOENT and renames != self._nodes.renames:
-                return False
-            raise
+        status = self._by_path(request, Backing.stat, name)
         node = self._nodes.look_up(request.node, name, status.st_mode)
         if node is None:
-            return False
+            return status
         if not request.answer(protocol.entry_out(node.number, node.generation, status)):
             self._nodes.take_back(node.number, from_library=False)
-        return True
+        return None
+
+    def create(self, worker: Worker, request: Request) -> Tuple[OpenFile, os.stat_result]:
+        """Open a new file, which has no node yet; the caller gives it one and answers."""
+        flags, mode, _, _ = protocol.CREATE_IN.unpack_from(request.buffer, BODY)
+        name = request.name(BODY + protocol.CREATE_IN.size)
+        fd = self._by_path(request, lambda backing, path: backing.create(path, flags, mode), name)
+        backing = backing_of(request)
+        assert backing is not None
+        try:
+            status = os.fstat(fd)
+            credentials = worker.identity.of(request.uid, request.gid, request.tid)
+        except BaseException:
+            os.close(fd)
+            raise
+        return self._handles.add(0, False, flags, backing, fd, credentials, request.tid), status
 
     def getattr(self, worker: Worker, request: Request) -> os.stat_result:
         """Answers; returns what it answered."""
@@ -188,36 +213,36 @@ class Answers:
             protocol.SETATTR_IN.unpack_from(request.buffer, BODY)
         )
         fd: Optional[int] = None
-        if valid & SetattrValid.FH:
+        if valid & _FH:
             fd = self._use(worker, request, fh).fd
             worker.identity.assume(worker.identity.of(request.uid, request.gid, request.tid))
         elif self.is_nameless(request.node):
             fd = self._own_fd(request.node)
             if fd is None:
                 raise _stale()
-        if valid & SetattrValid.MODE:
+        if valid & _MODE:
             if fd is None:
                 self._by_path(request, lambda backing, path: backing.chmod(path, mode & 0o7777))
             else:
                 os.chmod(_FD_LINK.format(fd), mode & 0o7777)
         if valid & _HAS_OWNER:
-            owner = uid if valid & SetattrValid.UID else -1
-            group = gid if valid & SetattrValid.GID else -1
+            owner = uid if valid & _UID else -1
+            group = gid if valid & _GID else -1
             if fd is None:
                 self._by_path(request, lambda backing, path: backing.chown(path, owner, group))
             else:
                 os.chown(_FD_LINK.format(fd), owner, group)
-        if valid & SetattrValid.SIZE:
+        if valid & _SIZE:
             if fd is None:
                 self._by_path(request, lambda backing, path: backing.truncate(path, size))
-            elif valid & SetattrValid.FH:
+            elif valid & _FH:
                 os.ftruncate(fd, size)
             else:
                 os.truncate(_FD_LINK.format(fd), size)
         if valid & _HAS_TIMES:
             times = (
-                _time(valid, SetattrValid.ATIME, SetattrValid.ATIME_NOW, atime, atime_nsec),
-                _time(valid, SetattrValid.MTIME, SetattrValid.MTIME_NOW, mtime, mtime_nsec),
+                _time(valid, _ATIME, _ATIME_NOW, atime, atime_nsec),
+                _time(valid, _MTIME, _MTIME_NOW, mtime, mtime_nsec),
             )
             if fd is None:
                 self._by_path(request, lambda backing, path: backing.utimens(path, *times))
@@ -247,7 +272,7 @@ class Answers:
             fd = os.open(_FD_LINK.format(own), flags & ~os.O_NOFOLLOW | os.O_CLOEXEC)
         credentials = worker.identity.of(request.uid, request.gid, request.tid)
         file = self._handles.add(request.node, is_directory, flags, backing, fd, credentials, request.tid)
-        if not request.answer(protocol.OPEN_OUT.pack(file.fh, 0, 0)):
+        if not request.answer(protocol.OPEN_OUT.pack(file.fh, file.open_flags(), 0)):
             self._handles.release(file.fh)
 
     # --- by handle

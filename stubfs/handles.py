@@ -12,6 +12,7 @@ import threading
 from typing import Dict, List, Optional, Tuple
 
 from stubfs import backing as backing_module
+from stubfs import protocol
 from stubfs.backing import Backing
 from stubfs.credentials import Credentials, ThreadIdentity
 from stubfs.nodes import NodeTable
@@ -20,12 +21,12 @@ from stubfs.nodes import NodeTable
 class OpenFile:
     __slots__ = (
         "fh", "node", "is_directory", "flags", "generation", "fd", "former", "credentials", "tid", "position",
-        "lock", "unappended",
+        "lock", "unappended", "in_staging",
     )  # fmt: skip
 
     def __init__(
         self, fh: int, node: int, is_directory: bool, flags: int, generation: int, fd: int,
-        credentials: Credentials, tid: int,
+        credentials: Credentials, tid: int, in_staging: bool,
     ) -> None:  # fmt: skip
         self.fh = fh
         self.node = node  # 0 while a CREATE is under way
@@ -39,6 +40,14 @@ class OpenFile:
         self.position = -1  # of a directory: the offset at which fd stands; -1: unknown
         self.lock = threading.Lock()  # reopening, and a directory's position
         self.unappended = -1
+        self.in_staging = in_staging  # where it was opened
+
+    def open_flags(self) -> int:
+        """FOPEN_* for the reply to whoever opened it.
+
+        In the staging directory closing has nothing to report; from Linux 5.16 on no FLUSH is sent then.
+        """
+        return protocol.FOPEN_NOFLUSH if self.in_staging else 0
 
     def without_append(self) -> int:
         """An fd whose pwrite(2) obeys the offset: with O_APPEND it never does, and a page has its place."""
@@ -79,19 +88,19 @@ class HandleTable:
         with self._lock:
             fh = self._next
             self._next += 1
-            file = OpenFile(fh, node, is_directory, flags, backing.number, fd, credentials, tid)
+            file = OpenFile(
+                fh, node, is_directory, flags, backing.number, fd, credentials, tid, backing.is_staging
+            )
             self._files[fh] = file
             if node:
                 self._of_node.setdefault(node, {})[fh] = file
             return file
 
-    def created(self, fh: int, node: int) -> None:
-        """CREATE's reply has told the node of a file that was opened before it had one."""
+    def created(self, file: OpenFile, node: int) -> None:
+        """The node of a file that was opened before it had one."""
         with self._lock:
-            file = self._files.get(fh)
-            if file is not None:
-                file.node = node
-                self._of_node.setdefault(node, {})[fh] = file
+            file.node = node
+            self._of_node.setdefault(node, {})[file.fh] = file
 
     def get(self, fh: int) -> OpenFile:
         """OSError EBADF if there is no such handle."""

@@ -38,6 +38,8 @@ class Worker:
         self.count = 0  # requests begun
         self.busy = False
         self.status: Optional[os.stat_result] = None  # what getattr saw last, for the reply that libfuse makes
+        self.allotting = False  # libfuse is being asked for a node's number
+        self.allotted: Optional[Tuple[int, int]] = None  # (number, generation) that it gave
         self.rename_flags = 0
         self.rename: Tuple[int, bytes, bytes] = (0, b"", b"")  # new parent, old and new name of a RENAME under way
         self.orphan: Optional[Orphan] = None  # of the name that is being removed

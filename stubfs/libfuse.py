@@ -8,6 +8,7 @@ The only module that knows libfuse; besides ``syscalls`` the only one with ctype
 from __future__ import annotations
 
 import ctypes
+import errno
 import logging
 import os
 from typing import Any, Callable, Tuple
@@ -21,12 +22,10 @@ SONAME = "libfuse.so.2"
 ENCODING = "latin-1"
 
 
-class _Iovec(ctypes.Structure):
-    _fields_ = [("base", ctypes.c_void_p), ("length", ctypes.c_size_t)]
-
-
 _RECEIVE = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
-_SEND = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.POINTER(_Iovec), ctypes.c_size_t)
+_SEND = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
+# struct iovec[], at most three of them, as (base, length, base, length, ...): quicker than structures.
+_VECTORS = [ctypes.c_size_t * (2 * count) for count in range(4)]
 _DESTROY = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 
@@ -142,16 +141,18 @@ class Session:
         """Have libfuse serve one request: bytes, or what make_buffer() gave."""
         self._process(self._session, request, length, self._channel)
 
-    def _send(self, channel: int, vectors: Any, count: int) -> int:
+    def _send(self, channel: int, vectors: int, count: int) -> int:
+        if not count:
+            return 0  # how libfuse "answers" FORGET
         try:
-            if count == 1:
-                return self._on_reply(ctypes.string_at(vectors[0].base, vectors[0].length))
-            return self._on_reply(
-                b"".join(ctypes.string_at(vectors[i].base, vectors[i].length) for i in range(count))
-            )
+            raw = _VECTORS[count].from_address(vectors)
+            reply = ctypes.string_at(raw[0], raw[1])
+            for i in range(2, 2 * count, 2):
+                reply += ctypes.string_at(raw[i], raw[i + 1])
+            return self._on_reply(reply)
         except Exception:  # it would be printed by ctypes, and libfuse told that the reply was sent
             _log.exception("cannot send a reply of libfuse")
-            return -5
+            return -errno.EIO
 
 
 _dlvsym = ctypes.CDLL(None).dlvsym

@@ -11,7 +11,6 @@ import os
 from typing import Any, Dict, Optional
 
 from stubfs.backing import Backing
-from stubfs.handles import HandleTable
 from stubfs.lanes import CurrentWorker
 from stubfs.libfuse import ENCODING
 
@@ -36,8 +35,7 @@ class Operations:
     # Paths of open files are not computed: a hung read and an unlink would else block libfuse's tree.
     flag_nopath = 1
 
-    def __init__(self, handles: HandleTable, current: CurrentWorker) -> None:
-        self._handles = handles
+    def __init__(self, current: CurrentWorker) -> None:
         self._current = current
 
     def __call__(self, operation: str, *arguments: Any) -> Any:
@@ -56,13 +54,12 @@ class Operations:
     def destroy(self, path: str) -> None:
         """The session closes what there is to close."""
 
-    def getattr(self, path: Optional[str], info: Any = None) -> Dict[str, int]:
+    def getattr(self, path: str, info: Any = None) -> Dict[str, int]:
         """The type alone: the session puts the attributes, exact ones, into the reply that libfuse makes."""
-        if info is not None:
-            status = os.fstat(self._handles.get(info.fh).fd)
-        else:
-            status = self.backing.stat(_bytes(path or "/"))
-        self._current.worker.status = status
+        worker = self._current.worker
+        status = worker.status
+        if not worker.allotting or status is None:
+            status = worker.status = self.backing.stat(_bytes(path))
         return {"st_mode": status.st_mode}
 
     def readlink(self, path: str) -> str:
@@ -91,23 +88,6 @@ class Operations:
 
     def access(self, path: str, mode: int) -> None:
         self.backing.access(_bytes(path), mode)
-
-    def create(self, path: str, mode: int, info: Any) -> int:
-        worker, backing = self._current.worker, self.backing
-        request = worker.request
-        fd = backing.create(_bytes(path), info.flags, mode)
-        credentials = worker.identity.of(request.uid, request.gid, request.tid)
-        # The node has no number yet; the reply will tell it.
-        info.fh = self._handles.add(0, False, info.flags, backing, fd, credentials, request.tid).fh
-        return 0
-
-    def open(self, path: str, info: Any) -> int:
-        """Only after a create whose file was there already: the loop answers OPEN itself."""
-        return self.create(path, 0, info)
-
-    def release(self, path: Optional[str], info: Any) -> None:
-        """Only when the reply to a CREATE found nobody waiting."""
-        self._handles.release(info.fh)
 
     def statfs(self, path: str) -> Dict[str, int]:
         status = self.backing.statvfs()

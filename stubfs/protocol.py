@@ -107,6 +107,7 @@ class SetattrValid(IntFlag):
     MTIME_NOW = 1 << 8
 
 
+FOPEN_NOFLUSH = 1 << 5
 GETATTR_FH = 1 << 0
 WRITE_CACHE = 1 << 0
 WRITE_KILL_SUIDGID = 1 << 2
@@ -127,6 +128,7 @@ NATIVE_DIRENT = struct.Struct("=QqHB")  # struct linux_dirent64: ino off reclen 
 GETATTR_IN = struct.Struct("=IIQ")  # flags dummy fh
 SETATTR_IN = struct.Struct("=IIQQQQQQIIIIIIII")
 OPEN_IN = struct.Struct("=II")  # flags open_flags
+CREATE_IN = struct.Struct("=IIII")  # flags mode umask open_flags; the name follows
 RELEASE_IN = struct.Struct("=QIIQ")  # fh flags release_flags lock_owner
 READ_IN = struct.Struct("=QQIIQII")  # fh offset size read_flags lock_owner flags padding
 WRITE_IN = struct.Struct("=QQIIQII")  # fh offset size write_flags lock_owner flags padding

@@ -46,11 +46,11 @@ _ADDED_FLAGS = (
 _REMOVED_FLAGS = InitFlags.POSIX_LOCKS | InitFlags.FLOCK_LOCKS
 _MAX_BACKGROUND = 65535  # with the default of 12, twelve held readaheads would keep all others from reaching us
 _ENTRY_MAKERS = frozenset(
-    (Opcode.LOOKUP, Opcode.CREATE, Opcode.MKNOD, Opcode.MKDIR, Opcode.SYMLINK, Opcode.LINK)
+    (Opcode.MKNOD, Opcode.MKDIR, Opcode.SYMLINK, Opcode.LINK)
 )
 _RENAME_NOREPLACE = 1
 _ENTRY_ATTR = protocol.OUT_HEADER.size + protocol.ENTRY.size  # where a reply with an entry has its attributes
-_ENTRY_END = _ENTRY_ATTR + protocol.ATTR.size
+_CREATE_NAME = protocol.NAME_OFFSETS[Opcode.CREATE]
 
 _Handler = Callable[[Worker, Request], object]
 
@@ -73,7 +73,7 @@ class Session:
         self.switch = ModeSwitch(self, self.held, self.staging)
         self.state: State = self.switch.initial(mode, directory)
         self.held.let_go(self.state.backing is not None)
-        self._libfuse = LibfuseSession(device_fd, Operations(self.handles, self._current), self._on_reply)
+        self._libfuse = LibfuseSession(device_fd, Operations(self._current), self._on_reply)
         self._interrupts = Interrupts(self._still_waits, self._end_wait)
         self._monitor = Monitor()
         self._reading = Lane("reader", self.device, self._monitor, self._current, self._read, self._serve)
@@ -96,7 +96,7 @@ class Session:
             Opcode.MKNOD: self._through_libfuse,
             Opcode.MKDIR: self._through_libfuse,
             Opcode.LINK: self._through_libfuse,
-            Opcode.CREATE: self._through_libfuse,
+            Opcode.CREATE: self._create,
             Opcode.UNLINK: self._through_libfuse,
             Opcode.RMDIR: self._through_libfuse,
             Opcode.RENAME: self._rename,
@@ -257,8 +257,45 @@ class Session:
             os.close(orphan.fd)
 
     def _lookup(self, worker: Worker, request: Request) -> None:
-        if not self._answers.lookup(worker, request):
-            self._libfuse.process(request.native, request.length)
+        status = self._answers.lookup(worker, request)
+        if status is None:
+            return
+        node, generation = self._allot(worker, request, request.name(), status)
+        if not request.answer(protocol.entry_out(node, generation, status)):
+            self._forget_one(node, 1)
+
+    def _create(self, worker: Worker, request: Request) -> None:
+        file, status = self._answers.create(worker, request)
+        try:
+            node, generation = self._allot(worker, request, request.name(_CREATE_NAME), status)
+        except OSError:
+            self.handles.release(file.fh)
+            raise
+        self.handles.created(file, node)
+        opened = protocol.OPEN_OUT.pack(file.fh, file.open_flags(), 0)
+        if not request.answer(protocol.entry_out(node, generation, status) + opened):
+            self.handles.release(file.fh)
+            self._forget_one(node, 1)
+
+    def _allot(self, worker: Worker, request: Request, name: bytes, status: os.stat_result) -> Tuple[int, int]:
+        """(number, generation) of the node for ``name`` in the request's node, with one kernel reference more.
+
+        libfuse allots it, by way of a lookup whose answer it gets from ``status``, and whose reply ends here.
+        """
+        data = protocol.IN_HEADER.pack(
+            BODY + len(name) + 1, Opcode.LOOKUP, request.unique, request.node, 0, 0, 0, 0, 0
+        )
+        worker.status = status
+        worker.allotting, worker.allotted = True, None
+        try:
+            self._libfuse.process(data + name + b"\0", BODY + len(name) + 1)
+        finally:
+            worker.allotting = False
+        if worker.allotted is None:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        node, generation = worker.allotted
+        self.nodes.add(request.node, name, node, generation, status.st_mode)
+        return node, generation
 
     def _getattr(self, worker: Worker, request: Request) -> None:
         if request.node == ROOT_NODE and request.state is not None and request.state.backing is None:
@@ -315,11 +352,13 @@ class Session:
     # --- libfuse's replies
 
     def _on_reply(self, reply: bytes) -> int:
-        if not reply:
-            return 0  # how libfuse "answers" FORGET
         worker = self._current.worker
         request = worker.request
         _, error, unique = protocol.OUT_HEADER.unpack_from(reply)
+        if worker.allotting:
+            if error == 0:
+                worker.allotted = protocol.ENTRY.unpack_from(reply, protocol.OUT_HEADER.size)[:2]
+            return 0
         opcode = request.opcode
         added: Optional[int] = None
         if error == 0 and unique == request.unique:
@@ -349,10 +388,7 @@ class Session:
             return None, reply
         name = request.name(protocol.NAME_OFFSETS[request.opcode])
         self.nodes.add(request.node, name, node, generation, status.st_mode)
-        if request.opcode == Opcode.CREATE:
-            (fh,) = protocol.U64.unpack_from(reply, _ENTRY_END)
-            self.handles.created(fh, node)
-        return node, reply[:_ENTRY_ATTR] + protocol.attr(node, status) + reply[_ENTRY_END:]
+        return node, reply[:_ENTRY_ATTR] + protocol.attr(node, status)
 
     def _init_reply(self, request: Request, reply: bytes) -> bytes:
         major, minor, readahead, offered = (
