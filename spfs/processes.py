@@ -27,6 +27,8 @@ def open_process(pid: int, started: int) -> int:
     try:
         if start_time(pid) != started:
             raise ProcessLookupError(errno.ESRCH, "the pid is another process's now")
+        if has_ended(pidfd, 0):
+            raise ProcessLookupError(errno.ESRCH, "it has ended, and its parent has not taken notice yet")
     except BaseException:
         os.close(pidfd)
         raise
