@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import gc
+import logging
 import os
 import resource
 import threading
@@ -35,6 +36,7 @@ from spfs.surgery.theatre import Theatre, in_own_thread
 from spfs.tracee import Script, Tracee
 
 R = TypeVar("R", FdTable, FsContext, Memory)
+_log = logging.getLogger(__name__)
 Progress = Callable[[str, Dict[str, object]], None]
 
 FREEZE_TIMEOUT = 5.0  # seconds
@@ -142,7 +144,8 @@ class Switch:
                 continue
             try:
                 process = self._examiner.process(pid)
-            except PermissionError:
+            except PermissionError as error:
+                _log.warning("process %d cannot be examined: %s", pid, error)
                 continue
             if process is None:
                 continue
@@ -266,8 +269,10 @@ class Switch:
             if pid in self._processes:
                 problem = self._processes[pid].problem
             process = self._examiner.process(pid)
+            former = self._processes.pop(pid, None)
+            if former is not None:
+                former.close()
             if process is None:
-                self._processes.pop(pid, None)
                 continue
             process.problem = problem
             self._processes[pid] = process

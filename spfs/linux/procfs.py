@@ -149,17 +149,30 @@ def find_vdso(maps: bytes) -> Optional[Tuple[int, int]]:
 
 
 def parse_vm_flags(smaps: bytes) -> Dict[int, FrozenSet[str]]:
-    """The VmFlags of each mapping in smaps, by start address."""
+    """The VmFlags of each mapping in smaps, by start address; "pkey" among them if it has a protection key."""
     found: Dict[int, FrozenSet[str]] = {}
     start = 0
+    keyed: FrozenSet[str] = frozenset()
     for line in smaps.splitlines():
         if line.startswith(b"VmFlags:"):
-            found[start] = frozenset(line.decode().split()[1:])
+            found[start] = frozenset(line.decode().split()[1:]) | keyed
+            keyed = frozenset()
+        elif line.startswith(b"ProtectionKey:") and line.split()[1] != b"0":
+            keyed = frozenset(["pkey"])
         else:
             head = line.split(b"-", 1)[0]
             if b":" not in head and re.match(rb"[0-9a-f]+-[0-9a-f]+ ", line):
                 start = int(head, 16)
     return found
+
+
+def parse_descriptor_limits(limits: bytes) -> Tuple[int, int]:
+    """RLIMIT_NOFILE, soft and hard. Not by prlimit(2), which wants CAP_SYS_RESOURCE for another user's process."""
+    for line in limits.splitlines():
+        if line.startswith(b"Max open files"):
+            soft, hard = line.split()[3:5]
+            return int(soft), int(hard)  # never "unlimited": fs.nr_open is above both
+    raise ValueError("no open files in limits")
 
 
 def tasks(pid: int) -> List[int]:

@@ -159,18 +159,22 @@ class Counterparts:
         relative = root.relative(path)
         if relative is None:
             raise OSError(errno.EXDEV, "it lies outside of what its mount shows")
+        relative = relative or "."
+        # The type first: opening a fifo could wait, and opening a device could do anything.
+        fd = openat2(root.fd, relative, os.O_PATH | os.O_NOFOLLOW, _RESOLVE)
         try:
-            with Credentials(status.uid, status.gid, status.groups):
-                fd = openat2(root.fd, relative or ".", flags, _RESOLVE)
-        except PermissionError:
-            # The process may have opened it before it gave up privileges, or got it from somebody who had them.
-            fd = openat2(root.fd, relative or ".", flags, _RESOLVE)
-        found = os.fstat(fd).st_mode
-        if stat.S_IFMT(found) != stat.S_IFMT(old.mode):
+            found = os.fstat(fd).st_mode
+        finally:
             os.close(fd)
+        if stat.S_IFMT(found) != stat.S_IFMT(old.mode):
             old_name, new_name = (_NAMES.get(stat.S_IFMT(mode), "?") for mode in (old.mode, found))
             raise OSError(errno.EINVAL, f"it is a {new_name} there, not a {old_name}")
-        return fd
+        try:
+            with Credentials(status.uid, status.gid, status.groups):
+                return openat2(root.fd, relative, flags, _RESOLVE)
+        except PermissionError:
+            # The process may have opened it before it gave up privileges, or got it from somebody who had them.
+            return openat2(root.fd, relative, flags, _RESOLVE)
 
 
 def _copy_owner(old: int, new: int, flags: int) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import errno
 import functools
 import os
-import resource
 import stat
 from dataclasses import dataclass, field
 from typing import Dict, List, Optional, Sequence, Set, Tuple
@@ -255,7 +254,7 @@ class Examiner:
 
     def table(self, record: Process, tid: int) -> FdTable:
         numbers = [int(name) for name in os.listdir(f"/proc/{tid}/fd")]
-        soft, hard = resource.prlimit(tid, resource.RLIMIT_NOFILE)
+        soft, hard = procfs.parse_descriptor_limits(procfs.read(f"/proc/{tid}/limits"))
         table = FdTable(tid, set(numbers), limit=soft, hard_limit=hard)
         pidfd = record.pidfd
         if tid != record.pid and record.pid in record.tids:

@@ -15,19 +15,17 @@ from spfs.linux import statx
 from spfs.linux.arch import LOAD_ARGUMENT_0, LOAD_ARGUMENT_2
 from spfs.linux.calls import CallTable, result_address, results
 from spfs.references import Kind
+from spfs.surgery import maps, message
 from spfs.surgery.examine import Description, EpollEntry, FdTable, FsContext, Memory, Place, Process
 from spfs.surgery.gadget import GadgetFinder
-from spfs.tracee import DOT, PAGE, USER, Script, Tracee
+from spfs.tracee import DOT, PAGE, PAIR, USER, Script, Tracee
 from stubfs.wire import MAX_FDS
 
 FIRST_BASE = 1 << 44  # far from where programs, libraries, heaps and stacks are put
 BASE_STEP = 1 << 28
 
 _F_GETFD, _F_SETFD = 1, 2
-_MSG_CMSG_CLOEXEC = 0x40000000
 _EPOLL_DEL, _EPOLL_ADD = 2, 1
-_SCM_RIGHTS = struct.Struct("<QII")  # cmsghdr: length, level, type
-_HEADER = 128  # bytes for a message's msghdr, iovec and byte
 _LEAST_SPARE = 2  # descriptors: the socketpair's two, of which one is closed before any is received
 
 
@@ -41,7 +39,7 @@ class _Program:
         self.groups: List[List[int]] = []
         self.moves: List[Tuple[int, int]] = []  # descriptor, entry of its dup3
         self.changes: List[Tuple[Place, int]] = []
-        self.calls.add("close", base + _PAIR, load=LOAD_ARGUMENT_0)
+        self.calls.add("close", base + PAIR, load=LOAD_ARGUMENT_0)
         self._fill(operation)
         self.data += bytes(-len(self.data) % 64)
 
@@ -54,29 +52,18 @@ class _Program:
         # Result addresses depend on where the table lies, behind the data: so the data's size first.
         chunk = operation.chunk
         groups = [items[start : start + chunk] for start in range(0, len(items), chunk)]
-        sizes = [_HEADER + (_SCM_RIGHTS.size + 4 * len(group) + 63) // 64 * 64 for group in groups]
+        length = sum(message.size(len(group)) for group in groups)
         events = sum(len(operation.epolls(item)) for item in items)
-        self._table = self.base + USER + sum(sizes) + (16 * events + 63) // 64 * 64
-        self._event_at = self.base + USER + sum(sizes)
+        self._table = self.base + USER + length + (16 * events + 63) // 64 * 64
+        self._event_at = self.base + USER + length
         self._events = bytearray()
-        for group, size in zip(groups, sizes):
-            slots = self._message(group, size)
+        for group in groups:
+            part, slots = message.receive(self.calls, self.base, self.base + USER + len(self.data), len(group))
+            self.data += part
             self.groups.append([fd for _, _, fd in group])
             for slot, item in zip(slots, group):
                 self._item(operation, item, slot)
         self.data += self._events
-
-    def _message(self, group: "List[Item]", size: int) -> List[int]:
-        """A msghdr for a group; the addresses where its descriptors will be found (-1 if they do not come)."""
-        at = self.base + USER + len(self.data)
-        control = at + _HEADER
-        length = _SCM_RIGHTS.size + 4 * len(group)
-        header = struct.pack("<QIxxxxQQQQI", 0, 0, at + 64, 1, control, (length + 7) & ~7, 0)
-        part = header.ljust(64, b"\0") + struct.pack("<QQ", at + 80, 1)
-        part = part.ljust(_HEADER, b"\0") + bytes(_SCM_RIGHTS.size) + b"\xff" * (4 * len(group))
-        self.data += part.ljust(size, b"\0")
-        self.calls.add("recvmsg", self.base + _THEIRS, at, _MSG_CMSG_CLOEXEC, load=LOAD_ARGUMENT_0)
-        return [control + _SCM_RIGHTS.size + 4 * index for index in range(len(group))]
 
     def _item(self, operation: "Operation", item: "Item", slot: int) -> None:
         number, place, _ = item
@@ -112,9 +99,6 @@ class _Program:
             add("epoll_ctl", entry.epoll, _EPOLL_ADD, number, self._event_at + len(self._events))
             self._events += struct.pack("<IQxxxx", entry.events, entry.data)
 
-
-_PAIR = PAGE + 16
-_THEIRS = _PAIR + 4
 
 Item = Tuple[int, Optional[Place], int]  # descriptor in the tracee, or -1 and a directory; our descriptor
 
@@ -184,7 +168,10 @@ class Operation:
         assert self._program is not None
         tracee.capture()
         tracee.gadget = gadgets.find(tracee, self.maps())
-        size = _round_up(self._program.table - self._program.base + len(self._program.calls) * 64) + PAGE
+        need = self._program.table - self._program.base + len(self._program.calls) * 64
+        if self.memory is not None:
+            need = max(need, USER + maps.space(self.memory))
+        size = _round_up(need)
         for attempt in range(16):
             try:
                 yield from tracee.open(self.base + attempt * BASE_STEP * 4096, size, self.descriptors)
@@ -200,6 +187,8 @@ class Operation:
         tracee.write(program.base + USER, program.data + program.calls.encode())
         yield from tracee.run(program.table, len(program.calls), program.groups)
         self._collect(tracee)
+        if self.memory is not None:
+            yield from maps.script(tracee, self.memory, self.chunk)
         yield from tracee.close()
 
     def _collect(self, tracee: Tracee) -> None:

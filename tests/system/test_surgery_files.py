@@ -1,0 +1,369 @@
+"""Descriptors and directories of real processes, moved between two mounts."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import resource
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Callable, Iterator
+
+import pytest
+from surgery_kit import Mounts, Victim, tasks_stopped
+
+from spfs.errors import SpfsError
+
+pytestmark = [pytest.mark.needs_root, pytest.mark.needs_ptrace]
+
+UNPRIVILEGED = "os.setgroups([]); os.setresgid(1234, 1234, 1234); os.setresuid(1234, 1234, 1234)"
+
+
+@pytest.fixture
+def mounts(tmp_path: Path) -> Iterator[Mounts]:
+    mounts = Mounts(tmp_path)
+    yield mounts
+    mounts.close()
+
+
+@pytest.fixture
+def victim() -> Iterator[Victim]:
+    victim = Victim()
+    victim.run("import os, fcntl, mmap, select, signal, socket, sys, threading, time")
+    yield victim
+    victim.close()
+
+
+def test_offset_flags_and_cloexec_are_kept(mounts: Mounts, victim: Victim) -> None:
+    path = mounts.file("f")
+    victim.run(
+        f"""
+path = {path!r}
+plain = os.open(path, os.O_RDWR)
+os.lseek(plain, 4, 0)
+append = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_NONBLOCK | os.O_DSYNC)
+inherited = os.open(path, os.O_RDONLY)
+os.set_inheritable(inherited, True)
+fds = (plain, append, inherited)
+def state():
+    return [(fcntl.fcntl(f, fcntl.F_GETFL), fcntl.fcntl(f, fcntl.F_GETFD), os.lseek(f, 0, 1)) for f in fds]
+"""
+    )
+    before = victim.run("state()")
+    report = mounts.switch()
+    assert report.moved == {"file": 3} and report.left == [] and report.rounds == 1
+    assert victim.run("state()") == before
+    assert victim.run("os.read(plain, 3), os.read(inherited, 12)") == (b"con", b"new contents")
+    victim.run("os.write(append, b'!')")
+    assert (mounts.new / "f").read_bytes() == b"new contents!"
+    assert mounts.users() == []
+
+
+def test_opening_flags_that_act_are_not_repeated(mounts: Mounts, victim: Victim) -> None:
+    path = mounts.file("kept", new=b"precious")
+    flags = "os.O_RDWR | os.O_CREAT | os.O_TRUNC"
+    victim.run(f"a = os.open({path!r}, {flags}); b = os.open({path + '2'!r}, {flags} | os.O_EXCL)")
+    (mounts.new / "kept2").write_bytes(b"also precious")
+    assert mounts.switch().moved == {"file": 2}
+    assert victim.run("os.read(a, 20), os.read(b, 20)") == (b"precious", b"also precious")
+
+
+def test_path_descriptor_and_symlink(mounts: Mounts, victim: Victim) -> None:
+    path = mounts.file("f")
+    mounts.both(lambda root: os.symlink("f", root / "link"))
+    victim.run(f"p = os.open({path!r}, os.O_PATH); l = os.open({str(mounts.old / 'link')!r}, os.O_PATH | os.O_NOFOLLOW)")
+    assert mounts.switch().moved == {"path": 2}
+    assert victim.run("os.read(os.open(f'/proc/self/fd/{p}', os.O_RDONLY), 20)") == b"new contents"
+    assert victim.run("os.readlink('', dir_fd=l)") == "f"
+    assert mounts.users() == []
+
+
+def test_directories_and_cwd(mounts: Mounts, victim: Victim) -> None:
+    mounts.both(lambda root: (root / "d").mkdir())
+    (mounts.new / "d" / "only new").touch()
+    victim.run(f"d = os.open({str(mounts.old / 'd')!r}, os.O_RDONLY); os.chdir(d)")
+    assert mounts.switch().moved == {"directory": 1, "cwd": 1}
+    assert victim.run("os.listdir(d), os.listdir('.'), os.getcwd()") == (
+        ["only new"],
+        ["only new"],
+        str(mounts.new / "d"),
+    )
+
+
+def test_directory_being_read_is_left(mounts: Mounts, victim: Victim) -> None:
+    mounts.both(lambda root: (root / "a").touch())
+    victim.run(f"d = os.open({str(mounts.old)!r}, os.O_RDONLY); os.lseek(d, 2, 0)")
+    preparation, report = mounts.prepared_switch()
+    assert [(left.what, left.path) for left in report.left] == [(f"fd {victim.run('d')}", "")]
+    assert "being read" in report.left[0].reason and preparation.left == report.left
+    victim.run("os.lseek(d, 0, 0)")
+    assert mounts.switch().moved == {"directory": 1}
+
+
+def test_shared_descriptions_stay_shared(mounts: Mounts, victim: Victim) -> None:
+    """By dup, fork and SCM_RIGHTS: one description before, one afterwards."""
+    path = mounts.file("f")
+    victim.run(
+        f"""
+a = os.open({path!r}, os.O_RDWR); b = os.dup(a)
+up, down = socket.socketpair(); back, answer = os.pipe()
+child = os.fork()
+if child == 0:
+    os.close(a); os.close(b); up.close()
+    received = socket.recv_fds(down, 1, 1)[1][0]
+    os.write(answer, b'r')
+    while down.recv(1):
+        os.write(answer, bytes([os.lseek(received, 1, 1)]))
+    os._exit(0)
+down.close()
+socket.send_fds(up, [b'x'], [a]); os.read(back, 1)
+"""
+    )
+    report = mounts.switch()
+    assert report.moved == {"file": 3} and len(report.processes) == 2
+    assert victim.run("os.lseek(a, 5, 0); up.send(b'x'); os.read(back, 1), os.lseek(b, 0, 1)") == (b"\x06", 6)
+    assert victim.run("up.close(); os.read(b, 3), os.waitpid(child, 0)[1]") == (b"new contents"[6:9], 0)
+
+
+def test_threads_with_tables_and_directories_of_their_own(mounts: Mounts, victim: Victim) -> None:
+    path = mounts.file("f")
+    mounts.both(lambda root: (root / "d").mkdir())
+    (mounts.new / "d" / "here").touch()
+    victim.run(
+        f"""
+import ctypes
+libc = ctypes.CDLL(None, use_errno=True)
+ready, go, found = threading.Event(), threading.Event(), []
+def alone():
+    assert libc.unshare(0x400 | 0x200) == 0  # CLONE_FILES | CLONE_FS
+    fd = os.open({path!r}, os.O_RDONLY); os.chdir({str(mounts.old / "d")!r})
+    ready.set(); go.wait()
+    found.append((os.read(fd, 3), os.listdir('.')))
+threads = [threading.Thread(target=alone), threading.Thread(target=go.wait)]
+[t.start() for t in threads]; ready.wait()
+"""
+    )
+    assert mounts.switch().moved == {"file": 1, "cwd": 1}
+    assert victim.run("go.set(); [t.join() for t in threads]; found") == [(b"new", ["here"])]
+    assert mounts.users() == []
+
+
+def test_tables_shared_between_processes(mounts: Mounts, tmp_path: Path) -> None:
+    """clone(2) with CLONE_FILES and CLONE_FS but without CLONE_THREAD: moved once, seen by both."""
+    path = mounts.file("f")
+    source = f"""
+import ctypes, os, signal, sys
+libc = ctypes.CDLL(None)
+fd = os.open({path!r}, os.O_RDONLY); os.chdir({str(mounts.old)!r})
+libc.syscall.restype = ctypes.c_long
+pid = libc.syscall(56, 0x400 | 0x200 | signal.SIGCHLD, 0, 0, 0, 0)
+os.write(1, b'r')
+os.read(0, 1)
+sys.stdout.write(os.read(fd, 1).decode() + os.getcwd()[-3:]); sys.stdout.flush()
+if pid: os.waitpid(pid, 0)
+"""
+    process = subprocess.Popen(
+        [shutil.which("python3") or "python3", "-c", source], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    with process:
+        assert process.stdout is not None and process.stdin is not None
+        assert os.read(process.stdout.fileno(), 1) + os.read(process.stdout.fileno(), 1) == b"rr"
+        report = mounts.switch()
+        assert report.moved == {"file": 1, "cwd": 1} and report.left == []
+        assert mounts.users() == []
+        process.stdin.write(b"gg")
+        process.stdin.close()
+        assert sorted(process.stdout.read().decode().replace("new", "")) == ["e", "n"]
+
+
+def test_hundred_threads(mounts: Mounts, victim: Victim) -> None:
+    path = mounts.file("f")
+    victim.run(
+        f"""
+fd = os.open({path!r}, os.O_RDONLY); go = threading.Event()
+threads = [threading.Thread(target=go.wait) for _ in range(120)]
+[t.start() for t in threads]
+"""
+    )
+    assert mounts.switch().moved == {"file": 1}
+    assert victim.run("os.pread(fd, 3, 0)") == b"new" and tasks_stopped(victim.pid) == []
+    victim.run("go.set(); [t.join() for t in threads]")
+
+
+def test_missing_counterpart(mounts: Mounts, victim: Victim) -> None:
+    """Left and reported, with strict refused before anything changes; moved when it is there."""
+    paths = mounts.file("here"), mounts.file("missing", new=None)
+    victim.run(f"a, b = [os.open(p, os.O_RDONLY) for p in {paths!r}]")
+    with pytest.raises(SpfsError, match="cannot move fd .*missing.*no such file"):
+        mounts.switch(strict=True)
+    assert victim.run("os.pread(a, 3, 0)") == b"old"
+    report = mounts.switch()
+    (left,) = report.left
+    assert (left.path, left.kind, left.pid) == ("missing", "file", victim.pid) and "no such file" in left.reason
+    assert report.moved == {"file": 1}
+    assert victim.run("os.pread(a, 3, 0), os.pread(b, 3, 0)") == (b"new", b"old")
+    (mounts.new / "missing").write_text("there now")
+    assert mounts.switch().left == [] and victim.run("os.pread(b, 5, 0)") == b"there"
+
+
+def test_other_type_unlinked_and_locked_are_left(mounts: Mounts, victim: Victim) -> None:
+    mounts.file("type", new=None)
+    (mounts.new / "type").mkdir()
+    for name in ("gone", "posix", "flock"):
+        mounts.file(name)
+    victim.run(
+        f"""
+t, g, p, f = [os.open({str(mounts.old)!r} + '/' + n, os.O_RDWR) for n in ('type', 'gone', 'posix', 'flock')]
+os.unlink({str(mounts.old / 'gone')!r}); fcntl.lockf(p, fcntl.LOCK_EX); fcntl.flock(f, fcntl.LOCK_SH)
+"""
+    )
+    reasons = {left.what: left.reason for left in mounts.switch().left}
+    t, g, p, f = [f"fd {number}" for number in victim.run("t, g, p, f")]
+    assert "directory there" in reasons[t] and "no name" in reasons[g]
+    assert "POSIX" in reasons[p] and "FLOCK" in reasons[f]
+    assert victim.run("[os.pread(fd, 3, 0) for fd in (t, g, p, f)]") == [b"old"] * 4
+    fd = os.open(mounts.old / "posix", os.O_RDWR)
+    try:
+        with pytest.raises(OSError) as error:
+            fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the victim still holds it
+        assert error.value.errno in (errno.EAGAIN, errno.EACCES)
+    finally:
+        os.close(fd)
+
+
+def test_what_changes_after_the_preparation(mounts: Mounts, victim: Victim) -> None:
+    """Opened, closed, exchanged, sought, forked and flags set between prepare and execute."""
+    for name in "abcd":
+        mounts.file(name)
+    victim.run(f"os.chdir({str(mounts.old)!r}); a, b, c = [os.open(n, os.O_RDWR) for n in 'abc']")
+
+    def between() -> None:
+        victim.run(
+            """
+os.lseek(a, 4, 0); fcntl.fcntl(a, fcntl.F_SETFL, os.O_APPEND); os.set_inheritable(a, True)
+os.close(b); os.dup2(c, b); os.close(c)
+d = os.open('d', os.O_RDWR); null = os.open('/dev/null', os.O_RDONLY)
+child = os.fork()
+if not child: signal.pause()
+"""
+        )
+
+    _, report = mounts.prepared_switch(between=between)
+    assert report.left == [] and mounts.users() == []
+    assert victim.run("os.lseek(a, 0, 1), fcntl.fcntl(a, fcntl.F_GETFL) & os.O_APPEND, os.get_inheritable(a)") == (
+        4,
+        os.O_APPEND,
+        True,
+    )
+    assert victim.run("[os.pread(fd, 3, 0) for fd in (a, b, d)]") == [b"new"] * 3
+    victim.run("os.kill(child, 9); os.waitpid(child, 0)")
+
+
+def test_no_descriptor_to_spare(mounts: Mounts, victim: Victim) -> None:
+    """A table filled to RLIMIT_NOFILE: raised meanwhile where the hard limit allows, else reported."""
+    path = mounts.file("f")
+    victim.run(
+        f"""
+import resource
+resource.setrlimit(resource.RLIMIT_NOFILE, (40, 100))
+fds = []
+try:
+    while True: fds.append(os.open({path!r}, os.O_RDONLY))
+except OSError: pass
+"""
+    )
+    assert mounts.switch().moved == {"file": victim.run("len(fds)")}
+    assert victim.run("os.pread(fds[-1], 3, 0), resource.getrlimit(resource.RLIMIT_NOFILE)") == (b"new", (40, 100))
+
+
+def test_table_full_for_good(mounts: Mounts, victim: Victim) -> None:
+    path = mounts.file("f")
+    victim.run(
+        f"""
+import resource
+fds = [os.open({path!r}, os.O_RDONLY) for _ in range(30)]
+resource.setrlimit(resource.RLIMIT_NOFILE, (max(fds) + 1, max(fds) + 1))
+"""
+    )
+    report = mounts.switch()
+    assert report.moved == {} and len(report.left) == 30
+    assert "Too many open files" in report.left[0].reason
+    assert victim.run("os.pread(fds[3], 3, 0)") == b"old"
+    victim.run("os.close(fds.pop()); os.close(fds.pop())")
+    report = mounts.switch()
+    assert report.moved == {"file": 28} and report.left == []
+    assert victim.run("os.pread(fds[3], 3, 0), len(os.listdir('/proc/self/fd'))") == (b"new", 32)
+
+
+def test_unprivileged_process(mounts: Mounts) -> None:
+    mounts.file("f")
+    victim = Victim(["setpriv", "--no-new-privs"])
+    try:
+        victim.run(f"import os; os.chdir({str(mounts.old)!r}); {UNPRIVILEGED}; fd = os.open('f', os.O_RDWR)")
+        assert mounts.switch().moved == {"file": 1, "cwd": 1}
+        assert victim.run("os.write(fd, b'mine'), os.getuid()") == (4, 1234)
+    finally:
+        victim.close()
+
+
+def test_directory_that_may_not_be_entered(mounts: Mounts) -> None:
+    mounts.both(lambda root: (root / "d").mkdir())
+    (mounts.new / "d").chmod(0o700)
+    victim = Victim()
+    try:
+        victim.run(f"import os; os.chdir({str(mounts.old / 'd')!r}); {UNPRIVILEGED}")
+        (left,) = mounts.switch().left
+        assert left.kind == "cwd" and "Permission denied" in left.reason
+        assert victim.run("os.getcwd()") == str(mounts.old / "d")
+    finally:
+        victim.close()
+
+
+def test_root_directory(mounts: Mounts, victim: Victim) -> None:
+    """A chroot'ed process, its working directory inside and outside."""
+    mounts.both(lambda root: (root / "jail").mkdir())
+    (mounts.new / "jail" / "here").touch()
+    victim.run(
+        f"""
+child = os.fork()
+if child == 0:
+    os.chroot({str(mounts.old / 'jail')!r})
+    signal.pause()
+os.chdir('/tmp')
+"""
+    )
+    child = victim.run("child")
+    report = mounts.switch()
+    assert report.moved == {"root": 1} and report.left == []
+    assert os.listdir(f"/proc/{child}/root") == ["here"]
+    assert os.readlink(f"/proc/{child}/cwd") == os.getcwd()
+    victim.run("os.kill(child, 9); os.waitpid(child, 0)")
+
+
+def test_many_descriptors_in_one_process(mounts: Mounts, victim: Victim) -> None:
+    """More than fit into one message, with holes between them."""
+    for number in range(700):
+        mounts.file(f"f{number}", new=b"new %d" % number)
+    resource.prlimit(victim.pid, resource.RLIMIT_NOFILE, (4096, 4096))
+    victim.run(f"os.chdir('/'); fds = [os.open({str(mounts.old)!r} + f'/f{{n}}', os.O_RDONLY) for n in range(700)]")
+    victim.run("[os.close(fd) for fd in fds[::7]]; kept = [(n, fd) for n, fd in enumerate(fds) if n % 7]")
+    before = victim.run("sorted(os.listdir('/proc/self/fd'))")
+    assert mounts.switch().moved == {"file": 600}
+    assert victim.run("all(os.read(fd, 9) == b'new %d' % n for n, fd in kept)")
+    assert victim.run("sorted(os.listdir('/proc/self/fd'))") == before
+
+
+def test_nothing_else_is_touched(mounts: Mounts, victim: Victim, tmp_path: Path) -> None:
+    path = mounts.file("f")
+    (tmp_path / "other").write_text("other")
+    victim.run(f"fd = os.open({path!r}, os.O_RDONLY); o = os.open({str(tmp_path / 'other')!r}, os.O_RDONLY)")
+    links: Callable[[], object] = lambda: victim.run(
+        "[os.readlink(f'/proc/self/fd/{n}') for n in (0, 1, 2, o)]"
+    )
+    maps = victim.run("open('/proc/self/maps').read().count('\\n')")
+    before = links()
+    assert mounts.switch().moved == {"file": 1}
+    assert links() == before and victim.run("len(os.listdir('/proc/self/fd'))") == 6
+    assert abs(victim.run("open('/proc/self/maps').read().count('\\n')") - maps) <= 1
