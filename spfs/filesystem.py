@@ -71,8 +71,8 @@ def mount(context: Context, settings: Settings) -> None:
         context.progress(
             "started", {"pid": pid, "start_time": started, "device": device, "identity": target.identity()}
         )
+        undo.callback(_detach, device, target)  # before: a cancel may come when it has just been attached
         mounts.attach(mount_fd, target, settings.mountpoint)
-        undo.callback(_detach, device, target)
         packed, fds = pack_target(target)
         context.deliver({"pid": pid, "start_time": started, "device": device, "target": packed}, fds)
         undo.pop_all()  # the rest is closed by the end of this process

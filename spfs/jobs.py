@@ -214,7 +214,6 @@ def _run(kind: str, function: Callable[[Context], None], context: Context, keep:
         for number in (signal.SIGINT, signal.SIGCHLD, signal.SIGHUP):
             signal.signal(number, signal.SIG_DFL)
         _close_all_but([*keep, *_log_files()])
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
         status = _report(kind, function, context)
     except Cancelled:
         pass
@@ -226,6 +225,7 @@ def _run(kind: str, function: Callable[[Context], None], context: Context, keep:
 
 def _report(kind: str, function: Callable[[Context], None], context: Context) -> int:
     try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})  # one that came meanwhile is raised here
         function(context)
         if not context.delivered:
             context.deliver({})
@@ -262,5 +262,5 @@ def _close_all_but(keep: Sequence[int]) -> None:
 
 
 def _log_files() -> List[int]:
-    streams = [getattr(handler, "stream", None) for handler in logging.getLogger().handlers]
-    return [stream.fileno() for stream in streams if stream is not None]
+    handlers = [handler for handler in logging.getLogger().handlers if isinstance(handler, logging.FileHandler)]
+    return [handler.stream.fileno() for handler in handlers if handler.stream is not None]

@@ -96,6 +96,6 @@ def _clean(now: Snapshot, before: Snapshot) -> None:
 
     for line in sorted(now.mounts - before.mounts, key=len, reverse=True):
         try:
-            syscalls.umount2(line.split(" ")[4].encode().decode("unicode_escape"), 2)  # MNT_DETACH
+            syscalls.umount2(line.split(" ")[4].encode().decode("unicode_escape").encode("latin-1"), 2)  # MNT_DETACH
         except OSError:
             pass

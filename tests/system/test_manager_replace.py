@@ -25,8 +25,8 @@ pytestmark = [pytest.mark.needs_root, pytest.mark.needs_fuse]
 
 # The manager with a replace step that does what the source says.
 SCRIPT = """
-import errno, os, signal, sys, threading, time
-from spfs import replace as step
+import errno, os, time
+from spfs import mounts, replace as step
 from spfs.errors import SpfsError
 
 def replace(request, filesystem, progress):
@@ -61,7 +61,15 @@ def replace(request, filesystem, progress):
     finally:
         progress("cleaned", {})
 
+def attach(mount_fd, target, path, attach=mounts.attach):
+    if path.endswith("before"):
+        time.sleep(60)
+    attach(mount_fd, target, path)
+    if path.endswith("after"):
+        time.sleep(60)
+
 step.replace = replace
+mounts.attach = attach
 from spfs.cli import manager
 manager.main()
 """
@@ -384,24 +392,56 @@ def test_a_file_system_that_died_meanwhile_is_found_dead(manager: FakedManager, 
     assert manager.client().status()["mounts"] == []
 
 
-def test_a_mount_that_was_half_made_is_undone(manager: FakedManager, mnt: Path) -> None:
-    """Both are killed while the file system is being started."""
+@pytest.mark.parametrize("where", ["before", "after"])
+@pytest.mark.parametrize("job_too", [False, True])
+def test_a_mount_that_was_half_made_is_undone(
+    manager: FakedManager, tmp_path: Path, where: str, job_too: bool
+) -> None:
+    """The manager (and the job) is killed while the file system is being attached."""
+    place = tmp_path / where
+    place.mkdir()
+    record = manager.work / "mount-1.json"
     with manager.raw() as sock:
-        sock.send(f"mount;id=a;mode=restore;mountpoint={mnt}\0".encode())
-        record = manager.work / "mount-1.json"
+        sock.send(f"mount;id=a;mode=restore;mountpoint={place}\0".encode())
         wait_until(record.exists)
-    jobs = jobs_of(manager.pid)
-    pid, manager.pid = manager.pid, 0
-    os.kill(pid, signal.SIGKILL)
-    for job in jobs:
-        end(job, signal.SIGKILL)
-    wait_until(lambda: not alive(pid))
-    manager._close_clients()
+        wait_until(lambda: where == "before" or str(place) in Path("/proc/self/mountinfo").read_text())
+        (job,) = jobs_of(manager.pid)
+        if job_too:
+            os.kill(manager.pid, signal.SIGSTOP)
+            end(job, signal.SIGKILL)
+        manager.kill()
     manager.start()
-    rows = wait_until(lambda: [row for row in manager.client().status()["mounts"] if row["answering"]] or [None])
-    if rows == [None]:  # it had not got to its end
-        wait_until(lambda: not manager.client().status()["mounts"])
-        assert str(mnt) not in Path("/proc/self/mountinfo").read_text()
+    wait_until(lambda: not manager.client().status()["mounts"])
+    end(job, signal.SIGTERM)
+    assert str(place) not in Path("/proc/self/mountinfo").read_text()
+    assert not record.exists() or '"gone"' in record.read_text()
+
+
+@pytest.mark.parametrize("where", ["before", "after"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_mount_whose_job_is_ended_is_undone(
+    manager: FakedManager, tmp_path: Path, where: str, number: signal.Signals
+) -> None:
+    place = tmp_path / where
+    place.mkdir()
+    with manager.raw() as sock:
+        sock.send(f"mount;id=a;mode=restore;mountpoint={place}\0".encode())
+        wait_until((manager.work / "mount-1.json").exists)
+        wait_until(lambda: where == "before" or str(place) in Path("/proc/self/mountinfo").read_text())
+        os.kill(jobs_of(manager.pid)[0], number)
+        assert int.from_bytes(sock.recv(4), sys.byteorder, signed=True) < 0
+    wait_until(lambda: not manager.client().status()["mounts"])
+    assert str(place) not in Path("/proc/self/mountinfo").read_text()
+
+
+def test_a_mount_can_be_aborted(manager: FakedManager, tmp_path: Path) -> None:
+    (tmp_path / "before").mkdir()
+    with manager.raw() as sock:
+        sock.send(f"mount;id=a;mode=restore;mountpoint={tmp_path}/before\0".encode())
+        wait_until((manager.work / "mount-1.json").exists)
+        assert manager.client().abort("a") == ["a"]
+        assert int.from_bytes(sock.recv(4), sys.byteorder, signed=True) == -errno.ECANCELED
+    assert manager.client().status()["mounts"] == []
 
 
 def test_records_that_cannot_be_read_are_left_alone(manager: FakedManager, mnt: Path) -> None:
