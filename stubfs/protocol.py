@@ -87,7 +87,6 @@ class InitFlags(IntFlag):
     BIG_WRITES = 1 << 5
     DONT_MASK = 1 << 6
     FLOCK_LOCKS = 1 << 10
-    AUTO_INVAL_DATA = 1 << 12
     ASYNC_DIO = 1 << 15
     PARALLEL_DIROPS = 1 << 18
     ABORT_ERROR = 1 << 21

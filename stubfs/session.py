@@ -34,7 +34,6 @@ _log = logging.getLogger(__name__)
 _MINOR_VERSION = 31  # of the protocol that the loop speaks; libfuse 2.9 would say 19, and lose RENAME2
 _ADDED_FLAGS = (
     InitFlags.BIG_WRITES
-    | InitFlags.AUTO_INVAL_DATA
     | InitFlags.ASYNC_DIO
     # Else lookups in one directory wait for each other, unkillable, when one of them is held.
     | InitFlags.PARALLEL_DIROPS
