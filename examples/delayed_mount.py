@@ -14,6 +14,7 @@ import errno
 import json
 import os
 import shutil
+import signal
 import stat
 import subprocess
 import sys
@@ -49,15 +50,13 @@ class Application:
         self.processes: Dict[str, subprocess.Popen[str]] = {}
         for role in workload.ROLES:
             # The resident is an ordinary user: nothing may depend on the rights of root.
-            user = NOBODY if role == "resident" else None
+            user = [str(NOBODY)] if role == "resident" else []
             self.processes[role] = subprocess.Popen(
-                [sys.executable, workload.__file__, role, directory],
+                [sys.executable, workload.__file__, role, directory, *user],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 text=True,
-                user=user,
-                group=user,
-                extra_groups=[] if user else None,
+                start_new_session=True,
             )
 
     def expect(self, line: str) -> None:
@@ -81,7 +80,10 @@ class Application:
 
     def close(self) -> None:
         for process in self.processes.values():
-            process.kill()
+            try:
+                os.killpg(process.pid, signal.SIGKILL)  # its forked children, too
+            except ProcessLookupError:
+                pass
             process.communicate()
 
 
@@ -181,7 +183,18 @@ def check_log(directory: str, reports: Dict[str, Dict[str, Any]]) -> None:
 
 
 def show(report: Dict[str, Any]) -> None:
-    print("\n" + json.dumps(report, indent=2) + "\n")
+    moved = ", ".join(f"{count} {kind}" for kind, count in sorted(report["moved"].items()))
+    print(f"             moved: {report['mounts']} mount, and of {len(report['processes'])} processes: {moved}")
+    for reference in report["left"]:
+        print(f"             left: {reference['what']} of process {reference['pid']}: {reference['reason']}")
+    stages = ", ".join(f"{name} {seconds * 1000:.1f}" for name, seconds in report["stages"].items())
+    print(f"             blackout: {report['blackout'] * 1000:.1f} ms ({stages})", flush=True)
+
+
+def mounted_at(path: str) -> List[str]:
+    """The types of the file systems that are mounted there, the visible one last."""
+    lines = Path("/proc/self/mountinfo").read_text().splitlines()
+    return [line.partition(" - ")[2].split()[0] for line in lines if line.split()[4] == path]
 
 
 def run(arguments: argparse.Namespace, work: str, cleanup: ExitStack) -> int:
@@ -212,8 +225,7 @@ def run(arguments: argparse.Namespace, work: str, cleanup: ExitStack) -> int:
 
     restore.stub()
     application.tell("go")
-    wait_until(lambda: all(map(waits, application.users())), 20, "every process waits")
-    held = client.held(ID)
+    held = wait_until(lambda: everybody_waits(client, application), 20, "every process waits")
     say(f"stub: they work, and wait: {len(held)} requests are held, for instance")
     for request in held[:5]:
         # Readahead is the kernel's own: it names no process.
@@ -228,25 +240,34 @@ def run(arguments: argparse.Namespace, work: str, cleanup: ExitStack) -> int:
         say(f"mount: the server is late: {attempts(client)} attempts have failed: {last_error(client)}")
         server.come()
         say("mount: the real file system is there")
-    status = client.wait(ID, timeout=arguments.timeout)
-    report = status["replace"]["report"]
-    say("proxy, replace: requests let go, mount and processes moved; they run on")
+    report = client.wait(ID, timeout=arguments.timeout)["replace"]["report"]
+    cleanup.callback(mountapi.umount2, mountpoint, mountapi.MNT_DETACH)
+    say("proxy: the held requests went on, with the real contents")
+    say("replace: the mount, and all that the processes hold on it, are the real file system's now")
+    show(report)
+    kinds = mounted_at(mountpoint)
+    say(f"FUSE is gone: on {mountpoint} is {' and '.join(kinds)}; its process has ended: {report['ended']}")
     time.sleep(1)
     application.tell("stop")
     reports = application.reports()
-    say("the processes have ended; what they have seen:")
     check_log(f"{mountpoint}/application", reports)
+    say("the processes ran on for a second, and have ended; what they saw:")
     for role, seen in reports.items():
         wrong = "; ".join(seen["wrong"]) or "nothing wrong"
         print(f"             {role:9} {seen['operations']:7} operations, longest {seen['longest']:.3f} s: {wrong}")
-    show(report)
-    say(f"blackout: {report['blackout'] * 1000:.1f} ms")
     ok = not any(seen["wrong"] for seen in reports.values()) and not report["left"]
-    return 0 if ok else 1
+    return 0 if ok and report["ended"] and len(kinds) == 1 and "fuse.stubfs" not in kinds else 1
 
 
-def waits(pid: int) -> bool:
-    """Does a thread of it wait in a way that only a fatal signal ends, as for a hung NFS server?"""
+def everybody_waits(client: ManagerClient, application: Application) -> List[Dict[str, Any]]:
+    """The held requests, once all processes that need the file system wait for it; else nothing."""
+    held = client.held(ID)
+    waiting = {request["pid"] for request in held}
+    return held if all(pid in waiting or waits_for_page(pid) for pid in application.users()) else []
+
+
+def waits_for_page(pid: int) -> bool:
+    """Pages are read ahead in the kernel's name, so that a request does not tell who waits for one."""
     tasks = [f"/proc/{pid}/task/{tid}/stat" for tid in os.listdir(f"/proc/{pid}/task")]
     return any(Path(stat).read_bytes().rpartition(b")")[2].split()[0] == b"D" for stat in tasks)
 
@@ -294,6 +315,7 @@ def main() -> int:
         print("delayed_mount: must be run as root: it mounts, and moves files of other users", file=sys.stderr)
         return 3
 
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that whatever ends us, everything is taken away
     work = tempfile.mkdtemp(prefix="spfs-example-")
     os.chmod(work, 0o711)  # one of the processes is not root
     os.environ[MARK] = work
@@ -308,7 +330,9 @@ def main() -> int:
     except StubfsError as error:
         print(f"delayed_mount: {error}", file=sys.stderr)
         return error.exit_code
-    shutil.rmtree(work)
+    finally:
+        if not any(os.path.ismount(f"{work}/{name}") for name in ("mnt", "server")):
+            shutil.rmtree(work)
     say("nothing is left behind: no process, mount, cgroup, file or descriptor")
     return status
 

@@ -1,6 +1,6 @@
 """A program that uses a directory the way applications do, and notices whatever goes wrong while it does.
 
-    python workload.py ROLE DIRECTORY
+    python workload.py ROLE DIRECTORY [UID]
 
 It opens what its role needs, prints "ready", starts to work at the first line on standard input and ends at the next
 line (or end of file) with a JSON report on standard output: operations done, longest time for one, and each thing that
@@ -233,7 +233,12 @@ ROLES = {role.__name__: role for role in (reader, mapper, appender, queue, resid
 
 
 def main() -> NoReturn:
-    role, directory = sys.argv[1:]
+    role, directory, *user = sys.argv[1:]
+    if user:
+        # Only now: an ordinary user need not be able to read the interpreter of root's virtual environment.
+        os.setgroups([])
+        os.setgid(int(user[0]))
+        os.setuid(int(user[0]))
     os.chdir(directory)
     print(json.dumps(ROLES[role](Work())), flush=True)
     sys.exit(0)

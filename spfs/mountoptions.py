@@ -15,7 +15,7 @@ from spfs.errors import SpfsError
 from spfs.linux.mountapi import MS, MountAttr
 
 _MAGIC, _MAGIC_MASK = 0xC0ED0000, 0xFFFF0000  # MS_MGC_VAL: old callers set it, mount(2) strips it
-_OPERATIONS = MS.REMOUNT | MS.BIND | MS.MOVE | MS.REC | MS.UNBINDABLE | MS.PRIVATE | MS.SLAVE | MS.SHARED
+_OPERATIONS = MS.REMOUNT | MS.MOVE | MS.UNBINDABLE | MS.PRIVATE | MS.SLAVE | MS.SHARED
 
 _PER_MOUNT: Dict[MS, MountAttr] = {
     MS.RDONLY: MountAttr.RDONLY,
@@ -77,7 +77,7 @@ class MountOptions:
 
     @classmethod
     def parse(cls, flags: int, options: str) -> "MountOptions":
-        """SpfsError EINVAL for flags that do not make a new mount (MS_REMOUNT, MS_BIND, propagation …)."""
+        """SpfsError EINVAL for flags that do not make a new mount (MS_REMOUNT, MS_MOVE, propagation …)."""
         if flags & _MAGIC_MASK == _MAGIC:
             flags &= ~_MAGIC_MASK
         refused = flags & _OPERATIONS
@@ -95,7 +95,27 @@ class MountOptions:
                 parsed = (parsed & ~remove) | add
             elif word not in _FSTAB and not word.startswith(("x-", "X-", "comment=")):
                 words.append(word)
-        return cls(parsed, tuple(words))
+        return cls(parsed, tuple(words))._checked()
+
+    def _checked(self) -> "MountOptions":
+        if not self.bind:
+            if self.flags & MS.REC:
+                raise SpfsError("cannot mount with flag MS_REC: it is for bind mounts", "add 4096 (MS_BIND)")
+            return self
+        others = [word for word in self.words if word not in ("ro", "rw")]
+        if others:
+            raise SpfsError(
+                f"cannot make a bind mount with option {others[0]}: a bind mount has only the flags of a mount",
+                "ro, nosuid, nodev, noexec, noatime … are possible",
+            )
+        # For a file system of its own they are parameters; here "ro" can only be the mount's flag.
+        readonly = "ro" in self.words[-1:] or (self.flags & MS.RDONLY and "rw" not in self.words[-1:])
+        return MountOptions(self.flags | MS.RDONLY if readonly else self.flags & ~MS.RDONLY, ())
+
+    @property
+    def bind(self) -> bool:
+        """Is the source a directory that exists, and no file system of its own to be mounted?"""
+        return bool(self.flags & MS.BIND)
 
     @property
     def data(self) -> str:

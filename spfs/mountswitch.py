@@ -65,6 +65,11 @@ class PreparedSwitch:
     def provisional(self) -> FrozenSet[int]:
         return frozenset(one.mount_id for one in self._followers if _keeps_copy(one))
 
+    @property
+    def helpers(self) -> FrozenSet[int]:
+        """The pids of our helper processes. They hold the old mounts, and must not be stopped."""
+        return frozenset(helper.pid for helper in self._helpers.values())
+
     def prepare(self, real_fd: int) -> None:
         """Clones and helpers. For ``prepare_switch``, which closes this object if it fails."""
         found = list(self._instances.values())
@@ -165,7 +170,7 @@ class PreparedSwitch:
                 switched.update(self._follow(list(group), deadline))
         except OSError as error:
             raise SpfsError(
-                f"cannot switch the mounts: {reason(error)}", "they are given back", error.errno or errno.EIO
+                f"cannot switch the mounts: {reason(error)}", "undo gives them back", error.errno or errno.EIO
             ) from error
         for instance in self._instances.values():
             if instance.inside and instance.mount_id not in switched:
@@ -220,7 +225,7 @@ class PreparedSwitch:
         if self._committed:
             deadline = time.monotonic() + timeout
             for namespace, helper in self._helpers.items():
-                here = [one for one in [*self._leaders, *self._followers] if one.namespace == namespace]
+                here = [one for one in [*self._followers, *self._leaders] if one.namespace == namespace]
                 try:
                     with helper.call("undo", [one.mount_id for one in here], (), deadline_left(deadline)) as result:
                         failed += [

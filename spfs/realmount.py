@@ -15,12 +15,12 @@ import subprocess
 import tempfile
 import time
 from dataclasses import dataclass
-from typing import Callable, Optional, Tuple, Type, TypeVar
+from typing import Callable, FrozenSet, Optional, Tuple, Type, TypeVar
 
 from spfs import nschild, workshop
 from spfs.errors import SpfsError, reason
 from spfs.linux import mountapi
-from spfs.linux.mountapi import FsConfig
+from spfs.linux.mountapi import MS, FsConfig
 from spfs.mountoptions import MountOptions, helper_errno
 from spfs.nschild import Answer
 from spfs.target import Target
@@ -54,6 +54,8 @@ def make(
     SpfsError for what cannot be asked for; TimeoutError after ``timeout``.
     """
     wanted = MountOptions.parse(flags, options)
+    if wanted.bind:
+        return _in_child(lambda: (None, [_bind(source, wanted)]), target, ("mnt",), timeout)
     helper = _helper(fstype)
     if helper and not wanted.has(*_KERNEL_OPTIONS):
         return _with_helper(helper, source, fstype, wanted, target, timeout)
@@ -71,6 +73,16 @@ def make(
         if error.errno != errno.EPERM or "user" not in join or "user" not in target.namespaces:
             raise
     return _in_child(lambda: _by_kernel(source, fstype, wanted), target, ("net", "mnt"), timeout)
+
+
+def _bind(source: str, wanted: MountOptions) -> int:
+    flags = mountapi.OPEN_TREE_CLONE
+    if wanted.flags & MS.REC:
+        flags |= mountapi.AT_RECURSIVE
+    mount_fd = mountapi.open_tree(mountapi.AT_FDCWD, source, flags)
+    if wanted.attributes:
+        mountapi.mount_setattr(mount_fd, set=wanted.attributes)
+    return mount_fd
 
 
 def _helper(fstype: str) -> Optional[str]:
@@ -229,11 +241,12 @@ class RetryPolicy:
     limit: float = 5.0
     jitter: float = 0.25
     permission_attempts: int = 20  # EPERM: as many times, then it is taken for an answer
+    not_yet: FrozenSet[int] = frozenset()  # what else means for this source that it is late
 
     def retryable(self, number: Optional[int], refusals: int) -> bool:
         if number == errno.EPERM:
             return refusals < self.permission_attempts
-        return number in _NETWORK_ERRORS
+        return number in _NETWORK_ERRORS or number in self.not_yet
 
     def delay(self, attempt: int) -> float:
         """The delay after the ``attempt``-th (from 1) failure."""

@@ -19,9 +19,10 @@ from spfs.errors import SpfsError
 from spfs.freezer import Freezer, open_freezer
 from spfs.instances import Instance
 from spfs.linux import procfs
+from spfs.linux.mountapi import MS
 from spfs.mountswitch import PreparedSwitch, SwitchOutcome, prepare_switch
 from spfs.processes import has_ended
-from spfs.realmount import Attempt, Retry
+from spfs.realmount import Attempt, Retry, RetryPolicy
 from spfs.references import MountRoot
 from spfs.switch import Switch, SwitchReport
 from spfs.target import Target
@@ -182,7 +183,7 @@ class _Step:
             lambda mount_id: prepared.roots.get(mount_id, default),
             self._freezer,
             strict=self._request.strict,
-            exclude=self._protect,
+            exclude={*self._protect, *prepared.helpers},
             freeze_timeout=FREEZE_TIMEOUT,
         )
 
@@ -285,13 +286,17 @@ def _tracer(pid: int) -> int:
 def _real_mount(request: ReplaceRequest, target: Target, progress: Progress) -> int:
     """The detached real mount's fd, the caller's; tried until it is there."""
 
-    def report(attempt: Attempt) -> None:
-        progress("mounting", dataclasses.asdict(attempt))
+    def report(failed: Attempt) -> None:
+        details: Dict[str, object] = {"attempt": failed.number, "errno": failed.errno, "error": failed.error}
+        progress("mounting", {**details, "next": failed.next})
 
     def attempt(timeout: Optional[float]) -> int:
         return realmount.make(request.source, request.fstype, request.flags, request.options, target, timeout)
 
-    return Retry(timeout=request.timeout, report=report).run(attempt, f"{request.source} ({request.fstype})")
+    # A directory that is to be bound there can be late, too: it is not there yet, as a server that does not answer yet.
+    bind = request.flags & MS.BIND
+    policy = RetryPolicy(not_yet=frozenset([errno.ENOENT]) if bind else frozenset())
+    return Retry(policy, timeout=request.timeout, report=report).run(attempt, f"{request.source} ({request.fstype})")
 
 
 def switch(request: SwitchRequest, progress: Progress) -> Dict[str, object]:
