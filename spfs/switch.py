@@ -145,7 +145,8 @@ class Switch:
             try:
                 process = self._examiner.process(pid)
             except PermissionError as error:
-                _log.warning("process %d cannot be examined: %s", pid, error)
+                # More privileged than we are, as the first process of a container's host can be.
+                _log.debug("process %d cannot be examined: %s", pid, error)
                 continue
             if process is None:
                 continue

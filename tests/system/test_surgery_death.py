@@ -1,0 +1,240 @@
+"""The one who operates is killed, at each stage; who is operated on is killed or ends: nobody stays behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, Callable, Dict, Iterator, List
+
+import pytest
+from surgery_kit import Mounts, Victim, tasks_stopped
+
+from spfs.surgery import compare, operation, theatre
+from spfs.testing import process_state, wait_until
+from spfs.tracee import Tracee
+
+pytestmark = [pytest.mark.needs_root, pytest.mark.needs_ptrace]
+
+
+@pytest.fixture
+def mounts(tmp_path: Path) -> Iterator[Mounts]:
+    mounts = Mounts(tmp_path)
+    for number in range(20):
+        mounts.file(f"f{number}")
+    yield mounts
+    mounts.close()
+
+
+@pytest.fixture
+def victim(mounts: Mounts) -> Iterator[Victim]:
+    victim = Victim()
+    victim.run(
+        f"""
+import os, signal, threading, time
+os.chdir({str(mounts.old)!r})
+fds = [os.open(f'f{{n}}', os.O_RDONLY) for n in range(20)]
+go, ticks = threading.Event(), []
+def tick():
+    while not go.is_set():
+        ticks.append(os.pread(fds[0], 3, 0)); time.sleep(0.001)
+threads = [threading.Thread(target=go.wait), threading.Thread(target=tick)]
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR2])
+[t.start() for t in threads]
+def masks():
+    return [l for l in open('/proc/self/task/%d/status' % os.getpid()) if l.startswith(('SigBlk', 'SigCgt'))]
+"""
+    )
+    yield victim
+    victim.run("go.set(); [t.join() for t in threads]")
+    victim.close()
+
+
+def die(*_: Any, **__: Any) -> Any:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def dies_after_start(run: Callable[..., Any]) -> Callable[..., Any]:
+    def replacement(self: Tracee, *arguments: Any) -> Any:
+        script = run(self, *arguments)
+        yield next(script)  # the table is being run, and its end has not been heard of
+        die()
+
+    return replacement
+
+
+STAGES: Dict[str, Callable[[], Dict[str, Any]]] = {
+    "seized": lambda: {"patch": (theatre.Theatre, "wait", die)},
+    "stopped": lambda: {"patch": (compare.Comparison, "stale", die)},
+    "mounts": lambda: {"when_stopped": die},
+    "captured": lambda: {"patch": (Tracee, "open", die)},
+    "running": lambda: {"patch": (Tracee, "run", dies_after_start(Tracee.run))},
+    "done": lambda: {"patch": (operation.Operation, "_collect", die)},
+    "closing": lambda: {"patch": (Tracee, "close", die)},
+    "restored": lambda: {"patch": (theatre.Theatre, "release", die)},
+}
+
+
+def killed_surgeon(mounts: Mounts, stage: str) -> None:
+    """Run a switch in a process that kills itself at ``stage``."""
+    how = STAGES[stage]()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            patch = how.pop("patch", None)
+            if patch is not None:
+                setattr(*patch)
+            mounts.switch(**how)
+        finally:
+            os._exit(1)  # not killed: the stage was not reached
+    assert os.waitpid(pid, 0)[1] == signal.SIGKILL
+
+
+@pytest.mark.parametrize("stage", list(STAGES))
+def test_killed_surgeon(mounts: Mounts, victim: Victim, stage: str) -> None:
+    before = victim.run("masks()")
+    victim.start("signal.sigtimedwait([signal.SIGUSR2], 0.3)")  # blocked in a system call, as most processes are
+    victim.blocked()
+    killed_surgeon(mounts, stage)
+    victim.result()
+    assert tasks_stopped(victim.pid) == []
+    assert victim.run("open('/proc/self/status').read().split('TracerPid:')[1].split()[0]") == "0"
+    assert victim.run("masks()") == before
+    count = victim.run("len(ticks)")
+    wait_until(lambda: victim.run("len(ticks)") > count)
+    contents: List[bytes] = victim.run("[os.pread(fd, 3, 0) for fd in fds]")
+    assert len(set(contents)) == 1 and contents[0] in (b"old", b"new")
+    report = mounts.switch()  # asked again, it completes
+    assert report.left == [] and mounts.users() == []
+    assert victim.run("set(os.pread(fd, 3, 0) for fd in fds), os.getcwd()") == ({b"new"}, str(mounts.new))
+
+
+def test_victim_killed_during_the_blackout(mounts: Mounts, victim: Victim) -> None:
+    other = Victim()
+    try:
+        other.run(f"import os, signal; fd = os.open({str(mounts.old / 'f1')!r}, 0)")
+
+        def kill() -> None:
+            os.kill(other.pid, signal.SIGKILL)
+            wait_until(lambda: process_state(other.pid) in ("Z", ""), 5)
+
+        report = mounts.switch(when_stopped=kill)
+        assert report.moved == {"file": 20, "cwd": 1} and report.left == []
+        assert other.process.wait(5) == -signal.SIGKILL
+        assert victim.run("os.pread(fds[3], 3, 0)") == b"new"
+    finally:
+        other.close()
+
+
+def test_victim_killed_while_it_is_operated_on(
+    mounts: Mounts, victim: Victim, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = Victim()
+    other.run(f"import os; fd = os.open({str(mounts.old / 'f1')!r}, 0)")
+    run = Tracee.run
+
+    def killing(self: Tracee, *arguments: Any) -> Any:
+        if self.pid == other.pid:
+            os.kill(other.pid, signal.SIGKILL)
+        return run(self, *arguments)
+
+    monkeypatch.setattr(Tracee, "run", killing)
+    try:
+        report = mounts.switch()
+        assert report.moved["file"] >= 20 and report.left == []
+        assert other.process.wait(5) == -signal.SIGKILL
+    finally:
+        other.close()
+
+
+def test_victim_ends_between(mounts: Mounts, victim: Victim) -> None:
+    other = Victim()
+    other.run(f"import os; fd = os.open({str(mounts.old / 'f1')!r}, 0)")
+    _, report = mounts.prepared_switch(between=other.close)
+    assert report.moved == {"file": 20, "cwd": 1} and report.left == []
+
+
+def test_traced_by_somebody_else(mounts: Mounts, victim: Victim) -> None:
+    """Left, with the tracer's name; moved when it is no longer traced."""
+    tracer = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            f"from spfs.linux import ptrace; ptrace.seize({victim.pid}, 0); print('on', flush=True); input()",
+        ],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    with tracer:
+        assert tracer.stdout is not None and tracer.stdout.readline() == "on\n"
+        report = mounts.switch()
+        assert report.moved == {} and len(report.left) == 21
+        assert f"is traced by process {tracer.pid} (python" in report.left[0].reason
+        assert victim.run("os.pread(fds[0], 3, 0)") == b"old"
+        tracer.communicate("\n")
+    assert mounts.switch().left == []
+
+
+def test_failure_of_the_mounts_changes_nothing(mounts: Mounts, victim: Victim) -> None:
+    def fail() -> None:
+        raise RuntimeError("no mount today")
+
+    with pytest.raises(RuntimeError, match="no mount today"):
+        mounts.switch(when_stopped=fail)
+    assert tasks_stopped(victim.pid) == [] and victim.run("os.pread(fds[0], 3, 0)") == b"old"
+
+
+def test_vfork_parent(mounts: Mounts, tmp_path: Path) -> None:
+    """A parent in vfork() cannot be stopped before its child lets go: reported, not waited for; later it can."""
+    from surgery_kit import compile_c
+
+    program = compile_c(
+        tmp_path,
+        r"""
+#include <fcntl.h>
+#include <stdio.h>
+#include <sys/wait.h>
+#include <unistd.h>
+int main(int argc, char **argv)
+{
+    int fd = open(argv[1], O_RDONLY);
+    char buffer[4] = "";
+    write(1, "ready\n", 6);
+    pid_t child = vfork();
+    if (!child) { read(0, buffer, 1); _exit(0); }
+    waitpid(child, NULL, 0);
+    read(0, buffer, 1);
+    pread(fd, buffer, 3, 0);
+    write(1, buffer, 3);
+    return 0;
+}
+""",
+        "-Wno-unused-result",
+        "-Wno-deprecated-declarations",
+    )
+    with subprocess.Popen(
+        [program, str(mounts.old / "f0")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0
+    ) as process:
+        assert process.stdout is not None and process.stdin is not None
+        assert process.stdout.readline() == b"ready\n"
+        wait_until(lambda: process_state(process.pid) == "D")
+        report = mounts.switch()
+        assert report.moved == {"file": 1}  # the child's
+        (left,) = report.left
+        assert left.pid == process.pid and "cannot be stopped" in left.reason
+        process.stdin.write(b"x")
+        wait_until(lambda: process_state(process.pid) == "S")
+        assert mounts.switch().moved == {"file": 1}
+        assert mounts.users() == []
+        process.stdin.write(b"x")
+        assert process.stdout.read() == b"new" and process.wait(5) == 0
+
+
+def test_zombies_are_no_obstacle(mounts: Mounts, victim: Victim) -> None:
+    zombie = victim.run("pid = os.fork()\nif not pid: os._exit(0)\npid")
+    wait_until(lambda: process_state(zombie) == "Z")
+    assert mounts.switch().left == []
+    assert victim.run("os.waitpid(pid, 0)[1]") == 0
