@@ -197,6 +197,10 @@ class Controller:
         def add(managed: Managed, reply: Reply) -> None:
             row = rows[managed.number]
             row["answering"] = reply.status == 0
+            if reply.status == 0:
+                # It may have been changed by the file system's own socket.
+                row["mode"] = reply.data["mode"]
+                self._supervisor.mode_seen(managed, row["mode"])
             row.update({key: reply.data[key] for key in ("held", "handles", "nodes") if key in reply.data})
 
         self._ask_all(chosen, "status", add, finish)

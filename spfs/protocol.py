@@ -192,7 +192,8 @@ def _parse_text(packet: bytes) -> Request:
 def _parse_json(packet: bytes) -> Request:
     try:
         # errors="surrogateescape": paths are bytes, and need not be UTF-8.
-        message = json.loads(packet.decode(errors="surrogateescape"), object_pairs_hook=_no_duplicates)
+        text = packet.rstrip(b"\0").decode(errors="surrogateescape")
+        message = json.loads(text, object_pairs_hook=_no_duplicates)
     except (ValueError, RecursionError) as error:
         raise BadRequest(f"cannot read the request: not JSON: {error}") from error
     if not isinstance(message, dict):

@@ -447,6 +447,12 @@ class Supervisor:
         if len(running.mode_changes) == 1:
             begin()
 
+    def mode_seen(self, managed: Managed, mode: str) -> None:
+        """The file system says which mode it is in; somebody may have changed it by its own control socket."""
+        if managed.state is State.MOUNTED and not self._running[managed.number].mode_changes:
+            self.registry.mode_changed(managed, mode)
+            self.start_if_ready(managed)
+
     # Replacing
 
     def ask_replace(self, request: protocol.Replace) -> Managed:

@@ -61,7 +61,9 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _manage(options: argparse.Namespace) -> None:
-    text, separator, second = options.request.partition(r"\0")
+    text, separator, second = options.request, "", ""
+    if not text.startswith("{"):
+        text, separator, second = text.partition(r"\0")
     second = second[: -len(r"\0")] if second.endswith(r"\0") else second
     if second and options.options is not None:
         raise UsageError("cannot send the request: mount options are given twice", r"either after \0 or by --options")

@@ -118,6 +118,16 @@ def end(pid: int, number: int) -> None:
 
 
 @contextmanager
+def reading(path: Path) -> "Iterator[subprocess.Popen[bytes]]":
+    """A cat of the file, which is killed if it still waits at the end."""
+    with subprocess.Popen(["cat", str(path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as reader:
+        try:
+            yield reader
+        finally:
+            reader.kill()
+
+
+@contextmanager
 def manager_in(base: Path) -> Iterator[Manager]:
     manager = Manager(base)
     try:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Iterator, List
 
 import pytest
-from manager_kit import ENVIRONMENT, Manager, alive, end, manager_in
+from manager_kit import ENVIRONMENT, Manager, alive, end, manager_in, reading
 
 from spfs.client import ManagerClient
 from spfs.errors import SpfsError
@@ -73,7 +73,7 @@ def test_the_modes(manager: Manager, mnt: Path, tmp_path: Path) -> None:
     client = manager.client()
     client.mount("a", str(mnt))
     assert client.mode("stub", "a") == ["a"]
-    with subprocess.Popen(["cat", str(mnt / "file")], stdout=subprocess.PIPE) as reader:
+    with reading(mnt / "file") as reader:
         wait_until(lambda: client.held())
         (held,) = client.held("a")
         assert (held["id"], held["pid"], held["command"], held["name"]) == ("a", reader.pid, "cat", "file")
@@ -88,7 +88,7 @@ def test_the_modes(manager: Manager, mnt: Path, tmp_path: Path) -> None:
 def test_a_forced_unmount_lets_those_who_wait_go_with_an_error(manager: Manager, mnt: Path) -> None:
     client = manager.client()
     client.mount("a", str(mnt), "stub")
-    with subprocess.Popen(["cat", str(mnt / "file")], stderr=subprocess.PIPE) as reader:
+    with reading(mnt / "file") as reader:
         wait_until(lambda: client.held())
         assert client.unmount("a", force=True)["ended"]
         assert b"error" in reader.communicate(timeout=10)[1].lower() and reader.returncode == 1

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Dict, Iterator, List
 
 import pytest
-from manager_kit import ENVIRONMENT, Manager, alive, end, manager_in
+from manager_kit import ENVIRONMENT, Manager, alive, end, reading
 
 from spfs.errors import SpfsError
 from spfs.testing import wait_until
@@ -317,7 +317,7 @@ def test_mounts_outlive_a_killed_manager_and_are_taken_over(manager: FakedManage
     pid = client.mount("a", str(mnt))["pid"]
     client.replace("a", "ok", "tmpfs", begin="hold", options="size=1m")
     client.mode("stub")
-    with subprocess.Popen(["cat", str(mnt / "file")], stderr=subprocess.DEVNULL) as reader:
+    with reading(mnt / "file") as reader:
         wait_until(lambda: client.held())
         manager.kill()
         assert alive(pid) and alive(reader.pid)

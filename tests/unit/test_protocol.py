@@ -154,6 +154,10 @@ def test_values_in_json_may_hold_what_text_cannot() -> None:
     )
 
 
+def test_json_may_end_like_a_c_string() -> None:
+    assert parse(b'{"command": "status"}\0') == protocol.Status()
+
+
 def test_paths_that_are_not_utf8_survive() -> None:
     text = parse(b"mount;id=1;mode=restore;mountpoint=/\xff\0")
     message = protocol.encode_data({"command": "mount", "id": "1", "mode": "restore", "mountpoint": "/\udcff"})
