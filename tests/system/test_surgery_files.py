@@ -73,7 +73,8 @@ def test_opening_flags_that_act_are_not_repeated(mounts: Mounts, victim: Victim)
 def test_path_descriptor_and_symlink(mounts: Mounts, victim: Victim) -> None:
     path = mounts.file("f")
     mounts.both(lambda root: os.symlink("f", root / "link"))
-    victim.run(f"p = os.open({path!r}, os.O_PATH); l = os.open({str(mounts.old / 'link')!r}, os.O_PATH | os.O_NOFOLLOW)")
+    link = str(mounts.old / "link")
+    victim.run(f"p = os.open({path!r}, os.O_PATH); l = os.open({link!r}, os.O_PATH | os.O_NOFOLLOW)")
     assert mounts.switch().moved == {"path": 2}
     assert victim.run("os.read(os.open(f'/proc/self/fd/{p}', os.O_RDONLY), 20)") == b"new contents"
     assert victim.run("os.readlink('', dir_fd=l)") == "f"
