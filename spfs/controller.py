@@ -27,6 +27,7 @@ from stubfs.errors import StubfsError
 log = logging.getLogger(__name__)
 
 ACCEPT_PAUSE = 0.1  # seconds without accepting when descriptors ran out
+PRELOAD_AFTER = 1.0  # seconds: whoever starts a manager has a first request, which must not wait for this
 DRAIN = 5.0  # seconds for clients to take their last answers
 
 
@@ -77,7 +78,7 @@ class Controller:
         self._listener.setblocking(False)
         self._supervisor.take_over()
         self._loop.watch(self._listener.fileno(), self._accept)
-        self._loop.soon(_preload)
+        self._loop.later(PRELOAD_AFTER, _preload)
         log.info("listening on %s, pid %d", self._socket_path, os.getpid())
         try:
             self._loop.run()
@@ -446,4 +447,6 @@ def _without_options(request: Request) -> str:
 def _preload() -> None:
     """Import what jobs will need, so that each forked job has it already."""
     import spfs.filesystem  # noqa: F401
+    import spfs.mounts  # noqa: F401
     import spfs.replace  # noqa: F401
+    import stubfs.client  # noqa: F401

@@ -15,15 +15,16 @@ from dataclasses import dataclass
 from typing import Dict, List, Optional, Tuple
 
 import stubfs
-from spfs import freezer, mounts, nschild
 from spfs.errors import SpfsError, reason
 from spfs.jobs import Context
 from spfs.processes import has_ended, is_frozen, open_process, start_time
 from spfs.target import Target
 from spfs.targetpacket import pack_target
-from stubfs.client import FilesystemClient
 from stubfs.errors import StubfsError
 from stubfs.mount import fuse_mount
+
+# Imported where they are used: spfs.mounts, spfs.nschild, spfs.freezer, stubfs.client. A first mount is waited for by
+# somebody, and what is imported here comes before the file system process is started, the rest while that starts.
 
 START_TIMEOUT = 20.0  # seconds from exec to ready; it takes a tenth of one on an idle machine
 END_TIMEOUT = 3.0  # seconds for a file system process to end when it is told to
@@ -63,6 +64,8 @@ def mount(context: Context, settings: Settings) -> None:
             pidfd = os.pidfd_open(pid)
             undo.callback(os.close, pidfd)
             undo.callback(_end_process, pid, pidfd)
+            from spfs import mounts
+
             _wait_ready(settings, pid, pidfd, ready)
         finally:
             os.close(ready)
@@ -162,6 +165,8 @@ def _end_process(pid: int, pidfd: int) -> None:
 
 
 def _detach(device: int, target: Target) -> None:
+    from spfs import mounts
+
     left = mounts.unmount(device, [target])
     if left:
         raise SpfsError(
@@ -173,6 +178,8 @@ def _detach(device: int, target: Target) -> None:
 
 def open_directory(context: Context, path: str, ns_pid: Optional[int]) -> None:
     """Deliver a descriptor of the directory ``path``, as process ``ns_pid`` sees it."""
+    from spfs import nschild
+
     with Target.pin(ns_pid, ["mnt"] if ns_pid is not None else None) as target:
 
         def open_there() -> Tuple[None, List[int]]:
@@ -204,6 +211,8 @@ def unmount(context: Context, device: int, pid: int, started: int, control: str,
     if pidfd < 0:
         return context.deliver({"ended": True})
     if force and not has_ended(pidfd, 0.1):
+        from stubfs.client import FilesystemClient
+
         try:
             with FilesystemClient(control, timeout=END_TIMEOUT) as filesystem:
                 filesystem.quit()
@@ -215,6 +224,8 @@ def unmount(context: Context, device: int, pid: int, started: int, control: str,
 
 
 def _check_unused(control: str) -> None:
+    from stubfs.client import FilesystemClient
+
     with FilesystemClient(control, timeout=END_TIMEOUT) as filesystem:
         status = filesystem.status()
     if status.held or status.handles:
@@ -228,6 +239,8 @@ def _check_unused(control: str) -> None:
 
 def count_instances(context: Context, device: int, target: Target) -> None:
     """Deliver ``instances``: in how many places the mount still is. For when its process has ended."""
+    from spfs import mounts
+
     context.deliver({"instances": len(mounts.instances(device, [target]))})
 
 
@@ -238,6 +251,8 @@ def take_over(
 
     Delivers ``target`` (None if nobody is left in its namespaces) and ``mode``.
     """
+    from stubfs.client import FilesystemClient
+
     thaw(freeze_cgroup)
     with FilesystemClient(control, timeout=END_TIMEOUT) as filesystem:
         mode = str(filesystem.status().mode)
@@ -254,4 +269,6 @@ def take_over(
 def thaw(cgroup: Optional[str]) -> None:
     """Thaw what a replace that was killed had frozen; nothing for None, nor for one that is gone."""
     if is_frozen(cgroup):
+        from spfs import freezer
+
         freezer.open_freezer(cgroup).thaw()
