@@ -6,7 +6,6 @@ only one that uses ptrace and setns.
 
 from __future__ import annotations
 
-import dataclasses
 import errno
 import os
 import time
@@ -69,17 +68,6 @@ class MountedFilesystem:
     target: Target
 
 
-@dataclass(frozen=True)
-class SwitchRequest:
-    """Only the process part: from the mount of ``source`` or ``device`` to the one at the directory ``target``."""
-
-    target: str
-    freeze_cgroup: Optional[str]
-    source: Optional[str] = None
-    device: Optional[int] = None
-    ns_pid: Optional[int] = None
-
-
 def replace(request: ReplaceRequest, filesystem: MountedFilesystem, progress: Progress) -> Dict[str, object]:
     """Replace the file system's mount by the real one and move the processes; the report.
 
@@ -130,12 +118,7 @@ class _Step:
         left = self._mounts_of_latecomers(mounted)
         self._progress("verified", {"mounts": len(mounted.switched), "left": len(left)})
         report: Dict[str, object] = {
-            "blackout": moved.blackout,
-            "stages": moved.stages,
-            "rounds": moved.rounds,
-            "processes": [{"pid": pid, "command": command} for pid, command in moved.processes.items()],
-            "moved": moved.moved,
-            "left": [dataclasses.asdict(one) for one in moved.left],
+            **moved.data(),
             "mounts": len(mounted.switched),
             "mounts_left": [{"mount": one.describe(), "reason": why} for one, why in left],
         }
@@ -297,8 +280,3 @@ def _real_mount(request: ReplaceRequest, target: Target, progress: Progress) -> 
     bind = request.flags & MS.BIND
     policy = RetryPolicy(not_yet=frozenset([errno.ENOENT]) if bind else frozenset())
     return Retry(policy, timeout=request.timeout, report=report).run(attempt, f"{request.source} ({request.fstype})")
-
-
-def switch(request: SwitchRequest, progress: Progress) -> Dict[str, object]:
-    """Move the processes from one existing mount to another; the report. SpfsError on failure."""
-    raise NotImplementedError

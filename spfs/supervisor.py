@@ -500,6 +500,7 @@ class Supervisor:
                     freeze_cgroup=request.freeze_cgroup,
                     strict=request.strict,
                     timeout=request.timeout,
+                    wait_for_tracers=not wanted.released,
                 ),
                 step.MountedFilesystem(
                     id=managed.id,
@@ -573,7 +574,7 @@ class Supervisor:
         frozen_before = is_frozen(request.freeze_cgroup)
 
         def work(context: Context) -> None:
-            from spfs import replace as step
+            from spfs import processswitch as step
 
             step_request = step.SwitchRequest(
                 request.target, request.freeze_cgroup, request.source, request.device, request.ns_pid

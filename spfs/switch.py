@@ -7,6 +7,7 @@ for references that came meanwhile, until there are none.
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import gc
 import logging
@@ -64,6 +65,17 @@ class SwitchReport:
     blackout: float
     stages: Dict[str, float] = field(default_factory=dict)  # seconds
     rounds: int = 1
+
+    def data(self) -> Dict[str, object]:
+        """For JSON."""
+        return {
+            "blackout": self.blackout,
+            "stages": self.stages,
+            "rounds": self.rounds,
+            "processes": [{"pid": pid, "command": command} for pid, command in self.processes.items()],
+            "moved": self.moved,
+            "left": [dataclasses.asdict(one) for one in self.left],
+        }
 
 
 def _no_progress(stage: str, details: Dict[str, object]) -> None:
