@@ -33,7 +33,7 @@ from spfs.surgery.counterparts import Counterparts
 from spfs.surgery.examine import Examiner, FdTable, FsContext, Memory, Process, shared
 from spfs.surgery.gadget import GadgetFinder
 from spfs.surgery.operation import BASE_STEP, FIRST_BASE, Operation
-from spfs.surgery.theatre import Theatre, in_own_thread
+from spfs.surgery.theatre import Theatre, in_group_stop, in_own_thread
 from spfs.tracee import Script, Tracee
 
 R = TypeVar("R", FdTable, FsContext, Memory)
@@ -240,14 +240,25 @@ class Switch:
 
     def _stop(self, theatre: Theatre) -> None:
         """Freeze, seize and interrupt all, thaw: a frozen task cannot run what is injected."""
-        self._freezer.freeze(self._freeze_timeout)
+        freezing = self._freezer.path is not None
+        # PTRACE_SEIZE of a task in group-stop waits, without limit, for the task to notice: which in a frozen cgroup
+        # (v1) it does not. Those are left out below; should one be missed, the thaw lets the wait end.
+        watchdog = threading.Timer(self._freeze_timeout + STOP_TIMEOUT, self._freezer.thaw)
+        if freezing:
+            watchdog.start()
         try:
+            if freezing:
+                self._freezer.freeze(self._freeze_timeout)
             pids = list(self._processes)
             pids += [pid for pid in self._freezer.pids() if pid not in self._processes and pid not in self._exclude]
             for pid in pids:
-                theatre.seize(pid)
+                if not (freezing and in_group_stop(pid)):
+                    theatre.seize(pid)
         finally:
             self._freezer.thaw()
+            if freezing:
+                watchdog.cancel()
+                watchdog.join()
         theatre.wait(STOP_TIMEOUT)
         # Without a freezer, tasks can be made until the last one stands still.
         while any([theatre.seize(pid) for pid in pids]):

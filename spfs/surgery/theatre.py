@@ -123,11 +123,20 @@ def _state(tid: int) -> str:
         return ""
 
 
-def _where(tid: int) -> str:
+def in_group_stop(pid: int) -> bool:
+    """Whether a frozen process was stopped by a signal before; its state in /proc only says that it is frozen."""
+    return _wchan(pid) == "do_signal_stop"
+
+
+def _wchan(tid: int) -> str:
     try:
-        function = procfs.read(f"/proc/{tid}/wchan").decode(errors="replace")
+        return procfs.read(f"/proc/{tid}/wchan").decode(errors="replace")
     except OSError:
-        function = ""
+        return ""
+
+
+def _where(tid: int) -> str:
+    function = _wchan(tid)
     return f"it waits in the kernel ({function})" if function not in ("", "0") else "it does not react"
 
 
