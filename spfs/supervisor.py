@@ -136,14 +136,14 @@ class Supervisor:
         return running.job
 
     def _job_over(self, managed: Managed) -> None:
-        self._wake(managed)
         running = self._running.get(managed.number)
         if running is None or running.job is not None:
             return
         if running.ended is not None and managed.state in (State.MOUNTED, State.UNMOUNTING):
-            self._settle(managed)
+            self._settle(managed)  # before the waiters are woken: what they then see is the end
         else:
             self.start_if_ready(managed)
+        self._wake(managed)
 
     def cancel_job(self, job: Job) -> None:
         job.cancel()
@@ -238,6 +238,8 @@ class Supervisor:
             same_root = (managed.root or "/") == (request.root or "/")
             if managed.state is not State.MOUNTED or managed.identity.get("mnt", own) != namespace or not same_root:
                 continue
+            if managed.replacement is not None and managed.replacement.phase is Phase.DONE:
+                continue  # what still serves somebody is on no path any more
             if place in (os.path.normpath(managed.attached_at), os.path.normpath(managed.mountpoint)):
                 raise SpfsError(
                     f"cannot mount {request.id!r}: {request.mountpoint}: mount {managed.id!r} is there already",
@@ -302,7 +304,7 @@ class Supervisor:
         """The process has ended and no job is at work on the mount: is the mount gone with it?"""
         running = self._running[managed.number]
         if managed.state is State.UNMOUNTING:
-            return self._gone(managed, "unmounted")
+            return self._gone(managed, managed.end or "unmounted")
         target = running.target or Target.pin()
 
         def work(context: Context) -> None:
@@ -545,6 +547,9 @@ class Supervisor:
         if outcome.error is None:
             log.info("mount %s: replaced", managed.id)
             self.registry.replace_ended(managed, Phase.DONE, outcome.value, None)
+            if outcome.value.get("ended"):
+                # Nothing was left: the process has ended with its mount, which we are about to be told.
+                managed.state, managed.end = State.UNMOUNTING, "replaced"
         elif outcome.cancelled and self._stopping:
             # For the next manager on this work directory.
             self.registry.replace_ended(managed, Phase.WAITING, None, None)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Dict, Iterator, List
 
 import pytest
-from manager_kit import ENVIRONMENT, Manager, alive, end, reading
+from manager_kit import ENVIRONMENT, Manager, alive, end, manager_in, reading
 
 from spfs.errors import SpfsError
 from spfs.testing import wait_until
@@ -442,6 +442,40 @@ def test_a_mount_can_be_aborted(manager: FakedManager, tmp_path: Path) -> None:
         assert manager.client().abort("a") == ["a"]
         assert int.from_bytes(sock.recv(4), sys.byteorder, signed=True) == -errno.ECANCELED
     assert manager.client().status()["mounts"] == []
+
+
+@pytest.mark.needs_ptrace
+def test_a_delayed_mount_from_end_to_end(tmp_path: Path, mnt: Path) -> None:
+    """With the real replace step: the reader goes on where it was, and everything of ours is gone."""
+    server = tmp_path / "server"
+    server.mkdir()
+    (server / "file").write_text("first\nsecond\n")
+    script = "import sys; f = open(sys.argv[1], buffering=1)\nfor line in sys.stdin: print(f.readline(), end='', flush=True)"
+    with manager_in(tmp_path) as manager:
+        manager.start("--exit-with-spfs")
+        client = manager.client()
+        pid = client.mount("a", str(mnt))["pid"]
+        client.create("a", [{"path": "file", "mode": 0o100644, "size": 13}])
+        command = [sys.executable, "-c", script, str(mnt / "file")]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as reader:
+            assert reader.stdin is not None and reader.stdout is not None
+            wait_until(lambda: client.status("a")["mounts"][0]["handles"] == 1)
+            group = "/sys/fs/cgroup/freezer/(null)"
+            client.replace("a", str(server), "none", flags=4096, freeze_cgroup=group, begin="hold")
+            client.mode("stub")
+            reader.stdin.write("\n")
+            reader.stdin.flush()
+            wait_until(lambda: [held["pid"] for held in client.held()] == [reader.pid])
+            client.begin("release")
+            row = client.wait("a", 20)
+            report = row["replace"]["report"]
+            assert report["moved"] == {"file": 1} and report["left"] == [] and row["end"] == "replaced"
+            assert reader.stdout.readline() == "first\n"
+            reader.stdin.close()
+            assert reader.wait(10) == 0
+        manager.wait_ended()
+        assert not alive(pid) and (mnt / "file").read_text() == "first\nsecond\n"
+        subprocess.run(["umount", str(mnt)], check=True)
 
 
 def test_records_that_cannot_be_read_are_left_alone(manager: FakedManager, mnt: Path) -> None:
