@@ -76,8 +76,7 @@ def _clone(instance: Instance, first: Instance, groups: "_Groups") -> int:
     else:
         try:
             # The real side's symlinks must not lead to another directory than the one the old mount showed.
-            flags = os.O_PATH | os.O_NOFOLLOW
-            place = openat2(source, instance.root, flags, RESOLVE_IN_ROOT | RESOLVE_NO_SYMLINKS)
+            place = openat2(source, instance.root, os.O_PATH, RESOLVE_IN_ROOT | RESOLVE_NO_SYMLINKS)
         except OSError as error:
             raise SpfsError(
                 f"cannot replace mount {instance.describe()}: {instance.root} on the real file system:"

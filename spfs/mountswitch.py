@@ -79,21 +79,29 @@ class PreparedSwitch:
             here = [one for one in found if one.namespace == namespace and not one.inside]
             if not here:
                 continue
-            worker = Worker()
-            with pin_namespace(here[0], self._targets) as place:
-                self._helpers[namespace] = Helper(
-                    worker.commands(), place, ("mnt",), before=worker.open_proc, timeout=self._timeout
-                )
-            helper = self._helpers[namespace]
-            for part in _parts(here):
-                fds = [self.roots[one.mount_id].fd for one in part]
-                helper.send("prepare", [[one.mount_id, one.mountpoint] for one in part], fds)
-                with helper.receive(self._timeout) as result:
-                    for number, why in result.value.items():
-                        self.left.append((self._instances[int(number)], why))
+            try:
+                self._prepare_namespace(namespace, here)
+            except SpfsError as error:
+                if error.errno != errno.ESRCH:
+                    raise
+                self.left += [(one, "its mount namespace is gone") for one in here]
         refused = {instance.mount_id for instance, _ in self.left}
         self._leaders = [one for one in self._leaders if one.mount_id not in refused]
         self._followers = [one for one in self._followers if one.mount_id not in refused]
+
+    def _prepare_namespace(self, namespace: int, here: Sequence[Instance]) -> None:
+        worker = Worker()
+        with pin_namespace(here[0], self._targets) as place:
+            self._helpers[namespace] = Helper(
+                worker.commands(), place, ("mnt",), before=worker.open_proc, timeout=self._timeout
+            )
+        helper = self._helpers[namespace]
+        for part in _parts(here):
+            fds = [self.roots[one.mount_id].fd for one in part]
+            helper.send("prepare", [[one.mount_id, one.mountpoint] for one in part], fds)
+            with helper.receive(self._timeout) as result:
+                for number, why in result.value.items():
+                    self.left.append((self._instances[int(number)], why))
 
     def prepare_nested(self, timeout: float = PREPARE_TIMEOUT) -> None:
         """Copy the mounts that are on the old ones onto the new ones; the rest of the lazy umount takes them along.
@@ -187,16 +195,19 @@ class PreparedSwitch:
         """Ask the helper of each namespace, all at once; the answers, by mount id."""
         asked: List[Helper] = []
         answers: Dict[int, str] = {}
+        failure: Optional[OSError] = None
         for namespace in dict.fromkeys(one.namespace for one in wanted):
             helper = self._helpers[namespace]
-            helper.send(command, [one.mount_id for one in wanted if one.namespace == namespace])
-            asked.append(helper)
-        failure: Optional[OSError] = None
+            try:
+                helper.send(command, [one.mount_id for one in wanted if one.namespace == namespace])
+                asked.append(helper)
+            except OSError as error:
+                failure = failure or error
         for helper in asked:
             try:
                 with helper.receive(deadline_left(deadline)) as result:
                     answers.update({int(number): how for number, how in result.value.items()})
-            except OSError as error:  # the others are waited for, or their answers would be taken for later ones
+            except OSError as error:  # the others are waited for all the same: what they did can be undone
                 failure = failure or error
         if failure is not None:
             raise failure
@@ -227,6 +238,7 @@ class PreparedSwitch:
             for namespace, helper in self._helpers.items():
                 here = [one for one in [*self._followers, *self._leaders] if one.namespace == namespace]
                 try:
+                    helper.drain(deadline_left(deadline))
                     with helper.call("undo", [one.mount_id for one in here], (), deadline_left(deadline)) as result:
                         failed += [
                             f"{self._instances[int(number)].mountpoint}: {why}" for number, why in result.value.items()

@@ -14,7 +14,7 @@ from typing import Any, Dict, List, Tuple
 from spfs.errors import reason
 from spfs.instances import mount_id, read_mountinfo
 from spfs.linux import mountapi
-from spfs.linux.mountapi import MoveMount
+from spfs.linux.mountapi import MS, MoveMount
 from spfs.linux.mountinfo import MountTable
 from spfs.nschild import Answer, Command
 
@@ -73,6 +73,8 @@ class Worker:
                     raise OSError(errno.ESTALE, "its path leads to another mount, which covers it")
                 # Recursive, or the kernel refuses to copy a mount that has locked mounts on it.
                 spare = mountapi.open_tree(old, "", _CLONE_TREE)
+                # Not a peer of the old one: else the umount of what is nested there would propagate to the copy.
+                mountapi.mount_setattr(spare, flags=mountapi.AT_RECURSIVE, propagation=MS.PRIVATE)
                 real = os.dup(fd)
                 self._places[number] = _Place(path, old, real, mount_id(real, self._proc), spare)
             except OSError as error:
@@ -123,7 +125,6 @@ class Worker:
                 raise
         else:
             place.how = "beneath"
-            self._attach_late(place)
         return place.how
 
     def _attach_late(self, place: _Place) -> None:
@@ -151,7 +152,10 @@ class Worker:
     def _reveal(self, number: int) -> str:
         place = self._places[number]
         if place.how == "beneath":
-            _unmount(place.old, gone_is_fine=True)
+            # Not earlier: when all peers are in place, what is put on one comes to the others, and is found there.
+            self._attach_late(place)
+            if self._top(place.path) == number:
+                _unmount(place.old)
         elif self._top(place.path) == number:
             self._exchange(place)
         # Neither: it went with a peer, and a copy of the peer's real mount is here.
@@ -222,27 +226,33 @@ class Worker:
         for number in reversed(argument):
             place = self._places[number]
             try:
-                self._undo(place)
+                self._undo(number, place)
             except OSError as error:
                 failed[number] = reason(error)
         return failed, []
 
-    def _undo(self, place: _Place) -> None:
-        if place.how == "covered":
-            _unmount(place.real)
-        elif place.how in ("beneath", "exchanged"):
-            try:
-                # Beneath the real one, by its descriptor: then whatever is on the real one goes with it, and the path
-                # is never bare.
-                mountapi.move_mount(place.spare, place.real, flags=MoveMount.BENEATH)
-            except OSError:
+    def _undo(self, number: int, place: _Place) -> None:
+        # Placed but not revealed, or revealed: either way the real one is below or on top of what is there. If it is
+        # no more, or never was ("propagated"), then it was given back together with a peer.
+        if place.how in ("beneath", "exchanged", "covered") and place.real_id in self._table().by_id:
+            if place.how == "covered":
                 _unmount(place.real)
-                mountapi.move_mount(place.spare, mountapi.AT_FDCWD, place.path)
             else:
-                _unmount(place.real)
-        elif place.how == "propagated":
-            raise OSError(errno.EBUSY, "it is given back together with the mount it was propagated from")
+                self._give_back(number, place)
         place.how = ""
+
+    def _give_back(self, number: int, place: _Place) -> None:
+        if self._top(place.path) == number:
+            # Placed, not revealed: "beneath" is always beneath the topmost, so the old one must go for its copy to
+            # come beneath the real one. The application stands still meanwhile.
+            _unmount(place.old)
+        try:
+            mountapi.move_mount(place.spare, place.real, flags=MoveMount.BENEATH)
+        except OSError:
+            _unmount(place.real)
+            mountapi.move_mount(place.spare, mountapi.AT_FDCWD, place.path)
+        else:
+            _unmount(place.real)
 
     def check(self, argument: Any, fds: List[int]) -> Answer:
         """[major, minor] of the old device → {id: what is wrong with what is on its path now}."""
@@ -273,14 +283,12 @@ class Worker:
             os.close(fd)
 
 
-def _unmount(root_fd: int, gone_is_fine: bool = False) -> None:
-    """Unmount lazily the very mount that ``root_fd`` is the root of, whatever is on its path or on it by now."""
-    # "." of the mount's root is that mount; a path could lead to another, and /proc/self/fd need not exist there.
+def _unmount(root_fd: int) -> None:
+    """Unmount lazily the mount that ``root_fd`` is the root of, or the topmost if there are others on its root."""
+    # "." and not its path: that could lead elsewhere by now. The kernel goes up from "." to the topmost mount there
+    # (fs/namei.c, LOOKUP_MOUNTPOINT).
     os.fchdir(root_fd)
     try:
         mountapi.umount2(".", mountapi.MNT_DETACH)
-    except OSError as error:
-        if not gone_is_fine or error.errno != errno.EINVAL:
-            raise
     finally:
         os.chdir("/")

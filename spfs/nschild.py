@@ -161,6 +161,7 @@ class Helper:
             _child(lambda: _serve(theirs, commands, start), [theirs.fileno(), *keep, *target.fds()])
         theirs.close()
         self._child = _Child(pid, ours)
+        self._sent = 1  # the start itself, which is answered like a command
         try:
             self.receive(timeout).close()
         except BaseException:
@@ -174,10 +175,24 @@ class Helper:
     def send(self, command: str, argument: Any = None, fds: Sequence[int] = ()) -> None:
         """Start a command; the answer is had by ``receive``, in order. Several helpers can so work at once."""
         wire.send(self._child.sock, json.dumps([command, argument]).encode(), fds)
+        self._sent += 1
 
     def receive(self, timeout: Optional[float] = None) -> Result:
-        """The answer to the oldest command that was sent; raises as ``run`` does. After a TimeoutError: close."""
+        """The answer to the oldest command that was sent; raises as ``run`` does.
+
+        After a TimeoutError the answer is still to come: ``drain`` before the next command, or ``close``.
+        """
         return self._child.receive(timeout)
+
+    def drain(self, timeout: Optional[float] = None) -> None:
+        """Wait for the answers that are still to come, and drop them. TimeoutError; ChildProcessError if it died."""
+        while self._child.answers < self._sent:
+            before = self._child.answers
+            try:
+                self.receive(timeout).close()
+            except (OSError, StubfsError, RuntimeError):  # the command's failure is an answer like any other
+                if self._child.answers == before:
+                    raise
 
     def call(
         self, command: str, argument: Any = None, fds: Sequence[int] = (), timeout: Optional[float] = None
@@ -204,6 +219,7 @@ class _Child:
         self.pid = pid
         self.sock = sock
         self._group = group
+        self.answers = 0
 
     def receive(self, timeout: Optional[float]) -> Result:
         poll = select.poll()
@@ -216,6 +232,7 @@ class _Child:
             packet = None
         if packet is None:
             raise ChildProcessError(errno.ECHILD, f"helper process {self.pid} died before it answered")
+        self.answers += 1
         _, payload, fds = packet
         answer = json.loads(payload)
         if "error" in answer:
