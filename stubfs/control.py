@@ -68,9 +68,7 @@ class Control:
     def _serve(self, client: socket.socket) -> None:
         with client:
             try:
-                if wire.peer_uid(client) not in (0, os.geteuid()):
-                    self._reply(client, -errno.EPERM, {"message": "cannot serve this user: not the owner", "hint": ""})
-                    return
+                is_owner = wire.peer_uid(client) in (0, os.geteuid())
                 while True:
                     try:
                         packet = wire.receive(client)
@@ -83,6 +81,10 @@ class Control:
                         return
                     _, payload, descriptors = packet
                     with descriptors:
+                        if not is_owner:
+                            message = "cannot serve this user: not the owner"
+                            self._reply(client, -errno.EPERM, {"message": message, "hint": "become root"})
+                            return
                         after = self._answer(client, payload, descriptors)
                     if after is not None:
                         after()

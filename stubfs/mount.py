@@ -8,6 +8,7 @@ from __future__ import annotations
 import array
 import errno
 import os
+import re
 import shutil
 import socket
 import stat
@@ -168,7 +169,7 @@ def _mounts() -> List[Tuple[str, str]]:
     with open("/proc/self/mountinfo", "rb") as mountinfo:
         for line in mountinfo:
             fields, _, rest = line.partition(b" - ")
-            path = fields.split(b" ")[4].decode("unicode_escape").encode("latin-1")
+            path = re.sub(rb"\\([0-7]{3})", lambda octal: bytes([int(octal[1], 8)]), fields.split(b" ")[4])
             found.append((os.fsdecode(path), os.fsdecode(rest.split(b" ")[0])))
     return found
 

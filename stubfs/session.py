@@ -176,7 +176,8 @@ class Session:
             except OSError as error:
                 if error.errno == errno.ENOENT:  # the request was ended before it was read
                     continue
-                if error.errno not in (errno.ENODEV, errno.ECONNABORTED):
+                # EPERM: the device of no mount; the start fails of that.
+                if error.errno not in (errno.ENODEV, errno.ECONNABORTED, errno.EPERM):
                     _log.error("cannot read requests: %s", error)
                 self._end()
                 return None

@@ -1,0 +1,144 @@
+"""No page of one mode is seen in the next, and none is written to the wrong side."""
+
+from __future__ import annotations
+
+import mmap
+import os
+from pathlib import Path
+from typing import Iterator, Set
+
+import pytest
+from stubfs_kit import Filesystem, mounted, wait_until
+
+pytestmark = [pytest.mark.needs_root, pytest.mark.needs_fuse]
+PAGES = 64
+SIZE = PAGES * mmap.PAGESIZE
+
+
+@pytest.fixture
+def fs(tmp_path: Path) -> Iterator[Filesystem]:
+    with mounted(tmp_path) as filesystem:
+        (filesystem.path / "f").write_bytes(b"S" * SIZE)
+        (filesystem.real / "f").write_bytes(b"R" * SIZE)
+        yield filesystem
+
+
+def first_bytes(mapping: mmap.mmap) -> bytes:
+    return mapping[:: mmap.PAGESIZE]
+
+
+def test_a_mapping_shows_the_real_contents(fs: Filesystem) -> None:
+    with open(fs.path / "f", "r+b") as file, mmap.mmap(file.fileno(), SIZE) as mapping:
+        assert first_bytes(mapping) == b"S" * PAGES
+        fs.client.mode("stub")
+        reader = fs.run(lambda: first_bytes(mapping))
+        wait_until(fs.client.held, 5)  # on nobody's behalf: a readahead
+        assert not reader.finished()
+        fs.proxy()
+        assert reader.result() == b"R" * PAGES
+        assert first_bytes(mapping) == b"R" * PAGES
+
+
+def test_readers_at_full_speed_across_the_change(fs: Filesystem) -> None:
+    """Between "stub is in force" and the end no staging byte is seen, by maps and by reads."""
+    children = [fs.run(lambda kind=kind: watch(fs, kind)) for kind in ("map", "read", "map", "read")]
+    wait_until(lambda: all((fs.base / f"running-{child.pid}").exists() for child in children), 10)
+    fs.client.mode("stub")
+    (fs.base / "in-force").touch()
+    fs.proxy()
+    (fs.base / "stop").touch()
+    for child in children:
+        early, late = child.result()
+        assert early and set(early) <= {"S", "R"}
+        assert set(late) <= {"R"}, "a staging byte after the change"
+
+
+def watch(fs: Filesystem, kind: str) -> "tuple[str, str]":
+    """(bytes seen before, bytes seen after) the file "in-force" was there, until "stop" is."""
+    early: Set[int] = set()
+    late: Set[int] = set()
+    with open(fs.path / "f", "rb", buffering=0) as file:
+        mapping = mmap.mmap(file.fileno(), SIZE, prot=mmap.PROT_READ)
+        while True:
+            stopping = (fs.base / "stop").exists()
+            in_force = (fs.base / "in-force").exists()  # before the look
+            data = first_bytes(mapping) if kind == "map" else os.pread(file.fileno(), SIZE, 0)
+            (late if in_force else early).update(data)
+            (fs.base / f"running-{os.getpid()}").touch()
+            if stopping:
+                break
+        mapping.close()
+    return "".join(map(chr, early)), "".join(map(chr, late))
+
+
+def test_a_dirty_mapping_never_reaches_the_real_file(fs: Filesystem) -> None:
+    with open(fs.path / "f", "r+b") as file, mmap.mmap(file.fileno(), SIZE) as mapping:
+        mapping[0 : 3 * mmap.PAGESIZE] = b"D" * (3 * mmap.PAGESIZE)
+        fs.client.mode("stub")
+        staging = fs.client.staging()
+        try:
+            fd = os.open("f", os.O_RDONLY, dir_fd=staging)
+            assert os.pread(fd, 4, 0) == b"DDDD"  # written back to where it belongs
+            os.close(fd)
+        finally:
+            os.close(staging)
+        fs.proxy()
+        assert first_bytes(mapping) == b"R" * PAGES
+        mapping[5 * mmap.PAGESIZE] = ord("P")
+        mapping.flush()
+    real = (fs.real / "f").read_bytes()
+    assert real.count(b"R") == SIZE - 1 and real[5 * mmap.PAGESIZE] == ord("P")
+
+
+def write_for_ever(fs: Filesystem) -> None:
+    with open(fs.path / "f", "r+b") as file, mmap.mmap(file.fileno(), SIZE) as mapping:
+        (fs.base / f"running-{os.getpid()}").touch()
+        while not (fs.base / "in-force").exists():
+            for page in range(0, SIZE, mmap.PAGESIZE):
+                mapping[page] = ord("D")
+
+
+def test_writers_at_full_speed_across_the_change(fs: Filesystem) -> None:
+    """They write until stub mode is in force; a write that still waits then belongs to the real side: one page each."""
+    writers = [fs.run(lambda: write_for_ever(fs)) for _ in range(3)]
+    wait_until(lambda: all((fs.base / f"running-{writer.pid}").exists() for writer in writers), 10)
+    fs.client.mode("stub")
+    (fs.base / "in-force").touch()
+    fs.proxy()
+    for writer in writers:
+        writer.result()
+    real = (fs.real / "f").read_bytes()
+    assert set(real) <= {ord("R"), ord("D")}, "a staging page reached the real file"
+    for page in range(0, SIZE, mmap.PAGESIZE):
+        assert real[page + 1 : page + mmap.PAGESIZE] == b"R" * (mmap.PAGESIZE - 1)
+
+
+def test_a_process_with_dirty_pages_dies_in_stub_mode(fs: Filesystem) -> None:
+    def dirty() -> None:
+        with open(fs.path / "f", "r+b") as file, mmap.mmap(file.fileno(), SIZE) as mapping:
+            mapping[0:5] = b"dirty"
+            (fs.base / "dirty").touch()
+            mapping[3 * mmap.PAGESIZE]
+            os.stat(fs.path / "f")
+            while True:
+                os.stat(fs.path / "f")
+
+    process = fs.run(dirty)
+    wait_until((fs.base / "dirty").exists, 10)
+    fs.client.mode("stub")
+    fs.wait_held()
+    process.kill()
+    process.wait(3)
+
+
+def test_the_same_for_two_real_directories(fs: Filesystem, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "f").write_bytes(b"O" * SIZE)
+    fs.proxy()
+    with open(fs.path / "f", "r+b") as file, mmap.mmap(file.fileno(), SIZE) as mapping:
+        assert first_bytes(mapping) == b"R" * PAGES
+        mapping[0] = ord("W")
+        fs.proxy(other)
+        assert first_bytes(mapping) == b"O" * PAGES
+    assert (fs.real / "f").read_bytes()[:2] == b"WR" and (other / "f").read_bytes() == b"O" * SIZE

@@ -1,0 +1,191 @@
+"""Signals to processes that wait for a held request: only the fatal ones end the wait."""
+
+from __future__ import annotations
+
+import ctypes
+import faulthandler
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Iterator
+
+import pytest
+from stubfs_kit import Filesystem, Process, mounted, wait_until
+
+from spfs.testing import process_state
+
+pytestmark = [pytest.mark.needs_root, pytest.mark.needs_fuse]
+_PTRACE_DETACH, _PTRACE_SEIZE, _PTRACE_INTERRUPT = 17, 0x4206, 0x4207
+
+
+@pytest.fixture
+def fs(tmp_path: Path) -> Iterator[Filesystem]:
+    with mounted(tmp_path) as filesystem:
+        (filesystem.path / "f").write_text("staging")
+        (filesystem.real / "f").write_text("real")
+        filesystem.client.mode("stub")
+        yield filesystem
+
+
+def reader(fs: Filesystem, prepare: object = None) -> Process:
+    """A process that is blocked in an open; its result is what it then read."""
+
+    def read() -> str:
+        if prepare is not None:
+            prepare()  # type: ignore[operator]
+        return (fs.path / "f").read_text()
+
+    held = len(fs.client.held())
+    process = fs.run(read)
+    fs.wait_held(held + 1)
+    return process
+
+
+def must_go_on(fs: Filesystem, process: Process) -> None:
+    """The wait has not ended, and ends well."""
+    assert not process.finished(0.7)  # longer than it takes to be looked at again
+    assert [item.pid for item in fs.client.held()] == [process.pid]
+    fs.proxy()
+    assert process.result() == "real"
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1,
+                                    signal.SIGQUIT, signal.SIGABRT, signal.SIGSEGV])  # fmt: skip
+def test_a_fatal_signal_ends_the_wait_at_once(fs: Filesystem, number: int) -> None:
+    def prepare() -> None:
+        faulthandler.disable()  # pytest's, which handles some of them
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    process = reader(fs, prepare)
+    process.kill(number)
+    assert os.WTERMSIG(process.wait(3)) == number
+    assert fs.client.held() == []
+
+
+def test_several_ended_at_once_and_others_go_on(fs: Filesystem) -> None:
+    processes = [reader(fs) for _ in range(10)]
+    for process in processes[::2]:
+        process.kill()
+    for process in processes[::2]:
+        process.wait(3)
+    assert sorted(item.pid for item in fs.client.held()) == sorted(process.pid for process in processes[1::2])
+    fs.proxy()
+    assert [process.result() for process in processes[1::2]] == ["real"] * 5
+
+
+def handled() -> None:
+    signal.signal(signal.SIGUSR1, lambda *_: None)
+    signal.siginterrupt(signal.SIGUSR1, True)
+
+
+def test_a_handled_signal_waits_with_the_process(fs: Filesystem) -> None:
+    process = reader(fs, handled)
+    for _ in range(3):
+        process.kill(signal.SIGUSR1)
+    must_go_on(fs, process)
+
+
+def test_an_ignored_and_a_blocked_signal(fs: Filesystem) -> None:
+    def prepare() -> None:
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM, signal.SIGQUIT])
+
+    process = reader(fs, prepare)
+    process.kill(signal.SIGUSR1)
+    process.kill(signal.SIGTERM)
+    process.kill(signal.SIGQUIT)
+    must_go_on(fs, process)
+
+
+def test_killed_after_a_signal_that_was_ignored(fs: Filesystem) -> None:
+    process = reader(fs, handled)
+    process.kill(signal.SIGUSR1)
+    time.sleep(0.1)  # not waited for: that the file system has seen, and ignored, it
+    start = time.monotonic()
+    process.kill()
+    process.wait(3)
+    assert time.monotonic() - start < 1.0
+    assert fs.client.held() == []
+
+
+def test_stop_and_continue(fs: Filesystem) -> None:
+    process = reader(fs)
+    process.kill(signal.SIGTSTP)
+    process.kill(signal.SIGCONT)
+    process.kill(signal.SIGSTOP)
+    process.kill(signal.SIGCONT)
+    must_go_on(fs, process)
+
+
+def test_ptrace_attach_and_detach(fs: Filesystem) -> None:
+    process = reader(fs)
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.ptrace.argtypes = [ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p]
+    assert libc.ptrace(_PTRACE_SEIZE, process.pid, None, None) == 0
+    assert libc.ptrace(_PTRACE_INTERRUPT, process.pid, None, None) == 0
+    assert not process.finished(0.7)
+    fs.proxy()
+    # Let go by the file system, it stops for us at last.
+    wait_until(lambda: os.waitpid(process.pid, os.WNOHANG | 0x40000000)[0] == process.pid, 5)
+    assert libc.ptrace(_PTRACE_DETACH, process.pid, None, None) == 0
+    assert process.result() == "real"
+
+
+def freezer(version: int) -> Path:
+    top = Path("/sys/fs/cgroup/freezer" if version == 1 else "/sys/fs/cgroup/unified")
+    if version == 2 and not top.is_dir():
+        top = Path("/sys/fs/cgroup")
+    path = top / f"spfs-test-{os.getpid()}-stubfs"
+    path.mkdir()
+    return path
+
+
+@pytest.mark.parametrize(
+    "version",
+    [pytest.param(1, marks=pytest.mark.needs_cgroup1), pytest.param(2, marks=pytest.mark.needs_cgroup2)],
+)
+def test_freeze_and_thaw(fs: Filesystem, version: int) -> None:
+    path = freezer(version)
+    control, freeze, thaw = (
+        (path / "freezer.state", "FROZEN", "THAWED") if version == 1 else (path / "cgroup.freeze", "1", "0")
+    )
+    process = reader(fs)
+    try:
+        (path / "cgroup.procs").write_text(str(process.pid))
+        control.write_text(freeze)
+        assert not process.finished(0.7)
+        control.write_text(thaw)
+        must_go_on(fs, process)
+        process.wait()
+    finally:
+        control.write_text(thaw)
+        process.close()
+        wait_until(lambda: not (path / "cgroup.procs").read_text(), 5)
+        path.rmdir()
+
+
+def test_killed_after_freeze_and_thaw(fs: Filesystem) -> None:
+    """A fake signal has used up the kernel's only announcement: the later one is found all the same."""
+    process = reader(fs)
+    process.kill(signal.SIGSTOP)
+    process.kill(signal.SIGCONT)
+    process.kill()
+    process.wait(3)
+
+
+def test_a_killed_process_leaves_no_handle(fs: Filesystem) -> None:
+    fs.client.mode("restore")
+
+    def hold_and_wait() -> None:
+        with open(fs.path / "f", "r+") as file:
+            file.write("x")
+            signal.pause()
+
+    process = fs.run(hold_and_wait)
+    wait_until(lambda: len(fs.client.handles()) == 1 and process_state(process.pid) == "S", 5)
+    fs.client.mode("stub")
+    process.kill()
+    process.wait(3)
+    fs.proxy()
+    wait_until(lambda: not fs.client.handles() and not fs.client.held(), 5)
