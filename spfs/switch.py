@@ -27,7 +27,7 @@ from spfs.linux import procfs
 from spfs.linux.arch import Architecture
 from spfs.linux.process import KCMP_FILES, KCMP_FS, KCMP_VM
 from spfs.references import LeftReference, MountRoot, Resolver
-from spfs.surgery import fifos, report, scheduler
+from spfs.surgery import fifos, locks, report, scheduler
 from spfs.surgery.compare import Comparison, memory_is_same
 from spfs.surgery.counterparts import Counterparts
 from spfs.surgery.examine import Examiner, FdTable, FsContext, Memory, Process, shared
@@ -116,6 +116,7 @@ class Switch:
         self._processes: Dict[int, Process] = {}
         self._moved: Dict[str, int] = {}
         self._reasons: Dict[Tuple[int, int, str], str] = {}
+        self._locks: Dict[int, List[bytes]] = {}
         self._stages: Dict[str, float] = {}
         self._blackout = 0.0
 
@@ -150,6 +151,7 @@ class Switch:
     def _find(self) -> None:
         """Examine every process; keep those that use the mount and those of the freezer."""
         _raise_descriptor_limit()
+        self._locks = locks.held(self._device)  # before the processes: a lock that comes now is noticed either way
         frozen = set(self._freezer.pids())
         for pid in sorted(frozen | set(procfs.processes())):
             if pid == os.getpid() or pid in self._exclude or pid in self._processes:
@@ -167,6 +169,10 @@ class Switch:
             else:
                 process.close()
         self._counterparts.provide(self._processes.values())
+        self._judge()
+
+    def _judge(self) -> None:
+        locks.judge(self._processes.values())
         fifos.judge(self._processes.values())
 
     def _refuse(self, left: List[LeftReference]) -> None:
@@ -204,7 +210,7 @@ class Switch:
 
     def _round(self, bell: scheduler.Bell, when_stopped: Callable[[], None], cancelled: threading.Event) -> None:
         processes = list(self._processes.values())
-        comparison = Comparison(processes, self._device)
+        comparison = Comparison(processes, self._device, self._locks)
         operations = self._plan(processes)
         theatre = Theatre(bell)
         begin = time.perf_counter()
@@ -214,13 +220,14 @@ class Switch:
             stale = self._compare(theatre, comparison)
             if stale:
                 operations = self._examine_again(theatre, stale, operations)
-            fifos.judge(self._processes.values())
+            self._judge()
             if self._strict:
                 self._refuse(report.left(self._processes.values()))
             if cancelled.is_set():
                 raise SpfsError("cannot move the processes: told to give up")
             self._timed("mounts", when_stopped)
             self._timed("fifos", lambda: fifos.transfer(self._processes.values()))
+            self._timed("locks", lambda: locks.transfer(self._processes.values()))
             self._timed("operate", lambda: self._operate(theatre, operations, bell))
         finally:
             detaching = time.perf_counter()
@@ -271,8 +278,10 @@ class Switch:
         for process in self._processes.values():
             memory = process.memory
             if not theatre.is_stopped(process.pid):
-                process.problem = theatre.problems.get(process.pid)
+                process.problem = theatre.problems.get(process.pid, "the process ended")
                 continue
+            if process.traced:
+                process.traced, process.problem = False, None  # not any more
             try:
                 maps = procfs.read(f"/proc/{memory.tid}/maps") if memory else b""
             except (FileNotFoundError, ProcessLookupError):
@@ -289,20 +298,18 @@ class Switch:
         begin = time.perf_counter()
         fresh: List[Process] = []
         for pid in pids:
-            problem = None
-            if pid in self._processes:
-                problem = self._processes[pid].problem
             process = self._examiner.process(pid)
             former = self._processes.pop(pid, None)
             if former is not None:
                 former.close()
             if process is None:
                 continue
-            process.problem = problem
+            if process.traced:
+                process.problem = theatre.problems.get(pid)  # by us, if there is none
             self._processes[pid] = process
             fresh.append(process)
         self._counterparts.provide(fresh)
-        Comparison(fresh, self._device).stale()  # for the offsets
+        Comparison(fresh, self._device, {}).stale()  # for the offsets
         plan = [operation for operation in operations if operation.process.pid not in pids]
         plan += self._plan(fresh, len(operations))
         self._stage("examine again", begin)
@@ -339,8 +346,10 @@ class Switch:
         scripts: Dict[Tracee, Script] = {}
         for operation in operations:
             process = operation.process
+            if process.problem is not None:
+                continue
             if operation.tid not in theatre.stops:
-                process.problem = process.problem or theatre.problems.get(process.pid, "the process ended")
+                process.problem = theatre.problems.get(process.pid, "the process ended")
                 continue
             sandboxed = process.status.seccomp != 0
             if sandboxed and not theatre.seccomp_suspended:

@@ -79,23 +79,35 @@ class FdInfo:
     position: int
     flags: int
     mount_id: int
-    locks: Tuple[str, ...]  # kinds of the locks held by this description: POSIX, FLOCK, OFDLCK, LEASE
+    locks: Tuple[Tuple[str, str], ...]  # POSIX, FLOCK, OFDLCK or LEASE, and READ or WRITE
     lines: Tuple[str, ...]  # what the kind of file adds
 
 
 def parse_fdinfo(data: bytes) -> FdInfo:
     values = {"pos": "0", "flags": "0", "mnt_id": "0"}
-    locks: List[str] = []
+    locks: List[Tuple[str, str]] = []
     lines: List[str] = []
     for line in data.decode(errors="replace").splitlines():
         key, _, value = line.partition(":")
         if key in values:
             values[key] = value.strip()
         elif key == "lock":
-            locks.append(value.split()[1])  # split by white space: the columns move
+            words = value.split()  # by white space: the columns move
+            locks.append((words[1], words[3]))
         else:
             lines.append(line)
     return FdInfo(int(values["pos"]), int(values["flags"], 8), int(values["mnt_id"]), tuple(locks), tuple(lines))
+
+
+def locks_on(locks: bytes, device: int) -> Dict[int, List[bytes]]:
+    """The lines of /proc/locks that are on ``device``, by inode number and without their ordinal numbers."""
+    found: Dict[int, List[bytes]] = {}
+    text = b"%02x:%02x:" % (os.major(device), os.minor(device))
+    for line in locks.splitlines() if b" " + text in locks else ():
+        for word in line.split():
+            if word.startswith(text):
+                found.setdefault(int(word[len(text) :]), []).append(line.split(b":", 1)[1])
+    return found
 
 
 class Mapping(NamedTuple):

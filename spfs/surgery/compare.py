@@ -16,6 +16,7 @@ from spfs.linux import procfs, statx
 from spfs.linux.arch import LOAD_ARGUMENT_1
 from spfs.linux.calls import CallTable, address_of, result_address, run_local
 from spfs.references import Kind
+from spfs.surgery import locks
 from spfs.surgery.counterparts import SETTABLE
 from spfs.surgery.examine import Description, Process
 
@@ -25,13 +26,14 @@ _DEVICE_WORDS = statx.SIZE // 4
 class Comparison:
     """The prepared comparison of ``processes``; ``stale`` runs it."""
 
-    def __init__(self, processes: List[Process], device: int) -> None:
+    def __init__(self, processes: List[Process], device: int, known_locks: Dict[int, List[bytes]]) -> None:
         self._processes = processes
         self._device = device
         self._calls = CallTable()
         self._kcmps: List[Tuple[int, int, Process]] = []  # range of entries that must give 0
         self._paths: List[Tuple[str, Process, Optional[int]]] = []  # with the inode expected on the device
         self._descriptions: List[Description] = []
+        self._locks = known_locks
         for process in processes:
             self._add(process)
         names = [os.fsencode(path) + b"\0" for path, _, _ in self._paths]
@@ -92,6 +94,11 @@ class Comparison:
         stale: Dict[int, Process] = {}
         for first, end, process in self._kcmps:
             if any(outcome[first:end]) or self._changed(process):
+                stale[process.pid] = process
+        now = locks.held(self._device)
+        changed = {inode for inode in now.keys() | self._locks.keys() if now.get(inode) != self._locks.get(inode)}
+        for process in self._processes if changed else ():
+            if any(d.object.inode in changed for table in process.tables for d in table.held.values()):
                 stale[process.pid] = process
         words = memoryview(self._answers).cast("I")
         wanted = (os.major(self._device), os.minor(self._device))

@@ -17,6 +17,7 @@ from typing import Dict, List, Optional, Sequence, Set, Tuple
 from spfs.linux import process, procfs, statx
 from spfs.linux.calls import CallTable, address_of, run_local
 from spfs.references import Kind
+from spfs.surgery import locks
 
 
 @dataclass(eq=False)
@@ -34,6 +35,7 @@ class Description:
     new: int = -1
     path: Optional[str] = None
     problem: Optional[str] = None  # why it stays where it is
+    flock: Optional[int] = None  # fcntl.LOCK_SH or LOCK_EX, which goes along
 
     def close(self) -> None:
         for fd in (self.copy, self.new):
@@ -139,6 +141,7 @@ class Process:
     contexts: List[FsContext] = field(default_factory=list)
     memory: Optional[Memory] = None
     problem: Optional[str] = None  # why nothing of it can be moved
+    traced: bool = False  # that is the problem
 
     @property
     def uses_mount(self) -> bool:
@@ -223,6 +226,10 @@ class Examiner:
         record = Process(pid, before.command, before.start, pidfd, status)
         try:
             self._fill(record)
+            if _is_32_bit(pid):
+                record.problem = "is a 32-bit process, which cannot be operated on"
+            elif status.tracer:
+                record.problem, record.traced = f"is traced by process {status.tracer}", True
         except (FileNotFoundError, ProcessLookupError):
             record.close()
             return None
@@ -283,6 +290,7 @@ class Examiner:
             middle = (low + high) // 2
             order = process.kcmp(tid, os.getpid(), process.KCMP_FILE, number, candidates[middle].copy)
             if order == 0:
+                locks.note(candidates[middle], info)
                 return candidates[middle]
             low, high = (low, middle) if order == 1 else (middle + 1, high)
         try:
@@ -293,8 +301,7 @@ class Examiner:
             raise
         kind = kind_of(found.mode, flags)
         description = Description(found, flags, kind, info.position, copy)
-        if info.locks:
-            description.problem = f"holds a lock ({', '.join(sorted(set(info.locks)))})"
+        locks.note(description, info)
         candidates.insert(low, description)
         return description
 
@@ -355,6 +362,12 @@ def _is_dead(tid: int) -> bool:
         return procfs.parse_stat(procfs.read(f"/proc/{tid}/stat")).state in "ZX"
     except (FileNotFoundError, ProcessLookupError):
         return True
+
+
+def _is_32_bit(pid: int) -> bool:
+    """By its auxiliary vector: pairs of words, of which the first one's type is small."""
+    entry = procfs.read(f"/proc/{pid}/auxv")[:8]
+    return len(entry) == 8 and int.from_bytes(entry, "little") >= 1 << 32
 
 
 def _kernel_device(device: int) -> int:

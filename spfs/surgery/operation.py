@@ -120,11 +120,13 @@ class Operation:
         self.chunk = MAX_FDS
         self.descriptors: Optional[int] = None
         self._program: Optional[_Program] = None
+        self._items: List[Item] = []
 
     # -- ahead of time
 
     def prepare(self) -> None:
         self._spare()
+        self._items = self.items()
         self._program = _Program(self, self.base)
 
     def _spare(self) -> None:
@@ -181,7 +183,8 @@ class Operation:
                     raise
         else:
             raise OSError(errno.ENOMEM, "no room for the scratch memory", str(self.process.pid))
-        if tracee.base != self._program.base:
+        if tracee.base != self._program.base or self._items != self.items():
+            # Fewer items at most: some turned out not to be movable when all stood still.
             self._program = _Program(self, tracee.base)
         program = self._program
         tracee.write(program.base + USER, program.data + program.calls.encode())

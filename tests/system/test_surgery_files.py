@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Callable, Iterator
 
 import pytest
-from surgery_kit import Mounts, Victim, tasks_stopped
+from surgery_kit import Mounts, Victim, compile_c, tasks_stopped
 
 from spfs.errors import SpfsError
 
@@ -209,21 +209,121 @@ def test_missing_counterpart(mounts: Mounts, victim: Victim) -> None:
     assert mounts.switch().left == [] and victim.run("os.pread(b, 5, 0)") == b"there"
 
 
+def test_flock_goes_along(mounts: Mounts, victim: Victim) -> None:
+    """Also one that is taken after the preparation; it is the description's, shared or not."""
+    paths = mounts.file("ex"), mounts.file("sh")
+    victim.run(f"a, b = [os.open(p, os.O_RDWR) for p in {paths!r}]; c = os.dup(a); fcntl.flock(a, fcntl.LOCK_EX)")
+    _, report = mounts.prepared_switch(between=lambda: victim.run("fcntl.flock(b, fcntl.LOCK_SH)"))
+    assert report.moved == {"file": 3} and report.left == []
+    for name, mode, free in (("ex", fcntl.LOCK_SH, False), ("sh", fcntl.LOCK_SH, True), ("sh", fcntl.LOCK_EX, False)):
+        with open(mounts.new / name) as file:
+            if free:
+                fcntl.flock(file, mode | fcntl.LOCK_NB)
+                continue
+            with pytest.raises(BlockingIOError):
+                fcntl.flock(file, mode | fcntl.LOCK_NB)
+    victim.run("os.close(a); os.close(c)")
+    with open(mounts.new / "ex") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def test_flock_that_cannot_be_had(mounts: Mounts, victim: Victim) -> None:
+    path = mounts.file("f")
+    victim.run(f"a = os.open({path!r}, os.O_RDWR); fcntl.flock(a, fcntl.LOCK_EX)")
+    with open(mounts.new / "f") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        (left,) = mounts.switch().left
+        assert "lock cannot be had" in left.reason and victim.run("os.pread(a, 3, 0)") == b"old"
+    assert mounts.switch().moved == {"file": 1}
+
+
+def test_lock_taken_after_the_preparation(mounts: Mounts, victim: Victim) -> None:
+    path = mounts.file("f")
+    victim.run(f"a, b = os.open({path!r}, os.O_RDWR), os.open({path!r}, os.O_RDWR)")
+    _, report = mounts.prepared_switch(between=lambda: victim.run("fcntl.lockf(a, fcntl.LOCK_EX)"))
+    assert len(report.left) == 2 and all("POSIX" in left.reason for left in report.left)
+    victim.run("fcntl.lockf(a, fcntl.LOCK_UN)")
+    assert mounts.switch().moved == {"file": 2}
+
+
+PROGRAM_32 = r"""
+static long call(long number, long a, long b, long c)
+{
+    long result;
+    asm volatile("int $0x80" : "=a"(result) : "a"(number), "b"(a), "c"(b), "d"(c) : "memory");
+    return result;
+}
+void _start(void)
+{
+    char buffer[4];
+    call(4, 1, (long)"ready\n", 6); /* write */
+    call(3, 0, (long)buffer, 1);    /* read */
+    call(3, 3, (long)buffer, 3);
+    call(4, 1, (long)buffer, 3);
+    call(1, 0, 0, 0);               /* exit */
+}
+"""
+
+
+def test_32_bit_process_is_left(mounts: Mounts, tmp_path: Path) -> None:
+    path = mounts.file("f")
+    flags = ["-m32", "-nostdlib", "-static", "-ffreestanding", "-fno-pic", "-no-pie"]
+    program = compile_c(tmp_path, PROGRAM_32, *flags)
+    with subprocess.Popen(
+        ["sh", "-c", f"exec {program} 3< {path}"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0
+    ) as process:
+        assert process.stdout is not None and process.stdin is not None
+        assert process.stdout.readline() == b"ready\n"
+        preparation, report = mounts.prepared_switch()
+        assert [left.what for left in report.left] == ["fd 3"] and "32-bit" in preparation.left[0].reason
+        process.stdin.write(b"x")
+        assert process.stdout.read() == b"old" and process.wait(5) == 0
+
+
+def test_process_that_forks_and_opens_all_the_time(mounts: Mounts, victim: Victim) -> None:
+    """Without a freezer: whatever comes while the processes are stopped one by one is found in the end."""
+    for number in range(10):
+        mounts.file(f"f{number}")
+    victim.run(
+        f"""
+os.chdir({str(mounts.old)!r})
+stop, errors, children = False, [], []
+def churn():
+    while not stop:
+        try:
+            fds = [os.open(f'f{{n}}', os.O_RDONLY) for n in range(10)]
+            pid = os.fork()
+            if not pid:
+                os.read(fds[3], 3); time.sleep(0.005); os._exit(0 if os.read(fds[3], 3) else 1)
+            assert {{os.read(fd, 3) for fd in fds[4:]}} <= {{b'old', b'new'}}
+            for fd in fds: os.close(fd)
+            if os.waitpid(pid, 0)[1]: errors.append('child')
+        except BaseException as error: errors.append(repr(error))
+threads = [threading.Thread(target=churn) for _ in range(3)]
+[t.start() for t in threads]
+"""
+    )
+    report = mounts.switch()
+    assert report.left == [] and report.moved["cwd"] >= 1
+    assert mounts.users() == []
+    assert victim.run("stop = True; [t.join() for t in threads]; errors") == []
+
+
 def test_other_type_unlinked_and_locked_are_left(mounts: Mounts, victim: Victim) -> None:
     mounts.file("type", new=None)
     (mounts.new / "type").mkdir()
-    for name in ("gone", "posix", "flock"):
+    for name in ("gone", "posix", "lease"):
         mounts.file(name)
     victim.run(
         f"""
-t, g, p, f = [os.open({str(mounts.old)!r} + '/' + n, os.O_RDWR) for n in ('type', 'gone', 'posix', 'flock')]
-os.unlink({str(mounts.old / 'gone')!r}); fcntl.lockf(p, fcntl.LOCK_EX); fcntl.flock(f, fcntl.LOCK_SH)
+t, g, p, f = [os.open({str(mounts.old)!r} + '/' + n, os.O_RDWR) for n in ('type', 'gone', 'posix', 'lease')]
+os.unlink({str(mounts.old / 'gone')!r}); fcntl.lockf(p, fcntl.LOCK_EX); fcntl.fcntl(f, 1024, fcntl.F_WRLCK)
 """
     )
     reasons = {left.what: left.reason for left in mounts.switch().left}
     t, g, p, f = [f"fd {number}" for number in victim.run("t, g, p, f")]
     assert "directory there" in reasons[t] and "no name" in reasons[g]
-    assert "POSIX" in reasons[p] and "FLOCK" in reasons[f]
+    assert "POSIX" in reasons[p] and "LEASE" in reasons[f]
     assert victim.run("[os.pread(fd, 3, 0) for fd in (t, g, p, f)]") == [b"old"] * 4
     fd = os.open(mounts.old / "posix", os.O_RDWR)
     try:
@@ -260,6 +360,14 @@ if not child: signal.pause()
     )
     assert victim.run("[os.pread(fd, 3, 0) for fd in (a, b, d)]") == [b"new"] * 3
     victim.run("os.kill(child, 9); os.waitpid(child, 0)")
+
+
+def test_directory_read_after_the_preparation(mounts: Mounts, victim: Victim) -> None:
+    path = mounts.file("f")
+    victim.run(f"d = os.open({str(mounts.old)!r}, os.O_RDONLY); f = os.open({path!r}, os.O_RDONLY)")
+    _, report = mounts.prepared_switch(between=lambda: victim.run("os.lseek(d, 2, 0)"))
+    (left,) = report.left
+    assert "being read" in left.reason and report.moved == {"file": 1} and victim.run("os.lseek(d, 0, 1)") == 2
 
 
 def test_no_descriptor_to_spare(mounts: Mounts, victim: Victim) -> None:

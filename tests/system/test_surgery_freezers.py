@@ -53,7 +53,7 @@ def enter(cgroup: Path, victim: Victim) -> None:
 
 
 def hold(mounts: Mounts, victim: Victim) -> None:
-    victim.run(f"import os, signal; fd = os.open({str(mounts.old / 'f')!r}, os.O_RDONLY); os.chdir({str(mounts.old)!r})")
+    victim.run(f"import os, signal; os.chdir({str(mounts.old)!r}); fd = os.open('f', os.O_RDONLY)")
 
 
 def test_frozen_and_outside(mounts: Mounts, cgroup: Path) -> None:
@@ -176,9 +176,8 @@ fifo = os.open('fifo', os.O_RDWR); os.write(fifo, b'queued')
         device = os.stat(mountpoint).st_dev
         with FilesystemClient(control, 10) as client:
             client.mode("stub")
-            with Switch(
-                device, NodeResolver(client), lambda mount: MountRoot(root), open_freezer(None), exclude={pid, os.getpid()}
-            ) as switch:
+            resolver, freezer = NodeResolver(client), open_freezer(None)
+            with Switch(device, resolver, lambda mount: MountRoot(root), freezer, exclude={pid}) as switch:
                 preparation = switch.prepare()
                 assert preparation.left == [] and list(preparation.processes) == [victim.pid]
                 client.mode("proxy", root)
