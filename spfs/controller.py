@@ -445,8 +445,12 @@ def _without_options(request: Request) -> str:
 
 
 def _preload() -> None:
-    """Import what jobs will need, so that each forked job has it already."""
+    """What can wait until the first request has been served: imports for later jobs, warnings about the machine."""
     import spfs.filesystem  # noqa: F401
     import spfs.mounts  # noqa: F401
     import spfs.replace  # noqa: F401
     import stubfs.client  # noqa: F401
+    from spfs import features
+
+    for warning in features.warnings():
+        log.warning("%s", warning)

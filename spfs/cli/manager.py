@@ -109,18 +109,14 @@ def _serve(options: argparse.Namespace, ready: int) -> None:
 
 
 def _check_rights() -> None:
-    if os.geteuid() != 0:
-        raise MissingFeatureError(
-            "cannot start the manager: not root: mounting and moving other processes' files needs it",
-            "run it as root, for instance with sudo",
-            errno.EPERM,
-        )
-    if not os.path.exists("/dev/fuse"):
-        raise MissingFeatureError(
-            "cannot start the manager: /dev/fuse: No such file or directory",
-            "load the module (modprobe fuse); in a container, pass the device in",
-            errno.ENODEV,
-        )
+    if os.geteuid() == 0 and os.path.exists("/dev/fuse"):
+        return  # without an import for what is nearly always fine
+    from spfs import features
+
+    for name in ("root", "fuse"):
+        feature = features.probe(name)
+        if not feature.available:
+            raise MissingFeatureError(f"cannot start the manager: {feature.reason}", feature.hint, errno.EPERM)
 
 
 def _check_length(path: str, option: str) -> None:

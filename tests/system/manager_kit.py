@@ -20,7 +20,9 @@ ENVIRONMENT = {"PYTHONPATH": str(TOP)}
 TIMEOUT = 20.0
 
 
-def run(module: str, *arguments: str, environment: Optional[Dict[str, str]] = None) -> "subprocess.CompletedProcess[str]":
+def run(
+    module: str, *arguments: str, environment: Optional[Dict[str, str]] = None
+) -> "subprocess.CompletedProcess[str]":
     """A command of the package, by its module."""
     return subprocess.run(
         [sys.executable, "-m", module, *arguments],

@@ -450,7 +450,7 @@ def test_a_delayed_mount_from_end_to_end(tmp_path: Path, mnt: Path) -> None:
     server = tmp_path / "server"
     server.mkdir()
     (server / "file").write_text("first\nsecond\n")
-    script = "import sys; f = open(sys.argv[1], buffering=1)\nfor line in sys.stdin: print(f.readline(), end='', flush=True)"
+    script = "import sys; f = open(sys.argv[1])\nfor line in sys.stdin: print(f.readline(), end='', flush=True)"
     with manager_in(tmp_path) as manager:
         manager.start("--exit-with-spfs")
         client = manager.client()

@@ -130,7 +130,7 @@ def test_without_root(tmp_path: Path) -> None:
     # In a user namespace that maps nobody: not root, but able to read this interpreter wherever it is installed.
     command = ["unshare", "--user", sys.executable, "-m", "spfs.cli.manager", "-d", "--work-dir", str(tmp_path / "m")]
     done = subprocess.run(command, env={**os.environ, **ENVIRONMENT}, capture_output=True, text=True)
-    assert done.returncode == 3 and done.stderr.startswith("spfs-manager: cannot start the manager: not root")
+    assert done.returncode == 3 and done.stderr.startswith("spfs-manager: cannot start the manager: running as user")
 
 
 def test_without_the_fuse_device(tmp_path: Path) -> None:
@@ -138,7 +138,8 @@ def test_without_the_fuse_device(tmp_path: Path) -> None:
     done = subprocess.run(
         ["unshare", "--mount", "sh", "-c", script], env={**os.environ, **ENVIRONMENT}, capture_output=True, text=True
     )
-    assert done.returncode == 3 and "/dev/fuse" in done.stderr and "modprobe fuse" in done.stderr
+    assert done.returncode == 3 and "modprobe fuse" in done.stderr
+    assert done.stderr.startswith("spfs-manager: cannot start the manager: No such file")
     assert not (tmp_path / "m").exists()
 
 

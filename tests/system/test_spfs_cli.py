@@ -100,7 +100,10 @@ def test_exit_codes_and_hints(manager: Manager, mnt: Path) -> None:
     assert done.returncode == 1 and json.loads(done.stdout)["replace"]["phase"] == "aborted"
 
 
-@pytest.mark.parametrize("command", ["status", "held", "mount", "mode", "replace", "wait", "abort", "unmount", "shutdown"])
+COMMANDS = ["status", "held", "mount", "mode", "replace", "wait", "abort", "unmount", "shutdown"]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_help_of_every_command(command: str) -> None:
     done = run("spfs.cli.spfs", command, "--help")
     assert done.returncode == 0 and "--json" in done.stdout and "--socket-path" in done.stdout
