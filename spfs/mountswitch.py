@@ -187,8 +187,11 @@ class PreparedSwitch:
         for number, how in switched.items():
             if how == "covered":
                 left.append((self._instances[number], "locked by a more privileged mount namespace: it stays beneath"))
-        for instance, _ in self.left:
-            switched.pop(instance.mount_id, None)
+            elif how == "hidden":
+                left.append((self._instances[number], "another mount covers it by now"))
+        for instance, _ in left:
+            if switched.get(instance.mount_id) != "covered":
+                switched.pop(instance.mount_id, None)
         return SwitchOutcome(switched, tuple(left), time.monotonic() - start)
 
     def _ask_all(self, command: str, wanted: Sequence[Instance], deadline: float) -> Dict[int, str]:

@@ -155,16 +155,16 @@ class Worker:
             # Not earlier: when all peers are in place, what is put on one comes to the others, and is found there.
             self._attach_late(place)
             if self._top(place.path) == number:
-                _unmount(place.old)
+                self._unmount(place.path, number)
         elif self._top(place.path) == number:
-            self._exchange(place)
+            self._exchange(number, place)
         # Neither: it went with a peer, and a copy of the peer's real mount is here.
         return place.how if self._top(place.path) == place.real_id else "gone"
 
-    def _exchange(self, place: _Place) -> None:
+    def _exchange(self, number: int, place: _Place) -> None:
         """Without "beneath": the old one off, then the real one on. Between the two the path is bare."""
         try:
-            _unmount(place.old)
+            self._unmount(place.path, number)
         except OSError as error:
             if error.errno not in (errno.EINVAL, errno.EPERM):
                 raise
@@ -182,7 +182,7 @@ class Worker:
         self._attach_late(place)
 
     def follow(self, argument: Any, fds: List[int]) -> Answer:
-        """[[id, keep what propagated?]] → {id: [how, index of the new root in the fds or None]}.
+        """[[id, keep what propagated?]] → {id: [how or "hidden", index of the new root in the fds or None]}.
 
         For mounts that a peer's switch may have switched already. A copy that propagated here is itself replaced by
         the mount that was prepared, unless its parent is shared: then the copy stays, for what is done to it is done
@@ -195,7 +195,12 @@ class Worker:
             if self._top(place.path) == number:
                 self._place(number)
                 self._reveal(number)
-            top = self._table().top_at(place.path)
+            table = self._table()
+            top = table.top_at(place.path)
+            if number in table.by_id and place.how != "covered":
+                # Still mounted, so what is on its path is no copy of a peer's, but somebody's mount that covers it.
+                answer[number] = ["hidden", None]
+                continue
             if top is None:
                 mountapi.move_mount(place.real, mountapi.AT_FDCWD, place.path)
                 self._attach_late(place)
@@ -215,7 +220,7 @@ class Worker:
         try:
             mountapi.move_mount(place.real, copy, flags=MoveMount.BENEATH)
             self._attach_late(place)
-            _unmount(copy)
+            self._unmount(place.path, mount_id(copy, self._proc))
         finally:
             os.close(copy)
         place.how = "beneath"
@@ -236,7 +241,7 @@ class Worker:
         # no more, or never was ("propagated"), then it was given back together with a peer.
         if place.how in ("beneath", "exchanged", "covered") and place.real_id in self._table().by_id:
             if place.how == "covered":
-                _unmount(place.real)
+                self._unmount(place.path, place.real_id)
             else:
                 self._give_back(number, place)
         place.how = ""
@@ -245,14 +250,14 @@ class Worker:
         if self._top(place.path) == number:
             # Placed, not revealed: "beneath" is always beneath the topmost, so the old one must go for its copy to
             # come beneath the real one. The application stands still meanwhile.
-            _unmount(place.old)
+            self._unmount(place.path, number)
         try:
             mountapi.move_mount(place.spare, place.real, flags=MoveMount.BENEATH)
         except OSError:
-            _unmount(place.real)
+            self._unmount(place.path, place.real_id)
             mountapi.move_mount(place.spare, mountapi.AT_FDCWD, place.path)
         else:
-            _unmount(place.real)
+            self._unmount(place.path, place.real_id)
 
     def check(self, argument: Any, fds: List[int]) -> Answer:
         """[major, minor] of the old device → {id: what is wrong with what is on its path now}."""
@@ -260,6 +265,8 @@ class Worker:
         here = [table.by_id[place.real_id] for place in self._places.values() if place.real_id in table.by_id]
         wrong = {}
         for number, place in self._places.items():
+            if not place.how:
+                continue  # hidden: said to be left
             top = table.by_id.get(self._top(place.path))
             device = list(top.device) if top is not None else None
             if place.how == "propagated":
@@ -282,13 +289,11 @@ class Worker:
         finally:
             os.close(fd)
 
+    def _unmount(self, path: str, expected: int) -> None:
+        """Unmount lazily mount ``expected``, which is the topmost at ``path``; OSError EBUSY if it is not.
 
-def _unmount(root_fd: int) -> None:
-    """Unmount lazily the mount that ``root_fd`` is the root of, or the topmost if there are others on its root."""
-    # "." and not its path: that could lead elsewhere by now. The kernel goes up from "." to the topmost mount there
-    # (fs/namei.c, LOOKUP_MOUNTPOINT).
-    os.fchdir(root_fd)
-    try:
-        mountapi.umount2(".", mountapi.MNT_DETACH)
-    finally:
-        os.chdir("/")
+        By path and not by a descriptor: "." would need fchdir, which asks the file system for permission.
+        """
+        if self._top(path) != expected:
+            raise OSError(errno.EBUSY, "another mount covers it by now")
+        mountapi.umount2(path, mountapi.MNT_DETACH | mountapi.UMOUNT_NOFOLLOW)

@@ -9,15 +9,18 @@ import subprocess
 import time
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Callable, Iterator, List
+from typing import Callable, Iterator, List, Optional, Sequence
 
 import pytest
 from mount_kit import Places, mounts_at, places, read_in  # noqa: F401
 
-from spfs import mountclones, mounts
+from spfs import mountclones, mounts, mountswitch
 from spfs.errors import SpfsError
+from spfs.instances import Instance
 from spfs.linux import mountapi
+from spfs.target import Target
 from spfs.testing import wait_until
+from stubfs.mount import fuse_mount
 
 pytestmark = [pytest.mark.needs_root, pytest.mark.needs_fuse]
 
@@ -316,3 +319,79 @@ def test_a_helper_that_was_killed(places: Places) -> None:  # noqa: F811
         prepared.undo()
     assert time.monotonic() - start < 5
     assert on("self", places.path("mnt")) == on(pid, places.path("mnt")) == ["fuse"]
+
+
+@pytest.mark.parametrize("root", [None, "tree"])
+@pytest.mark.parametrize("arguments", [("-m",), ("-m", "-n", "-p", "-f", "-U", "-r", "--mount-proc")], ids=" ".join)
+def test_one_that_was_attached_in_the_namespace(
+    places: Places, root: Optional[str], arguments: "tuple[str, ...]"  # noqa: F811
+) -> None:
+    places.base()
+    os.makedirs(places.path("tree/data"))
+    pid = places.namespace(*arguments)
+    old = places.tmpfs(who="OLD")
+    with Target.pin(pid, root=places.path(root) if root else None) as target:
+        mounts.attach(old, target, "/data" if root else places.path("tree/data"))
+    device = os.fstat(old).st_dev
+    with mounts.prepare_switch(mounts.instances(device), real(places)) as prepared:
+        # Of a less privileged namespace, but not locked: it was not copied there.
+        assert list(prepared.commit().switched.values()) == ["beneath"]
+        assert prepared.verify() == []
+    assert read_in(pid, places.path("tree/data/who")) == "REAL"
+    assert on(pid, places.path("tree/data")) == ["tmpfs"]
+
+
+def test_a_fuse_mount_made_detached_and_attached_elsewhere(places: Places) -> None:  # noqa: F811
+    places.base()
+    os.mkdir(places.path("data"))
+    pid = places.namespace("-m", "-n", "-U", "-r")
+    device_fd, mount_fd = fuse_mount(subtype="stubfs", source="late")
+    try:
+        with Target.pin(pid) as target:
+            mounts.attach(mount_fd, target, places.path("data"))
+        os.close(mount_fd)  # or it would hold the mount
+        mount_fd = -1
+        (line,) = mounts_at(pid, places.path("data"))
+        assert line[-3:-1] == ["fuse.stubfs", "late"]
+        major, minor = line[2].split(":")
+        with mounts.prepare_switch(mounts.instances((int(major), int(minor))), real(places)) as prepared:
+            assert list(prepared.commit().switched.values()) == ["beneath"]  # and nobody ever answered a request
+            assert prepared.verify() == []
+    finally:
+        for fd in (device_fd, mount_fd):
+            if fd >= 0:
+                os.close(fd)
+
+
+def test_failing_half_way_nothing_is_left(places: Places, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    device = fuse(places)
+    pids = [places.namespace("-m") for _ in range(2)]
+    before = {pid: mounts_at(pid, str(places.directory)) for pid in pids}
+    fds = set(os.listdir("/proc/self/fd"))
+    started: List[int] = []
+    pin = mountswitch.pin_namespace
+
+    def second_fails(instance: Instance, targets: Sequence[Target] = ()) -> Target:
+        started.append(instance.namespace)
+        if len(started) == 3:
+            raise SpfsError("cannot enter", errno=errno.EPERM)
+        return pin(instance, targets)
+
+    monkeypatch.setattr(mountswitch, "pin_namespace", second_fails)
+    with pytest.raises(SpfsError, match="cannot enter"):
+        mounts.prepare_switch(mounts.instances(device), real(places))
+    assert len(set(os.listdir("/proc/self/fd")) - fds) <= 1  # the real mount, which is the test's
+    assert {pid: mounts_at(pid, str(places.directory)) for pid in pids} == before
+    children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+    assert not [child for child in children if int(child) not in pids]
+
+
+def test_what_covers_it_meanwhile_is_never_unmounted(places: Places) -> None:  # noqa: F811
+    device = fuse(places)
+    with mounts.prepare_switch(mounts.instances(device), real(places)) as prepared:
+        places.mount("-t", "ramfs", "over", places.path("mnt"))
+        outcome = prepared.commit()
+        ((left, why),) = outcome.left
+        assert outcome.switched == {} and why == "another mount covers it by now"
+        assert prepared.verify() == mounts.instances(device) != []
+    assert on("self", places.path("mnt"))[-1] == "ramfs"

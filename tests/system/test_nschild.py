@@ -7,7 +7,7 @@ import os
 import signal
 import time
 from pathlib import Path
-from typing import Any, List
+from typing import Any, Dict, List
 
 import pytest
 from mount_kit import Places, places  # noqa: F401
@@ -161,7 +161,8 @@ def test_answers_that_nobody_waited_for_are_dropped() -> None:
         time.sleep(0.1)
         raise OSError(errno.ETIMEDOUT, "of its own")
 
-    with Target.pin() as target, Helper({"slow": slow, "echo": lambda argument, fds: (argument, fds)}, target) as helper:
+    commands: Dict[str, nschild.Command] = {"slow": slow, "echo": lambda argument, fds: (argument, fds)}
+    with Target.pin() as target, Helper(commands, target) as helper:
         with pytest.raises(TimeoutError, match="has not answered"):
             helper.call("slow", timeout=0.01)
         with pytest.raises(TimeoutError, match="has not answered"):
