@@ -30,7 +30,8 @@ class Instance:
 
     ``root`` is the directory of the file system that it shows ("" = all of it), ``mountpoint`` its path from the root
     of its namespace (an inode number, of which ``pid`` is a member, None if only pinned). ``nested`` are the mounts on
-    it, each after the one it is on; ``parent`` the one it is on, None at the root of the namespace.
+    it, each after the one it is on; ``parent`` the one it is on, None at the root of the namespace; ``inside``: is it,
+    directly or not, on another mount of the same file system?
     """
 
     mount: Mount
@@ -38,6 +39,7 @@ class Instance:
     pid: Optional[int]
     parent: Optional[Mount]
     nested: Tuple[Mount, ...]
+    inside: bool = False
 
     @property
     def mount_id(self) -> int:
@@ -64,11 +66,6 @@ class Instance:
         """Is another mount on its root, so that its path leads to that one?"""
         return any(m.parent_id == self.mount_id and m.mountpoint == self.mountpoint for m in self.nested)
 
-    @property
-    def inside(self) -> bool:
-        """Is it mounted on another mount of the same file system?"""
-        return self.parent is not None and self.parent.device == self.mount.device
-
     def describe(self) -> str:
         subdirectory = f" of {self.root}" if self.root else ""
         where = f"process {self.pid}" if self.pid else f"mount namespace {self.namespace}"
@@ -87,11 +84,11 @@ def instances(device: Device, targets: Sequence[Target] = ()) -> List[Instance]:
         pids = {inode: pid for inode, (_, pid) in opened.items()}
         for inode, content in _tables(opened, b" %d:%d " % wanted).items():
             table = MountTable.from_bytes(content)
-            for mount in table.mounts:
-                if mount.device == wanted:
-                    parent = table.by_id.get(mount.parent_id)
-                    nested = tuple(table.beneath(mount.mount_id))
-                    found.append(Instance(mount, inode, pids[inode], parent, nested))
+            here = [(mount, tuple(table.beneath(mount.mount_id))) for mount in table.mounts if mount.device == wanted]
+            inner = {mount.mount_id for _, nested in here for mount in nested}
+            for mount, nested in here:
+                parent = table.by_id.get(mount.parent_id)
+                found.append(Instance(mount, inode, pids[inode], parent, nested, mount.mount_id in inner))
     return found
 
 

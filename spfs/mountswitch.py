@@ -180,9 +180,11 @@ class PreparedSwitch:
             raise SpfsError(
                 f"cannot switch the mounts: {reason(error)}", "undo gives them back", error.errno or errno.EIO
             ) from error
-        for instance in self._instances.values():
-            if instance.inside and instance.mount_id not in switched:
-                switched[instance.mount_id] = "beneath"
+        for outer in [*self._leaders, *self._followers]:
+            # What was inside came with the tree that it is in.
+            for mount in outer.nested:
+                if mount.mount_id in self._instances and switched[outer.mount_id] != "hidden":
+                    switched[mount.mount_id] = switched[outer.mount_id]
         left = [*self.left]
         for number, how in switched.items():
             if how == "covered":

@@ -265,17 +265,24 @@ def test_a_covered_mount_is_left(places: Places) -> None:  # noqa: F811
     assert on("self", places.path("mnt")) == ["fuse", "tmpfs"]
 
 
-def test_a_part_of_it_mounted_on_itself(places: Places) -> None:  # noqa: F811
+@pytest.mark.parametrize("between", [False, True])
+def test_a_part_of_it_mounted_on_itself(places: Places, between: bool) -> None:  # noqa: F811
     device = fuse(places)
-    places.mount("--bind", places.path("mnt/a"), places.path("mnt/nest"))
+    inner = places.path("mnt/nest")
+    if between:
+        places.mount("-t", "ramfs", "between", inner)
+        inner += "/inner"
+    places.mount("--bind", places.path("mnt/a"), inner)
     found = mounts.instances(device)
     assert sorted((one.root, one.inside) for one in found) == [("", False), ("a", True)]
     with mounts.prepare_switch(found, real(places)) as prepared:
         outcome = prepared.commit()
         assert len(outcome.switched) == 2
         assert prepared.verify() == []
-    assert os.listdir(places.path("mnt/nest")) == ["b"]
-    assert on("self", places.path("mnt/nest")) == ["tmpfs"]
+    assert os.listdir(inner) == ["b"]
+    assert on("self", inner) == ["tmpfs"]
+    assert on("self", places.path("mnt/nest")) == (["ramfs"] if between else ["tmpfs"])
+    assert mounts.instances(device) == []
 
 
 def test_a_namespace_that_ends_in_between(places: Places) -> None:  # noqa: F811
