@@ -156,7 +156,8 @@ def _table(title: str, figures: Dict[str, Dict[str, float]]) -> Table:
         row = [operation]
         for name, values in figures.items():
             value = values[operation]
-            row.append(f"{value:.1f}" if name == "native" else f"{value:.1f} ({value / native:.0f}; {value / plain:.2f})")
+            ratios = "" if name == "native" else f" ({value / native:.0f}; {value / plain:.2f})"
+            row.append(f"{value:.1f}{ratios}")
         table.add_row(*row)
     return table
 

@@ -17,8 +17,8 @@ from stubfs import messages, wire
 from stubfs.errors import StubfsError, UsageError, reason
 from stubfs.messages import FilesystemStatus, Handle, HeldRequest, Reply
 from stubfs.modes import Mode, check_directory
-from stubfs.session import Session
 from stubfs.protocol import opcode_name
+from stubfs.session import Session
 
 _log = logging.getLogger(__name__)
 _MAX_NODES = 1_000_000  # asked for at once
@@ -155,7 +155,9 @@ class Control:
         directory: Optional[int] = None
         if mode is Mode.PROXY:
             if len(descriptors) != 1:
-                raise UsageError("cannot change the mode: proxy: one directory fd is needed", "send it with the request")
+                raise UsageError(
+                    "cannot change the mode: proxy: one directory fd is needed", "send it with the request"
+                )
             directory = descriptors.steal(0)
         try:
             if directory is not None:

@@ -86,7 +86,7 @@ def leave_terminal(log_fd: Optional[int]) -> None:
 def warn_of_sysctls() -> None:
     """Kernel settings that end blocked requests, or the machine, after a while."""
     for path, meaning in (
-        ("/proc/sys/fs/fuse/max_request_timeout", "the kernel aborts the mount when a request is held longer (minutes)"),
+        ("/proc/sys/fs/fuse/max_request_timeout", "the kernel aborts the mount when a request is held longer"),
         ("/proc/sys/kernel/hung_task_panic", "the kernel panics when a process is blocked for long"),
     ):
         try:

@@ -11,7 +11,7 @@ import threading
 import time
 from typing import Dict, List, Optional, OrderedDict, Set, Tuple
 
-from stubfs.protocol import READ_IN, BODY, Opcode
+from stubfs.protocol import BODY, READ_IN, Opcode
 from stubfs.request import Request
 
 

@@ -121,11 +121,13 @@ class ModeSwitch:
                 return old
             if mode is Mode.STUB:
                 self._held.let_go(False)
+            drained = True
             if old.backing is not None:
-                self._leave(old)
+                drained = self._leave(old)
             new = self._make(mode, directory)
             self._server.state = new
-            drained = self._drain(new)
+            # What did not end within the first wait is no reason for a second one.
+            drained = self._drain(new, _DRAIN_LIMIT if drained else 0.0)
             if new.backing is not None:
                 self._held.let_go(True)
             if new.mode is Mode.PROXY:
@@ -135,18 +137,19 @@ class ModeSwitch:
             _log.info("mode %s, generation %d", mode.value, self._generation)
             return new
 
-    def _leave(self, old: State) -> None:
+    def _leave(self, old: State) -> bool:
         # Reads and writes wait from now on: what they would bring into the page cache could not be told from what
         # the invalidation has passed already. Everything else goes on, the pages written back above all.
         closing = State(old.mode, old.backing, Gate.DATA, old.since)
         self._server.state = closing
-        self._drain(closing)
+        drained = self._drain(closing, _DRAIN_LIMIT)
         self._server.drop_caches(closing)
+        return drained
 
-    def _drain(self, state: State) -> bool:
-        if self._server.drain(state, _DRAIN_LIMIT):
+    def _drain(self, state: State, limit: float) -> bool:
+        if self._server.drain(state, limit):
             return True
-        _log.warning("an operation of the former mode is still under way after %g seconds", _DRAIN_LIMIT)
+        _log.warning("an operation of the former mode is still under way after %g seconds", limit)
         return False
 
 

@@ -153,7 +153,7 @@ def test_stub_again_while_requests_are_let_go(fs: Filesystem) -> None:
     fs.client.mode("stub")
     results: List[str] = []
     threads = [
-        threading.Thread(target=lambda i=i: results.append((fs.path / f"f{i}").read_text()), daemon=True)  # type: ignore[misc]
+        threading.Thread(target=lambda path: results.append(path.read_text()), args=(fs.path / f"f{i}",), daemon=True)
         for i in range(200)
     ]
     for thread in threads:
@@ -176,8 +176,7 @@ def test_new_requests_are_not_starved_by_those_let_go(fs: Filesystem) -> None:
         (fs.real / f"f{i}").write_text("x")
     fs.client.mode("stub")
     threads = [
-        threading.Thread(target=lambda i=i: os.path.exists(fs.path / f"f{i}"), daemon=True)  # type: ignore[misc]
-        for i in range(1000)
+        threading.Thread(target=os.path.exists, args=(fs.path / f"f{i}",), daemon=True) for i in range(1000)
     ]
     for thread in threads:
         thread.start()
