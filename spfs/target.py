@@ -31,6 +31,7 @@ class Target:
         self.namespaces: Dict[str, int] = dict(pinned)
         self.root_fd = root_fd
         self.root = root
+        self._start = -1 if pid is None else _start_time(pid)
 
     @classmethod
     def pin(
@@ -86,6 +87,9 @@ class Target:
         wanted = {name: identity[name] for name in namespaces.NAMESPACES if name in identity}
         if "pid_number" not in identity:
             return cls.pin(None, root=root)
+        if not wanted and _start_time(identity["pid_number"]) != identity["pid_start"]:
+            # It was in our own namespaces, which are still there.
+            return cls.pin(None, root=root)
         for pid in _candidates(identity["pid_number"], wanted):
             try:
                 target = cls.pin(pid, list(wanted), root)
@@ -102,10 +106,11 @@ class Target:
         )
 
     def identity(self) -> Dict[str, int]:
-        """What ``from_inodes`` needs: namespace name → inode number; "pid_number" the process. JSON-able."""
+        """What ``from_inodes`` needs: namespace name → inode number, the process' pid and start time. JSON-able."""
         identity = {name: os.fstat(fd).st_ino for name, fd in self.namespaces.items()}
         if self.pid is not None:
             identity["pid_number"] = self.pid
+            identity["pid_start"] = self._start
         return identity
 
     @property
@@ -155,6 +160,15 @@ def members(wanted: Mapping[str, int]) -> Iterator[int]:
                     yield int(entry)
             except OSError:  # ended, or a kernel thread's or zombie's
                 continue
+
+
+def _start_time(pid: int) -> int:
+    """When the process was started, in clock ticks since boot (proc(5)): with the pid it names it for good. -1: gone."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as stat:
+            return int(stat.read().rpartition(b")")[2].split()[19])
+    except (FileNotFoundError, ProcessLookupError):
+        return -1
 
 
 def _candidates(first: int, wanted: Mapping[str, int]) -> Iterator[int]:

@@ -87,13 +87,15 @@ def test_pinned_again_through_another_process(places: Places) -> None:  # noqa: 
     try:
         with Target.pin(pid) as target:
             identity = target.identity()
-            assert set(identity) == {"mnt", "net", "pid_number"}
+            assert set(identity) == {"mnt", "net", "pid_number", "pid_start"}
         wait_until(lambda: namespaces.inode(other.pid, "mnt") == identity["mnt"])
         os.kill(pid, signal.SIGKILL)
         os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
         with Target.from_inodes(identity) as again:
             assert again.pid == other.pid
-            assert {**again.identity(), "pid_number": pid} == identity
+            assert {name: again.identity()[name] for name in ("mnt", "net")} == {
+                name: identity[name] for name in ("mnt", "net")
+            }
     finally:
         other.kill()
         other.wait()
@@ -125,3 +127,19 @@ def test_a_root_is_resolved_beneath_the_targets(places: Places, tmp_path: Path) 
     for nothing in ("(null)", "", "/", None):
         with Target.pin(pid, root=nothing) as target:
             assert target.root is None
+
+
+def test_a_process_of_our_own_namespaces_that_is_gone(tmp_path: Path) -> None:
+    (tmp_path / "here").touch()
+    process = subprocess.Popen(["sleep", "1000"])
+    with Target.pin(process.pid) as target:
+        identity = target.identity()
+        assert target.namespaces == {}
+    with Target.from_inodes(identity) as again:
+        assert again.pid == process.pid
+    process.kill()
+    process.wait()
+    with Target.from_inodes(identity, str(tmp_path)) as again:
+        assert again.pid is None
+        with nschild.run(lambda: (os.listdir("/"), []), again) as result:
+            assert result.value == ["here"]

@@ -195,3 +195,31 @@ def test_children_end_with_their_parent() -> None:
     wait_until(lambda: process_state(helper_pid) in ("", "Z"))
     for fd in (ours, theirs):
         os.close(fd)
+
+
+def test_what_a_signal_handler_raises_ends_the_child_too(tmp_path: Path) -> None:
+    class Cancelled(Exception):
+        pass
+
+    def cancel(number: int, frame: object) -> None:
+        raise Cancelled
+
+    def note_and_hang() -> Answer:
+        (tmp_path / "pid").write_text(str(os.getpid()))
+        os.kill(os.getppid(), signal.SIGUSR1)
+        return stuck()
+
+    old = signal.signal(signal.SIGUSR1, cancel)
+    try:
+        with pytest.raises(Cancelled):
+            nschild.call(note_and_hang)
+    finally:
+        signal.signal(signal.SIGUSR1, old)
+    assert process_state(int((tmp_path / "pid").read_text())) == ""
+
+
+def test_a_large_answer_and_many_descriptors() -> None:
+    text = "x" * 1_000_000
+    with nschild.call(lambda: (text, [os.open("/dev/null", os.O_RDONLY) for _ in range(200)])) as result:
+        assert result.value == text
+        assert len(result.fds) == 200
