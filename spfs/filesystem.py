@@ -164,16 +164,23 @@ def _end_process(pid: int, pidfd: int) -> None:
         pass
 
 
-def _detach(device: int, target: Target) -> None:
+def _detach(device: int, target: Target) -> List[Dict[str, object]]:
+    """Take the mount away wherever that can be done; the places where it cannot.
+
+    A container that was started meanwhile has a copy of it, locked by its user namespace, which only goes with the
+    container (mount_namespaces(7)). SpfsError if it is still there in the target's own namespace.
+    """
     from spfs import mounts
 
     left = mounts.unmount(device, [target])
-    if left:
+    own = [instance for instance in left if instance.namespace == target.mount_namespace]
+    if own:
         raise SpfsError(
-            f"cannot unmount: {', '.join(instance.mountpoint for instance in left)}: still there",
+            f"cannot unmount: {', '.join(instance.mountpoint for instance in own)}: still there",
             "locked in its mount namespace, or hidden below another mount",
             errno.EBUSY,
         )
+    return [{"mountpoint": instance.mountpoint, "namespace": instance.namespace} for instance in left]
 
 
 def open_directory(context: Context, path: str, ns_pid: Optional[int]) -> None:
@@ -197,7 +204,8 @@ def open_directory(context: Context, path: str, ns_pid: Optional[int]) -> None:
 
 
 def unmount(context: Context, device: int, pid: int, started: int, control: str, force: bool, target: Target) -> None:
-    """Take every instance of the mount away, in all namespaces. Delivers ``ended``: has its process ended, too?
+    """Take every instance of the mount away, in all namespaces. Delivers ``ended``: has its process ended, too? and
+    ``left``: copies in other namespaces that cannot be taken away.
 
     Without ``force`` EBUSY if somebody uses it. With ``force`` those who wait get an error, and the process ends.
     """
@@ -207,9 +215,9 @@ def unmount(context: Context, device: int, pid: int, started: int, control: str,
         pidfd = -1
     if pidfd >= 0 and not force:
         _check_unused(control)
-    _detach(device, target)
+    left = _detach(device, target)
     if pidfd < 0:
-        return context.deliver({"ended": True})
+        return context.deliver({"ended": True, "left": left})
     if force and not has_ended(pidfd, 0.1):
         from stubfs.client import FilesystemClient
 
@@ -220,7 +228,7 @@ def unmount(context: Context, device: int, pid: int, started: int, control: str,
             pass  # it may have ended just now; if it hangs, it is killed below
         if not has_ended(pidfd, END_TIMEOUT):
             _end_process(pid, pidfd)
-    context.deliver({"ended": has_ended(pidfd, LAST_USE_TIMEOUT)})
+    context.deliver({"ended": has_ended(pidfd, LAST_USE_TIMEOUT), "left": left})
 
 
 def _check_unused(control: str) -> None:

@@ -270,7 +270,7 @@ class Supervisor(ModeChanges):
             if outcome.error is not None:
                 managed.state = before
                 return done(outcome.error, {})
-            data = {"id": managed.id, "ended": outcome.value["ended"]}
+            data = {"id": managed.id, **outcome.value}
             if not outcome.value["ended"]:
                 self._save(managed)
                 return done(None, data)
