@@ -87,7 +87,7 @@ class Target:
         wanted = {name: identity[name] for name in namespaces.NAMESPACES if name in identity}
         if "pid_number" not in identity:
             return cls.pin(None, root=root)
-        if not wanted and _start_time(identity["pid_number"]) != identity["pid_start"]:
+        if not wanted and _start_time(identity["pid_number"]) != identity.get("pid_start"):
             # It was in our own namespaces, which are still there.
             return cls.pin(None, root=root)
         for pid in _candidates(identity["pid_number"], wanted):
@@ -163,7 +163,7 @@ def members(wanted: Mapping[str, int]) -> Iterator[int]:
 
 
 def _start_time(pid: int) -> int:
-    """When the process was started, in clock ticks since boot (proc(5)): with the pid it names it for good. -1: gone."""
+    """When the process was started, in clock ticks since boot (proc(5)): with the pid it names it. -1: gone."""
     try:
         with open(f"/proc/{pid}/stat", "rb") as stat:
             return int(stat.read().rpartition(b")")[2].split()[19])
