@@ -409,6 +409,7 @@ def test_no_zombies_and_no_descriptors_pile_up(manager: Manager, mnt: Path) -> N
     def children() -> str:
         return Path(f"/proc/{manager.pid}/task/{manager.pid}/children").read_text()
 
+    client.status()  # so that it has been accepted
     before = len(os.listdir(f"/proc/{manager.pid}/fd"))
     for _ in range(3):
         client.mount("a", str(mnt))
