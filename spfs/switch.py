@@ -112,6 +112,7 @@ class Switch:
         self._freeze_timeout = freeze_timeout
         self._progress = progress
         self._examiner = Examiner(device)
+        self._gadgets = GadgetFinder(device, architecture)
         self._counterparts = Counterparts(resolver, roots)
         self._processes: Dict[int, Process] = {}
         self._moved: Dict[str, int] = {}
@@ -337,11 +338,10 @@ class Switch:
             if memory is not None and (memory.regions or memory.exe) and memory.owner is None:
                 operation(process, memory.tid).memory = memory
         for planned in plan.values():
-            planned.prepare()
+            planned.prepare(self._gadgets)
         return list(plan.values())
 
     def _operate(self, theatre: Theatre, operations: List[Operation], bell: scheduler.Bell) -> None:
-        gadgets = GadgetFinder(self._device)
         tracees: Dict[Tracee, Operation] = {}
         scripts: Dict[Tracee, Script] = {}
         for operation in operations:
@@ -360,7 +360,7 @@ class Switch:
                 pidfd = syscalls.pidfd_open(operation.tid, leader=False)
             tracee = Tracee(operation.tid, process.pid, pidfd, self._architecture, sandboxed)
             tracees[tracee] = operation
-            scripts[tracee] = operation.script(tracee, gadgets)
+            scripts[tracee] = operation.script(tracee, self._gadgets)
 
         recover: Dict[Tracee, Script] = {}
 
@@ -415,7 +415,8 @@ class Switch:
         for process in self._processes.values():
             for kind, what, path, problem in report.entries(process):
                 known = self._reasons.get((process.pid, process.start, what))
-                why = process.problem or problem or known or "it came while the processes were moved"
+                # What was met when it was tried says more than what is seen from outside.
+                why = known or process.problem or problem or "it came while the processes were moved"
                 left.append(LeftReference(process.pid, process.command, kind, what, path, why))
         return left
 

@@ -65,6 +65,7 @@ class Tracee:
         self.tid, self.pid, self.pidfd = tid, pid, pidfd
         self.architecture = architecture
         self.gadget = 0
+        self.sigreturn = 0  # address of code that calls rt_sigreturn; 0: none known, or ``gadget`` does not return
         self.base = 0
         self.size = 0
         self.sandboxed = sandboxed  # a seccomp filter is on: close() may be fatal once it is no longer suspended
@@ -75,6 +76,10 @@ class Tracee:
         self._registers = b""
         self._mask = b""
         self._running = False
+        self._masked = False
+        self._frame = b""
+        self._net = 0
+        self._below_stack = b""
         self._limits: Optional[bytes] = None
         self._resume: Callable[[int], None] = ptrace.cont
 
@@ -116,8 +121,8 @@ class Tracee:
         ``descriptors``: the soft RLIMIT_NOFILE to set meanwhile, for a process whose table is full.
         """
         xstate = ptrace.read_registers(self.tid, _MAX_XSTATE, ptrace.NT_X86_XSTATE)
-        # From here to the jump into the server code the task cannot help itself should we die: nothing slow.
-        ptrace.set_signal_mask(self.tid, _SIGNALS_BLOCKED)
+        self._frame = sigframe.build(self._registers, self._mask, xstate, base + FRAME)
+        self._spread_net()
         result = yield from self._call("mmap", base, size, _PROT_RWX, _MAP_SCRATCH, -1, 0)
         if result != base:  # kernels before 4.17 take the address for a hint
             if result >= 0:
@@ -132,10 +137,9 @@ class Tracee:
         self.socket = socket.socket(fileno=process.pidfd_getfd(self.pidfd, ours, 0))
         self.socket.setsockopt(socket.SOL_SOCKET, _SO_SNDBUFFORCE, _SOCKET_BUFFER)
         self.socket.setblocking(False)
-        frame_at = base + FRAME
         self.write(base, self.architecture.server)
         self.write(base + DOT, b".\0")
-        self.write(frame_at, sigframe.build(self._registers, self._mask, xstate, frame_at))
+        self.write(base + FRAME, self._frame)
 
     def run(self, table: int, count: int, fds: Sequence[Sequence[int]] = ()) -> Script:
         """Run ``count`` calls of the table at address ``table``, which may receive ``fds``, a message each."""
@@ -153,6 +157,7 @@ class Tracee:
             words[self.architecture.instruction_pointer] = self.base
             self._set(words)
             self._running = True
+            self._take_net_in()
             self._go(ptrace.cont)
         while True:
             yield Wait.MESSAGE
@@ -174,6 +179,7 @@ class Tracee:
             ptrace.interrupt(self.tid)
             yield from self._until(_is_event)
             self._running = False
+            self._spread_net()
         if self.socket is not None:
             _check((yield from self._call("close", self._theirs)), "close")
         if self._limits is not None:
@@ -187,8 +193,10 @@ class Tracee:
     def restore(self) -> None:
         """In an event stop: the registers *unmodified*, so that the kernel itself restarts an interrupted call or
         lets it fail with EINTR, as the signals that are pending by then demand."""
-        ptrace.write_registers(self.tid, self._endless_wait_restarted())
+        # The mask first: should we die between the two, the net sets the registers right, but nothing the mask.
         ptrace.set_signal_mask(self.tid, self._mask)
+        ptrace.write_registers(self.tid, self._endless_wait_restarted())
+        self._take_net_in()
 
     def repeat_swallowed(self) -> None:
         """Send again what no mask can block and we had to take: only SIGSTOP. Before detaching."""
@@ -204,7 +212,12 @@ class Tracee:
         for index, value in zip(self.architecture.arguments, arguments):
             words[index] = value & _WORD
         words[self.architecture.instruction_pointer] = self.gadget
+        if self._net:
+            words[self.architecture.stack_pointer] = self._net
         self._set(words)
+        if not self._masked:
+            ptrace.set_signal_mask(self.tid, _SIGNALS_BLOCKED)
+            self._masked = True
         self._go(ptrace.cont_to_syscall)
         yield from self._until(_is_entry)
         # Interrupted while inside the call, the task stops before it returns to user space, in an event stop again.
@@ -214,6 +227,28 @@ class Tracee:
         words = self._words(ptrace.read_registers(self.tid, len(self._registers)))
         result = words[self.architecture.result]
         return result - (1 << 64) if result >> 63 else result
+
+    def _spread_net(self) -> None:
+        """For the calls that are made without the scratch memory: should we die, the task returns from the call to
+        rt_sigreturn with a frame below its stack, as from a signal handler. Without ``sigreturn``, or without room
+        there, those calls (two before, two or three after) are the moments in which our death harms it."""
+        if not self.sigreturn:
+            return
+        pointer = self._words(self._registers)[self.architecture.stack_pointer] - self.architecture.red_zone
+        address = (pointer - len(self._frame)) // sigframe.ALIGNMENT * sigframe.ALIGNMENT
+        net = struct.pack("<Q", self.sigreturn) + sigframe.at(self._frame, address)
+        try:
+            # Put back afterwards: on the small stacks of some runtimes, what lies there is somebody's.
+            self._below_stack = self.read(address - 8, len(net))
+            self.write(address - 8, net)
+        except OSError:
+            return
+        self._net = address - 8
+
+    def _take_net_in(self) -> None:
+        if self._net:
+            self.write(self._net, self._below_stack)
+            self._net = 0
 
     def _go(self, resume: Callable[[int], None]) -> None:
         self._resume = resume

@@ -119,6 +119,9 @@ class Architecture:
     stack_pointer: int
     loop: Tuple[int, ...]  # the server code's: table, count, command buffer, socket, signal frame, keep socket
     syscall: bytes  # the instruction
+    syscall_return: bytes  # the instruction, followed by a return
+    sigreturn: Tuple[bytes, ...]  # what a signal handler returns to: rt_sigreturn, as C libraries have it
+    red_zone: int  # bytes below the stack pointer that are in use
     server: bytes  # runs tables in the tracee, for as long as its socket's peer lives
     local: bytes  # void run(table, count), for ourselves
     calls: Dict[str, int]
@@ -196,6 +199,9 @@ X86_64 = Architecture(
     stack_pointer=19,
     loop=(3, 2, 1, 0, 5, 4),  # r12, r13, r14, r15, rbx, rbp
     syscall=b"\x0f\x05",
+    syscall_return=b"\x0f\x05\xc3",
+    sigreturn=(bytes.fromhex("48c7c00f0000000f05"), bytes.fromhex("b80f0000000f05")),
+    red_zone=128,
     server=_SERVER,
     local=_LOCAL,
     calls=_X86_64_CALLS,

@@ -26,6 +26,7 @@ _CONTEXT = 320  # bytes for struct ucontext, rounded up
 # sigcontext: r8 … r15, rdi, rsi, rbp, rbx, rdx, rax, rcx, rsp, rip, eflags as indices of user_regs_struct.
 _ORDER = (9, 8, 7, 6, 3, 2, 1, 0, 14, 13, 4, 5, 12, 10, 11, 19, 16, 18)
 _CS, _SS = 17, 20
+_STATE_POINTER = 224  # offset of sigcontext.fpstate in the frame
 
 
 def build(registers: bytes, mask: bytes, xstate: bytes, address: int) -> bytes:
@@ -49,6 +50,12 @@ def build(registers: bytes, mask: bytes, xstate: bytes, address: int) -> bytes:
     context += struct.pack("<4QQ64x", 0, 0, 0, 0, address + _CONTEXT)
     context += mask
     return context.ljust(_CONTEXT, b"\0") + state
+
+
+def at(frame: bytes, address: int) -> bytes:
+    """The same frame for another address."""
+    pointer = struct.pack("<Q", address + _CONTEXT)
+    return frame[:_STATE_POINTER] + pointer + frame[_STATE_POINTER + 8 :]
 
 
 def _extended_state(xstate: bytes) -> bytes:

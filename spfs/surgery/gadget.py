@@ -1,27 +1,80 @@
-"""Finds a system call instruction in a process: in its vDSO, else in any executable mapping but the old mount's."""
+"""Finds borrowed code in a process: a system call instruction, and what lets the process help itself if we die.
+
+The first choice is a C library's "syscall; ret" together with its rt_sigreturn; then the vDSO; then any executable
+mapping but the old mount's, whose pages its file system might have to be asked for.
+"""
 
 from __future__ import annotations
 
 import errno
 import os
-from typing import Iterator, Optional, Tuple
+from typing import Dict, Iterator, Optional, Tuple
 
 from spfs.linux import procfs
+from spfs.linux.arch import Architecture
 from spfs.tracee import Tracee
 
 _CHUNK = 1 << 20  # bytes
+_MOST = 8 << 20  # bytes looked at per mapping
 
 
 class GadgetFinder:
-    """Remembers where in the vDSO the instruction was: most processes have the kernel's own one."""
+    """Remembers what was found in which file, and where in the vDSO: most processes have the same ones."""
 
-    def __init__(self, device: int) -> None:
+    def __init__(self, device: int, architecture: Architecture) -> None:
         self._device = procfs.device_text(device)
+        self._architecture = architecture
         self._offset: Optional[int] = None
+        self._pairs: Dict[bytes, Optional[Tuple[int, int]]] = {}
 
-    def find(self, tracee: Tracee, maps: bytes) -> int:
-        """The instruction's address; OSError ENOEXEC if there is none."""
-        instruction = tracee.architecture.syscall
+    def look_ahead(self, pid: int, maps: bytes) -> Optional[Tuple[int, int]]:
+        """Addresses of a system call instruction that returns and of rt_sigreturn code, in one mapping; None if the
+        process has none. Not for use in a blackout: reads whole libraries."""
+        try:
+            memory = os.open(f"/proc/{pid}/mem", os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            return None
+        try:
+            for line in maps.splitlines():
+                if b" r-xp " not in line or self._device in line or line.endswith((b"[vsyscall]", b"[vdso]")):
+                    continue
+                mapping = procfs.parse_mapping(line)
+                key = line.split(b" ", 2)[2]  # offset, device, inode, name: the same contents
+                if key not in self._pairs or mapping.inode == 0:
+                    self._pairs[key] = self._search(memory, mapping)
+                found = self._pairs[key]
+                if found is not None:
+                    return mapping.start + found[0], mapping.start + found[1]
+        finally:
+            os.close(memory)
+        return None
+
+    def _search(self, memory: int, mapping: procfs.Mapping) -> Optional[Tuple[int, int]]:
+        try:
+            data = os.pread(memory, min(mapping.end - mapping.start, _MOST), mapping.start)
+        except OSError:
+            return None
+        returning = data.find(self._architecture.syscall_return)
+        for code in self._architecture.sigreturn:
+            offset = data.find(code)
+            if returning >= 0 and offset >= 0:
+                return returning, offset
+        return None
+
+    def provide(self, tracee: Tracee, maps: bytes, known: Optional[Tuple[int, int]]) -> None:
+        """Set the tracee's gadget, and its way back if what ``look_ahead`` found is there; OSError ENOEXEC if it has
+        no system call instruction at all."""
+        if known is not None:
+            instruction, code = known
+            expected = self._architecture.syscall_return
+            if _read(tracee, instruction, len(expected)) == expected:
+                if any(_read(tracee, code, len(form)) == form for form in self._architecture.sigreturn):
+                    tracee.gadget, tracee.sigreturn = instruction, code
+                    return
+        tracee.gadget, tracee.sigreturn = self._find(tracee, maps), 0
+
+    def _find(self, tracee: Tracee, maps: bytes) -> int:
+        instruction = self._architecture.syscall
         vdso = procfs.find_vdso(maps)
         if vdso is not None:
             start, end = vdso
@@ -52,3 +105,10 @@ class GadgetFinder:
             mapping = procfs.parse_mapping(line)
             if mapping.permissions[2] == "x" and mapping.permissions[0] == "r":
                 yield mapping.start, mapping.end
+
+
+def _read(tracee: Tracee, address: int, length: int) -> bytes:
+    try:
+        return os.pread(tracee.memory, length, address)
+    except OSError:
+        return b""

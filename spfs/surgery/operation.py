@@ -119,13 +119,15 @@ class Operation:
         self.table, self.context, self.memory = table, context, memory
         self.chunk = MAX_FDS
         self.descriptors: Optional[int] = None
+        self.gadget: Optional[Tuple[int, int]] = None
         self._program: Optional[_Program] = None
         self._items: List[Item] = []
 
     # -- ahead of time
 
-    def prepare(self) -> None:
+    def prepare(self, gadgets: GadgetFinder) -> None:
         self._spare()
+        self.gadget = gadgets.look_ahead(self.tid, self.maps())
         self._items = self.items()
         self._program = _Program(self, self.base)
 
@@ -169,7 +171,7 @@ class Operation:
         """The whole operation; what failed is noted in the records. OSError only for the process as a whole."""
         assert self._program is not None
         tracee.capture()
-        tracee.gadget = gadgets.find(tracee, self.maps())
+        gadgets.provide(tracee, self.maps(), self.gadget)
         need = self._program.table - self._program.base + len(self._program.calls) * 64
         if self.memory is not None:
             need = max(need, USER + maps.space(self.memory))

@@ -65,6 +65,21 @@ def dies_after_start(run: Callable[..., Any]) -> Callable[..., Any]:
     return replacement
 
 
+def dies_at(wait: int) -> Callable[..., Any]:
+    """A replacement of Tracee._until that kills at its n-th call: within the calls made by borrowed instructions."""
+    until, count = Tracee._until, [0]
+
+    def replacement(self: Tracee, expected: Any) -> Any:
+        count[0] += 1
+        if count[0] == wait:
+            die()
+        yield from until(self, expected)
+        if count[0] == wait - 20:
+            die()
+
+    return replacement
+
+
 STAGES: Dict[str, Callable[[], Dict[str, Any]]] = {
     "seized": lambda: {"patch": (theatre.Theatre, "wait", die)},
     "stopped": lambda: {"patch": (compare.Comparison, "stale", die)},
@@ -73,6 +88,8 @@ STAGES: Dict[str, Callable[[], Dict[str, Any]]] = {
     "running": lambda: {"patch": (Tracee, "run", dies_after_start(Tracee.run))},
     "done": lambda: {"patch": (operation.Operation, "_collect", die)},
     "closing": lambda: {"patch": (Tracee, "close", die)},
+    # mmap, socketpair, the interrupt, close, munmap: before each stop, and after it
+    **{f"wait {n}": lambda n=n: {"patch": (Tracee, "_until", dies_at(n))} for n in (*range(1, 10), *range(21, 30))},
     "restored": lambda: {"patch": (theatre.Theatre, "release", die)},
 }
 
