@@ -11,7 +11,7 @@ import os
 from typing import Callable, Optional, Tuple, TypeVar
 
 from stubfs import protocol, syscalls
-from stubfs.backing import Backing, list_xattrs
+from stubfs.backing import Backing, allowed_flags, list_xattrs
 from stubfs.handles import HandleTable, OpenFile
 from stubfs.lanes import Worker
 from stubfs.modes import State
@@ -269,7 +269,7 @@ class Answers:
             own = self._own_fd(request.node) if error.errno == errno.ESTALE else None
             if own is None:
                 raise
-            fd = os.open(_FD_LINK.format(own), flags & ~os.O_NOFOLLOW | os.O_CLOEXEC)
+            fd = os.open(_FD_LINK.format(own), allowed_flags(flags))
         credentials = worker.identity.of(request.uid, request.gid, request.tid)
         file = self._handles.add(request.node, is_directory, flags, backing, fd, credentials, request.tid)
         if not request.answer(protocol.OPEN_OUT.pack(file.fh, file.open_flags(), 0)):

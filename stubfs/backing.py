@@ -8,9 +8,7 @@ Credentials are the calling thread's. Everything raises OSError.
 from __future__ import annotations
 
 import os
-import shutil
 import stat
-import tempfile
 from typing import Dict, Sequence, Tuple
 
 from stubfs import syscalls
@@ -24,6 +22,14 @@ _OPEN_FLAGS = (
     os.O_ACCMODE | os.O_APPEND | os.O_TRUNC | os.O_SYNC | os.O_DSYNC | os.O_NOATIME | os.O_NONBLOCK | os.O_DIRECTORY
 )
 _ONCE_FLAGS = os.O_CREAT | os.O_EXCL | os.O_TRUNC | os.O_NOCTTY
+
+
+def allowed_flags(flags: int) -> int:
+    """Of a caller's open flags, those that make sense for the backing file.
+
+    With O_NONBLOCK: what is a regular file to the kernel may be a fifo by now, which must not hang us.
+    """
+    return flags & _OPEN_FLAGS | os.O_NONBLOCK | os.O_CLOEXEC
 
 
 def reopen_flags(flags: int) -> int:
@@ -71,10 +77,9 @@ class Backing:
 
     def open(self, path: bytes, flags: int) -> int:
         """An open(2) of something that exists, with the flags that make sense here; the caller closes the fd."""
-        # O_NONBLOCK: what is a regular file to the kernel may be a fifo here by now, which must not hang us.
-        allowed = flags & _OPEN_FLAGS | os.O_NONBLOCK
+        allowed = allowed_flags(flags)
         if b"/" not in path:
-            return os.open(path or b".", allowed | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self.fd)
+            return os.open(path or b".", allowed | os.O_NOFOLLOW, dir_fd=self.fd)
         return syscalls.openat2(self.fd, path, allowed, 0, _INSIDE)
 
     def create(self, path: bytes, flags: int, mode: int) -> int:
@@ -243,6 +248,8 @@ class Staging(Backing):
         try:
             return _detached_tmpfs({"source": "stubfs-staging", "mode": "0755"})
         except OSError:
+            import tempfile
+
             self._directory = tempfile.mkdtemp(prefix="stubfs-")
             root = os.path.join(self._directory, "root")
             os.mkdir(root, 0o755)
@@ -257,6 +264,8 @@ class Staging(Backing):
         """Remove what would outlive the process: nothing, in the usual case."""
         directory, self._directory = self._directory, ""
         if directory:
+            import shutil
+
             shutil.rmtree(directory, ignore_errors=True)
 
 

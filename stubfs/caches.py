@@ -80,8 +80,15 @@ def drop(device: Device, held: HeldTable, nodes: List[int], serve: Callable[[Req
             work.stop = True
             _log.warning("the kernel's cached pages of node %d cannot be written back or dropped", work.node)
             return
-        for unique, _, _ in held.data_ranges(work.node):
-            request = held.take(unique)
-            if request is not None:
-                work.again = True
-                serve(request)
+        in_the_way = [held.take(unique) for unique, _, _ in held.data_ranges(work.node)]
+        requests = [request for request in in_the_way if request is not None]
+        if requests:
+            work.again = True
+            helper = threading.Thread(target=_serve_all, args=(serve, requests), name="invalidation", daemon=True)
+            helper.start()
+            helper.join(max(0.0, deadline - time.monotonic()))
+
+
+def _serve_all(serve: Callable[[Request], None], requests: List[Request]) -> None:
+    for request in requests:
+        serve(request)

@@ -5,14 +5,10 @@ Nothing here serves requests. Used by ``stubfs`` itself and by whoever attaches 
 
 from __future__ import annotations
 
-import array
 import errno
 import os
 import re
-import shutil
-import socket
 import stat
-import subprocess
 from dataclasses import dataclass
 from typing import Dict, List, Optional, Tuple
 
@@ -216,6 +212,8 @@ class OwnMount:
             if self._device is None or syscalls.device_without_sync(path) != self._device:
                 return
             if self._by_fusermount:
+                import subprocess
+
                 subprocess.run([_fusermount_path(), "-u", "-z", "-q", self.mountpoint], check=False)
             else:
                 syscalls.umount2(path, syscalls.MNT_DETACH)
@@ -223,7 +221,12 @@ class OwnMount:
             return  # not on the path any more
 
 
+# Without root starting is slower anyway: what only that needs is imported there.
+
+
 def _fusermount_path() -> str:
+    import shutil
+
     path = shutil.which("fusermount") or shutil.which("fusermount3")
     if path is None:
         raise MissingFeatureError(
@@ -234,6 +237,10 @@ def _fusermount_path() -> str:
 
 def _fusermount(mountpoint: str, options: MountOptions) -> int:
     """The device fd of a mount made by the setuid helper, which sends it over a socket (_FUSE_COMMFD)."""
+    import array
+    import socket
+    import subprocess
+
     words = [f"fsname={options.source}", f"subtype={options.subtype}"]
     if options.attributes & MountAttr.RDONLY:
         words.append("ro")

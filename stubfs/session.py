@@ -81,7 +81,6 @@ class Session:
         )
         self._drained = threading.Condition()
         self._draining = 0
-        self._extra_workers: List[Worker] = []
         answers = self._answers
         # Served with the caller's credentials.
         self._by_caller: Dict[int, _Handler] = {
@@ -130,7 +129,10 @@ class Session:
             Opcode.DESTROY: lambda worker, request: request.answer(),
             Opcode.NOTIFY_REPLY: lambda worker, request: None,
         }
-        for opcode in (Opcode.POLL, Opcode.BMAP, Opcode.TMPFILE, Opcode.STATX, Opcode.COPY_FILE_RANGE):
+        # The kernel does without them from then on, also where it could not wait.
+        for opcode in (
+            Opcode.POLL, Opcode.BMAP, Opcode.TMPFILE, Opcode.STATX, Opcode.COPY_FILE_RANGE, Opcode.COPY_FILE_RANGE_64,
+        ):  # fmt: skip
             self._at_once[opcode] = self._unknown
 
     # --- life
@@ -431,7 +433,7 @@ class Session:
             self._interrupts.interrupt(unique, tid)
 
     def _workers(self) -> List[Worker]:
-        return self._reading.workers + self._releasing.workers + self._extra_workers
+        return self._reading.workers + self._releasing.workers
 
     def _caller(self, unique: int) -> Optional[int]:
         """The thread id of who waits for a request, held or being served; None if it has been answered."""
@@ -469,11 +471,9 @@ class Session:
                 self._draining -= 1
 
     def drop_caches(self, state: State) -> None:
-        worker = Worker(self.device)
-
         def serve(request: Request) -> None:
-            """Answer a held READ or WRITE under the state that is being left."""
-            self._current.worker = worker
+            """Answer a held READ or WRITE under the state that is being left; in a thread of its own."""
+            worker = self._current.worker = Worker(self.device)
             worker.request = request
             request.state = state
             try:

@@ -222,6 +222,26 @@ class TestUsers:
         assert outsider.result() is False
         (fs.path / "private" / "root").write_text("ours")  # and root is root again
 
+    def test_what_has_lost_its_name_is_its_owners(self, fs: Filesystem) -> None:
+        os.chmod(fs.path, 0o777)
+
+        def work() -> object:
+            fd = os.open(fs.path / "mine", os.O_CREAT | os.O_RDWR, 0o600)
+            os.setxattr(fd, "user.x", b"named")
+            os.unlink(fs.path / "mine")
+            os.setxattr(fd, "user.x", b"nameless")
+            os.fchmod(fd, 0o640)
+            os.ftruncate(fd, 3)
+            os.utime(fd, ns=(1, 2))
+            again = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY)
+            with pytest.raises(PermissionError):
+                os.fchown(fd, 0, 0)
+            status = os.fstat(again)
+            return os.getxattr(again, "user.x"), oct(status.st_mode), status.st_size, status.st_mtime_ns, status.st_uid
+
+        result = fs.run(as_user(1234, 1235, [], work)).result()
+        assert result == (b"nameless", "0o100640", 3, 2, 1234)
+
     def test_a_writer_loses_the_set_user_id_bit(self, fs: Filesystem) -> None:
         os.chmod(fs.path, 0o777)
         path = fs.path / "program"
@@ -351,6 +371,23 @@ class TestProxy:
         with pytest.raises(StubfsError):
             fs.client.mode("no such mode")
         assert fs.client.status().mode == "restore"
+
+
+def test_readaheads_do_not_stand_in_each_others_way(fs: Filesystem) -> None:
+    """With the kernel's usual limit of 12 requests in the background the thirteenth would not be seen."""
+    count = 60
+    for i in range(count):
+        for top in (fs.path, fs.real):
+            (top / f"f{i}").write_bytes(bytes(100_000))
+    files = [os.open(fs.path / f"f{i}", os.O_RDONLY) for i in range(count)]
+    fs.client.mode("stub")
+    for fd in files:
+        os.posix_fadvise(fd, 0, 100_000, os.POSIX_FADV_WILLNEED)
+    wait_until(lambda: len({item.node for item in fs.client.held() if item.operation == "read"}) == count, 10)
+    fs.proxy()
+    for fd in files:
+        assert len(os.read(fd, 200_000)) == 100_000
+        os.close(fd)
 
 
 def test_inode_numbers_identify_objects(fs: Filesystem) -> None:
