@@ -58,7 +58,7 @@ class Work:
 
     def repeat(self, step: Callable[[int], object]) -> None:
         number = 0
-        while not self.stop.is_set():
+        while True:  # at least once, however soon the end comes
             begin = time.monotonic()
             try:
                 step(number)
@@ -70,7 +70,8 @@ class Work:
                 self.operations += 1
                 self.longest = max(self.longest, time.monotonic() - begin)
             number += 1
-            self.stop.wait(PACE)
+            if self.stop.wait(PACE):
+                return
 
     def report(self) -> Dict[str, object]:
         return {"operations": self.operations, "longest": self.longest, "wrong": self.wrong}

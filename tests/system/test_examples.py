@@ -1,0 +1,76 @@
+"""The examples, run as a user would run them."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+pytestmark = [pytest.mark.needs_root, pytest.mark.needs_fuse, pytest.mark.needs_ptrace]
+
+
+def run(*arguments: str) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        [sys.executable, str(EXAMPLES / "delayed_mount.py"), *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=90,
+    )
+
+
+@pytest.mark.parametrize(
+    "freezer",
+    [
+        pytest.param("v1", marks=pytest.mark.needs_cgroup1),
+        pytest.param("v2", marks=pytest.mark.needs_cgroup2),
+        "none",
+    ],
+)
+def test_a_delayed_mount_from_end_to_end(freezer: str) -> None:
+    done = run("--freezer", freezer)
+    assert done.returncode == 0, done.stdout
+    for words in (
+        r"restore: a FUSE mount is on",
+        r"stub: they work, and wait: \d+ requests are held",
+        r"the server is late: \d+ attempts have failed",
+        r"moved: 1 mount, and of [789] processes: .*cwd, .*fifo, .*file, .*private mapping, .*shared mapping",
+        r"blackout: [\d.]+ ms",
+        r"FUSE is gone: on \S+ is tmpfs; its process has ended: True",
+        r"nothing is left behind",
+    ):
+        assert re.search(words, done.stdout), (words, done.stdout)
+    roles = re.findall(r"^ +(\w+) +(\d+) operations, .*: nothing wrong$", done.stdout, re.MULTILINE)
+    assert len(roles) == 5 and all(int(count) > 100 for _, count in roles), done.stdout
+
+
+@pytest.mark.parametrize("role", ["reader", "mapper"])
+def test_the_workload_notices_what_is_wrong(role: str, tmp_path: Path) -> None:
+    """Else the example would prove nothing."""
+    assert run("--prepare", str(tmp_path)).returncode == 0
+    top = tmp_path / "application"
+    data = bytearray((top / "records").read_bytes())
+    (top / "records").write_bytes(bytes(byte ^ 1 for byte in data))  # whichever record it looks at first
+    with subprocess.Popen(
+        [sys.executable, str(EXAMPLES / "workload.py"), role, str(top)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdin is not None and process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        process.stdin.write("go\n")
+        process.stdin.flush()
+        report = json.loads(process.communicate("stop\n", timeout=30)[0])
+    assert any("instead of" in wrong for wrong in report["wrong"])
+
+
+def test_wrong_arguments() -> None:
+    done = run("--source", "server:/export")
+    assert done.returncode == 2 and "--source and --type go together" in done.stdout
