@@ -76,15 +76,20 @@ def major_minor(device: Device) -> Tuple[int, int]:
     return (os.major(device), os.minor(device)) if isinstance(device, int) else device
 
 
-def instances(device: Device, targets: Sequence[Target] = ()) -> List[Instance]:
-    """Every mount of ``device``, in the namespaces of all processes and in those that ``targets`` pin."""
+def instances(device: Device, targets: Sequence[Target] = (), fstype: Optional[str] = None) -> List[Instance]:
+    """Every mount of ``device``, in the namespaces of all processes and in those that ``targets`` pin.
+
+    Device numbers are used again as soon as nothing holds the file system any more. Who cannot be sure that it still
+    lives gives its ``fstype`` ("fuse.stubfs"), so that at least no mount of another kind is taken for it.
+    """
     wanted = major_minor(device)
     found = []
     with _all_namespaces(targets) as opened:
         pids = {inode: pid for inode, (_, pid) in opened.items()}
         for inode, content in _tables(opened, b" %d:%d " % wanted).items():
             table = MountTable.from_bytes(content)
-            here = [(mount, tuple(table.beneath(mount.mount_id))) for mount in table.mounts if mount.device == wanted]
+            ours = [m for m in table.mounts if m.device == wanted and fstype in (None, m.fstype)]
+            here = [(mount, tuple(table.beneath(mount.mount_id))) for mount in ours]
             inner = {mount.mount_id for _, nested in here for mount in nested}
             for mount, nested in here:
                 parent = table.by_id.get(mount.parent_id)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import errno
 import os
-from typing import Dict, List, Sequence
+from contextlib import ExitStack
+from typing import Dict, List, Optional, Sequence
 
 from spfs import nschild
 from spfs.errors import SpfsError, reason
@@ -57,45 +58,51 @@ def _not_attached(path: str, target: Target, error: OSError) -> SpfsError:
     )
 
 
-def unmount(device: Device, targets: Sequence[Target] = (), timeout: float = _TIMEOUT) -> List[Instance]:
+def unmount(
+    device: Device, targets: Sequence[Target] = (), timeout: float = _TIMEOUT, fstype: Optional[str] = None
+) -> List[Instance]:
     """Unmount ``device`` lazily wherever it is mounted; what could not be unmounted (locked mounts, hidden paths).
 
-    Mounts on top of it go with it, as with ``umount -l``. Those that vanish with a peer are unmounted, too.
+    Mounts on top of it go with it, as with ``umount -l``. Those that vanish with a peer are unmounted, too. ``fstype``:
+    see ``instances``.
     """
-    left: List[Instance] = []
-    for _ in range(8):  # what one pass uncovers, or a namespace cloned meanwhile, is for the next one
-        found = instances(device, targets)
-        if not found or found == left:
-            return found
-        by_namespace: Dict[int, List[Instance]] = {}
-        for instance in found:
-            by_namespace.setdefault(instance.namespace, []).append(instance)
-        for group in by_namespace.values():
-            try:
-                with pin_namespace(group[0], targets) as place:
-                    nschild.call(lambda: _unmount_here(place, group), timeout).close()
-            except SpfsError as error:
-                if error.errno != errno.ESRCH:  # the namespace has ended, and its mounts with it
-                    raise
-        left = found
-    return instances(device, targets)
+    with ExitStack() as holds:
+        left: List[Instance] = []
+        for _ in range(8):  # what one pass uncovers, or a namespace cloned meanwhile, is for the next one
+            found = instances(device, targets, fstype)
+            if not found or found == left:
+                return found
+            by_namespace: Dict[int, List[Instance]] = {}
+            for instance in found:
+                by_namespace.setdefault(instance.namespace, []).append(instance)
+            for group in by_namespace.values():
+                try:
+                    with pin_namespace(group[0], targets) as place:
+                        # The device number is free for somebody else's mount as soon as the last hold on this file
+                        # system is gone: descriptors of what was unmounted keep it until no more is looked for.
+                        holds.enter_context(nschild.call(lambda: _unmount_here(place, group), timeout))
+                except SpfsError as error:
+                    if error.errno != errno.ESRCH:  # the namespace has ended, and its mounts with it
+                        raise
+            left = found
+        return instances(device, targets, fstype)
 
 
 def _unmount_here(place: Target, group: Sequence[Instance]) -> Answer:
     proc = os.open("/proc/self", os.O_PATH | os.O_DIRECTORY)
     nschild.enter(place, ("mnt",), root=False)
+    holds: List[int] = []
     # The ones mounted last first: they may be on one of the others.
     for instance in sorted(group, key=lambda one: len(one.mountpoint), reverse=True):
         try:
             here = mountapi.open_tree(mountapi.AT_FDCWD, instance.mountpoint, mountapi.AT_SYMLINK_NOFOLLOW)
-            try:
-                ours = mount_id(here, proc) == instance.mount_id
-            finally:
+            if mount_id(here, proc) != instance.mount_id:
                 os.close(here)
-            if ours:
+            else:
+                holds = holds or [here]
                 mountapi.umount2(instance.mountpoint, mountapi.MNT_DETACH | mountapi.UMOUNT_NOFOLLOW)
         except OSError as error:
             # EINVAL: locked, or gone with a peer; ENOENT: gone with what it was on. The next scan tells them apart.
             if error.errno not in (errno.EINVAL, errno.ENOENT):
                 raise
-    return None, []
+    return None, holds

@@ -260,7 +260,8 @@ class PreparedSwitch:
         """After the commit: on each path is exactly the real mount, else SpfsError EIO.
 
         Returned is where the old file system is still mounted, in whatever namespace: "covered" ones, those in
-        ``left``, and those in namespaces that were cloned meanwhile (prepare again for them).
+        ``left``, and those in namespaces that were cloned meanwhile (prepare again for them, before this object is
+        closed: it keeps the old file system's device number from being given to somebody else's mount).
         """
         if not self._instances:
             return []

@@ -16,7 +16,7 @@ import time
 import traceback
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any, Callable, Dict, List, Mapping, NoReturn, Optional, Sequence, Tuple, Type
+from typing import Any, Callable, Dict, List, Mapping, NoReturn, Optional, Sequence, Set, Tuple, Type, Union
 
 from spfs.errors import MissingFeatureError, SpfsError, UsageError
 from spfs.linux import namespaces
@@ -27,6 +27,7 @@ from stubfs.errors import StubfsError
 # A value that json can carry and descriptors, which are closed in the child once they are sent.
 Answer = Tuple[Any, Sequence[int]]
 Command = Callable[[Any, List[int]], Answer]
+_Mask = Set[Union[int, signal.Signals]]
 
 ALL = tuple(namespaces.NAMESPACES)
 _ERRORS: Dict[str, Type[StubfsError]] = {
@@ -116,15 +117,9 @@ def _joined(function: Callable[[], Answer], target: Target, join: Sequence[str],
 
 def call(function: Callable[[], Answer], timeout: Optional[float] = None, group: bool = False) -> Result:
     """As ``run``, in a child that joins nothing."""
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    pid = _fork()
-    if pid == 0:
-        if group:
-            os.setpgid(0, 0)
-        _child(lambda: _answer(theirs, function), [])
-    theirs.close()
-    child = _Child(pid, ours, group)
+    child, mask = _fork(lambda sock: _answer(sock, function), None, group)
     try:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         return child.receive(timeout)
     finally:
         child.end()
@@ -155,14 +150,10 @@ class Helper:
             enter(target, join, root)
             return None, []
 
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        pid = _fork()
-        if pid == 0:
-            _child(lambda: _serve(theirs, commands, start), [theirs.fileno(), *keep, *target.fds()])
-        theirs.close()
-        self._child = _Child(pid, ours)
+        self._child, mask = _fork(lambda sock: _serve(sock, commands, start), [*keep, *target.fds()])
         self._sent = 1  # the start itself, which is answered like a command
         try:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             self.receive(timeout).close()
         except BaseException:
             self.close()
@@ -279,30 +270,47 @@ def _reap(pid: int, seconds: float) -> bool:
     return True
 
 
-def _fork() -> int:
-    """fork(2) with all signals blocked, so that no handler of the parent's runs in the child."""
-    old = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+def _fork(
+    work: Callable[[socket.socket], None], keep: Optional[Sequence[int]], group: bool = False
+) -> Tuple["_Child", _Mask]:
+    """A child that does ``work`` with its end of a socketpair, and the signal mask to be set again.
+
+    All signals are blocked on return: a handler that raises must find the caller where it ends the child. With
+    ``keep`` (not None) the child closes all other descriptors.
+    """
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    parent = os.getpid()
     try:
-        parent = os.getpid()
         pid = os.fork()
-        if pid == 0:
-            namespaces.die_with_parent(signal.SIGKILL)
-            if os.getppid() != parent and os.getppid() != 0:  # 0: the parent is outside of our pid namespace
-                os._exit(1)
-            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGALRM, signal.SIGCHLD):
-                signal.signal(number, signal.SIG_DFL)
-            signal.set_wakeup_fd(-1)
-        return pid
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, old)
+    except OSError:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        ours.close()
+        theirs.close()
+        raise
+    if pid == 0:
+        _child(lambda: work(theirs), None if keep is None else [theirs.fileno(), *keep], parent, mask, group)
+    theirs.close()
+    return _Child(pid, ours, group), mask
 
 
-def _child(work: Callable[[], None], keep: Sequence[int]) -> NoReturn:
-    """The whole life of a child. With ``keep``, all other descriptors are closed."""
+def _child(
+    work: Callable[[], None], keep: Optional[Sequence[int]], parent: int, mask: _Mask, group: bool
+) -> NoReturn:
+    """The whole life of a child."""
     try:
-        if keep:
-            _close_others(keep)
-        work()
+        namespaces.die_with_parent(signal.SIGKILL)
+        if os.getppid() in (parent, 0):  # 0: the parent is outside of our pid namespace; else it has ended already
+            for number in signal.valid_signals():
+                if callable(signal.getsignal(number)):
+                    signal.signal(number, signal.SIG_DFL)  # the parent's cleanups are not ours
+            signal.set_wakeup_fd(-1)
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+            if group:
+                os.setpgid(0, 0)
+            if keep is not None:
+                _close_others(keep)
+            work()
     finally:
         os._exit(0)  # whatever was raised has been reported; nothing of the parent's may run here
 
