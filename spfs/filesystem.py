@@ -18,9 +18,9 @@ import stubfs
 from spfs.errors import SpfsError, reason
 from spfs.jobs import Context
 from spfs.processes import has_ended, is_frozen, open_process, start_time
+from spfs.registry import Managed
 from spfs.target import Target
 from spfs.targetpacket import pack_target
-from stubfs.errors import StubfsError
 from stubfs.mount import fuse_mount
 
 # Imported where they are used: spfs.mounts, spfs.nschild, spfs.freezer, stubfs.client. A first mount is waited for by
@@ -150,7 +150,7 @@ def _last_words(log: str) -> str:
 
 
 def _end_process(pid: int, pidfd: int) -> None:
-    """Ask, then kill. The process is our child, or its end is noticed by whoever has it."""
+    """Ask (SIGTERM gives held requests EIO), then kill. Its end is waited for here, or by whoever is its parent."""
     for number in (signal.SIGTERM, signal.SIGKILL):
         try:
             signal.pidfd_send_signal(pidfd, number)
@@ -203,42 +203,34 @@ def open_directory(context: Context, path: str, ns_pid: Optional[int]) -> None:
             ) from error
 
 
-def unmount(context: Context, device: int, pid: int, started: int, control: str, force: bool, target: Target) -> None:
+def unmount(context: Context, managed: Managed, force: bool, target: Target) -> None:
     """Take every instance of the mount away, in all namespaces. Delivers ``ended``: has its process ended, too? and
     ``left``: copies in other namespaces that cannot be taken away.
 
     Without ``force`` EBUSY if somebody uses it. With ``force`` those who wait get an error, and the process ends.
     """
     try:
-        pidfd = open_process(pid, started)
+        pidfd = open_process(managed.pid, managed.start_time)
     except ProcessLookupError:
         pidfd = -1
     if pidfd >= 0 and not force:
-        _check_unused(control)
-    left = _detach(device, target)
+        _check_unused(managed)
+    left = _detach(managed.device, target)
     if pidfd < 0:
         return context.deliver({"ended": True, "left": left})
-    if force and not has_ended(pidfd, 0.1):
-        from stubfs.client import FilesystemClient
-
-        try:
-            with FilesystemClient(control, timeout=END_TIMEOUT) as filesystem:
-                filesystem.quit()
-        except StubfsError:
-            pass  # it may have ended just now; if it hangs, it is killed below
-        if not has_ended(pidfd, END_TIMEOUT):
-            _end_process(pid, pidfd)
+    if force:
+        _end_process(managed.pid, pidfd)
     context.deliver({"ended": has_ended(pidfd, LAST_USE_TIMEOUT), "left": left})
 
 
-def _check_unused(control: str) -> None:
+def _check_unused(managed: Managed) -> None:
     from stubfs.client import FilesystemClient
 
-    with FilesystemClient(control, timeout=END_TIMEOUT) as filesystem:
+    with FilesystemClient(managed.control, timeout=END_TIMEOUT) as filesystem:
         status = filesystem.status()
     if status.held or status.handles:
         raise SpfsError(
-            f"cannot unmount {status.mountpoint or control}: it is in use: {status.handles} open files, "
+            f"cannot unmount {managed.id!r} on {managed.mountpoint}: it is in use: {status.handles} open files, "
             f"{status.held} held requests",
             "force it: those who wait get an error",
             errno.EBUSY,

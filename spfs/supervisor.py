@@ -262,9 +262,7 @@ class Supervisor(ModeChanges):
         def work(context: Context) -> None:
             from spfs import filesystem
 
-            filesystem.unmount(
-                context, managed.device, managed.pid, managed.start_time, managed.control, force, target
-            )
+            filesystem.unmount(context, managed, force, target)
 
         def ended(outcome: Outcome) -> None:
             if outcome.error is not None:

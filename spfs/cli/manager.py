@@ -144,6 +144,11 @@ def _listen(path: str) -> socket.socket:
 def _start_log(options: argparse.Namespace, log_dir: Optional[str], work_dir: str) -> None:
     level = {0: logging.WARNING, 1: logging.INFO}.get(options.verbose, logging.DEBUG)
     handlers: List[logging.Handler] = []
+    if log_dir is not None:
+        try:
+            os.makedirs(log_dir, exist_ok=True)  # the file systems log there, too
+        except OSError as error:
+            raise SpfsError(f"cannot write logs to {log_dir}: {reason(error)}", "choose another: --log-dir") from error
     name = options.log or ("spfs-manager.log" if options.daemon else None)
     if name is not None:
         path = os.path.join(log_dir or (os.getcwd() if options.log else work_dir), name)

@@ -403,6 +403,25 @@ def test_a_file_system_that_hangs_delays_nobody(manager: Manager, tmp_path: Path
         os.kill(pids["a"], signal.SIGCONT)
 
 
+def test_a_file_system_that_hangs_can_be_unmounted_by_force(manager: Manager, mnt: Path) -> None:
+    client = manager.client()
+    pid = client.mount("a", str(mnt))["pid"]
+    os.kill(pid, signal.SIGSTOP)
+    wait_until(lambda: process_state(pid) == "T")
+    assert client.unmount("a", force=True)["ended"]
+    assert mounted_at(mnt) == [] and not alive(pid)
+
+
+def test_logs_in_a_directory_of_their_own(mnt: Path, tmp_path: Path) -> None:
+    with manager_in(tmp_path) as manager:
+        manager.start("--log-dir", str(tmp_path / "logs"), "--log", "manager.log")
+        manager.client().mount("a", str(mnt))
+        assert sorted(path.name for path in (tmp_path / "logs").iterdir()) == ["manager.log", "stubfs-1.log"]
+        manager.client().shutdown(unmount=True)
+        manager.wait_ended()
+        assert not manager.work.exists() and "mounted a on" in (tmp_path / "logs" / "manager.log").read_text()
+
+
 def test_no_zombies_and_no_descriptors_pile_up(manager: Manager, mnt: Path) -> None:
     client = manager.client()
 

@@ -123,6 +123,7 @@ def test_a_work_directory_that_others_may_write_to(tmp_path: Path) -> None:
 def test_a_log_that_cannot_be_written(tmp_path: Path) -> None:
     text = refused("-d", "--work-dir", str(tmp_path / "m"), "--log", "/proc/none/log")
     assert "cannot write the log" in text
+    assert "cannot write logs to" in refused("-d", "--work-dir", str(tmp_path / "m"), "--log-dir", "/proc/none")
     assert not (tmp_path / "m").exists()
 
 
