@@ -32,6 +32,7 @@ _PROT_RWX = 7
 _MAP_SCRATCH = 0x2 | 0x20 | 0x100000  # MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED_NOREPLACE
 _SIGNALS_BLOCKED = b"\xff" * 8
 _MAX_XSTATE = 3 * PAGE
+_MESSAGES = 100  # of one byte, which fit into the default buffer
 _SOCKET_BUFFER = 8 << 20
 _SO_SNDBUFFORCE = 32
 _RLIMIT_NOFILE = 7
@@ -135,7 +136,6 @@ class Tracee:
         _check(result, "socketpair")
         ours, self._theirs = struct.unpack("<ii", self.read(base + PAIR, 8))
         self.socket = socket.socket(fileno=process.pidfd_getfd(self.pidfd, ours, 0))
-        self.socket.setsockopt(socket.SOL_SOCKET, _SO_SNDBUFFORCE, _SOCKET_BUFFER)
         self.socket.setblocking(False)
         self.write(base, self.architecture.server)
         self.write(base + DOT, b".\0")
@@ -146,6 +146,8 @@ class Tracee:
         assert self.socket is not None
         if self._running:
             self.socket.send(struct.pack("<QQ", table, count))
+        if len(fds) > _MESSAGES:
+            self.socket.setsockopt(socket.SOL_SOCKET, _SO_SNDBUFFORCE, _SOCKET_BUFFER)
         for group in fds:
             rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", group))
             self.socket.sendmsg([b"d"], [rights], socket.MSG_NOSIGNAL)
@@ -239,7 +241,8 @@ class Tracee:
         net = struct.pack("<Q", self.sigreturn) + sigframe.at(self._frame, address)
         try:
             # Put back afterwards: on the small stacks of some runtimes, what lies there is somebody's.
-            self._below_stack = self.read(address - 8, len(net))
+            if not self._below_stack:
+                self._below_stack = self.read(address - 8, len(net))
             self.write(address - 8, net)
         except OSError:
             return

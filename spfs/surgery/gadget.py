@@ -61,11 +61,14 @@ class GadgetFinder:
                 return returning, offset
         return None
 
-    def provide(self, tracee: Tracee, maps: bytes, known: Optional[Tuple[int, int]]) -> None:
-        """Set the tracee's gadget, and its way back if what ``look_ahead`` found is there; OSError ENOEXEC if it has
-        no system call instruction at all."""
+    def provide(self, tracee: Tracee, maps: bytes, known: Optional[Tuple[int, int]], certain: bool) -> None:
+        """Set the tracee's gadget, and its way back if what ``look_ahead`` found is there, which is ``certain`` if
+        the mappings are the same as then; OSError ENOEXEC if it has no system call instruction at all."""
         if known is not None:
             instruction, code = known
+            if certain:
+                tracee.gadget, tracee.sigreturn = instruction, code
+                return
             expected = self._architecture.syscall_return
             if _read(tracee, instruction, len(expected)) == expected:
                 if any(_read(tracee, code, len(form)) == form for form in self._architecture.sigreturn):

@@ -120,6 +120,7 @@ class Operation:
         self.chunk = MAX_FDS
         self.descriptors: Optional[int] = None
         self.gadget: Optional[Tuple[int, int]] = None
+        self._maps = b""
         self._program: Optional[_Program] = None
         self._items: List[Item] = []
 
@@ -127,7 +128,8 @@ class Operation:
 
     def prepare(self, gadgets: GadgetFinder) -> None:
         self._spare()
-        self.gadget = gadgets.look_ahead(self.tid, self.maps())
+        self._maps = self.maps()
+        self.gadget = gadgets.look_ahead(self.tid, self._maps)
         self._items = self.items()
         self._program = _Program(self, self.base)
 
@@ -171,7 +173,7 @@ class Operation:
         """The whole operation; what failed is noted in the records. OSError only for the process as a whole."""
         assert self._program is not None
         tracee.capture()
-        gadgets.provide(tracee, self.maps(), self.gadget)
+        gadgets.provide(tracee, self.maps(), self.gadget, self.maps() == self._maps)
         need = self._program.table - self._program.base + len(self._program.calls) * 64
         if self.memory is not None:
             need = max(need, USER + maps.space(self.memory))
