@@ -114,8 +114,7 @@ class _Step:
         self._notes: List[str] = []
 
     def run(self) -> Tuple[Dict[str, object], List[str]]:
-        moved, mounted = self._moved()
-        left = self._mounts_of_latecomers(mounted)
+        moved, mounted, left = self._moved()
         self._progress("verified", {"mounts": len(mounted.switched), "left": len(left)})
         report: Dict[str, object] = {
             **moved.data(),
@@ -124,7 +123,7 @@ class _Step:
         }
         return report, self._notes
 
-    def _moved(self) -> Tuple[SwitchReport, SwitchOutcome]:
+    def _moved(self) -> Tuple[SwitchReport, SwitchOutcome, List[Tuple[Instance, str]]]:
         found = mounts.instances(self._filesystem.device, [self._filesystem.target])
         self._note_missing_bindmounts(found)
         with prepare_switch(found, self._real_fd, [self._filesystem.target]) as prepared:
@@ -155,7 +154,10 @@ class _Step:
                         self._progress("frozen", {"attempt": attempt, "error": error.message})
             self._progress("switched", {"blackout": report.blackout, "moved": dict(report.moved)})
             prepared.verify()
-            return report, outcomes[0]
+            # Still within: what is prepared keeps the old file system, and nobody else's gets its device number. If
+            # nothing was mounted, no namespace can have been cloned with it.
+            left = self._mounts_of_latecomers(outcomes[0]) if found else []
+            return report, outcomes[0], left
 
     def _switch(self, prepared: PreparedSwitch) -> Switch:
         # References on a mount that was unmounted lazily are on none of the mounts found: any root will do for them.
