@@ -6,16 +6,15 @@ what has become of its processes, cgroups and mounts: whatever a test did, they 
 
 from __future__ import annotations
 
-import errno
 import os
-import signal
+import select
 import stat
 import subprocess
 import sys
 import textwrap
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional, Sequence
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence
 
 import pytest
 from manager_kit import ENVIRONMENT, Manager, alive
@@ -26,7 +25,6 @@ from spfs.linux import mountapi, procfs
 from spfs.linux.mountapi import MS
 from spfs.surgery.examine import objects
 from spfs.testing import wait_until
-from stubfs import syscalls
 
 TIMEOUT = 30.0  # seconds for what takes a fraction of one on an idle machine
 
@@ -43,16 +41,21 @@ PAUSES = ("begun", "prepared", "proxy", "frozen", "stopped", "exchanged", "opera
 # The manager with a replace step that waits at one point, each time it gets there, until it is told to go on. The
 # point is reached when somebody reads the first fifo, and is left when somebody has written to the second.
 PAUSED = """
-import os, sys
-from spfs import freezer, jobs, mountswitch, switch
+import os, select, sys
+from spfs import freezer, jobs, mountswitch, switch as surgery
 
 where, directory = sys.argv.pop(1), sys.argv.pop(1)
 
 def pause(point):
     if point == where and os.path.exists(directory):
+        # Opened before it is told, so that whoever is told finds a reader.
+        go = os.open(directory + "/go", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         with open(directory + "/reached", "w") as told:
             told.write(str(os.getpid()))
-        open(directory + "/go").close()
+        poll = select.poll()
+        poll.register(go, select.POLLIN)
+        poll.poll()
+        os.close(go)
 
 def before(owner, name, point):
     real = getattr(owner, name)
@@ -78,7 +81,7 @@ after(freezer.FreezerV1, "freeze", "frozen")
 after(freezer.FreezerV2, "freeze", "frozen")
 before(mountswitch.PreparedSwitch, "commit", "stopped")
 after(mountswitch.PreparedSwitch, "commit", "exchanged")
-after(switch.scheduler, "run", "operated")
+after(surgery.scheduler, "run", "operated")
 from spfs.cli import manager
 manager.main()
 """
@@ -108,8 +111,9 @@ class PausingManager(Manager):
         return int(_read_fifo(self._pauses / "reached"))
 
     def go(self) -> None:
-        with open(self._pauses / "go", "w"):
-            pass
+        """Go on, once, from where it stands still."""
+        with open(self._pauses / "go", "w") as file:
+            file.write("go")
 
     def no_more(self) -> None:
         """From now on nothing is paused. To be called while the replace stands still, or is not there."""
@@ -119,8 +123,6 @@ class PausingManager(Manager):
 
 
 def _read_fifo(path: Path) -> str:
-    import select
-
     fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     try:
         poll = select.poll()
@@ -136,14 +138,13 @@ def _read_fifo(path: Path) -> str:
 
 
 class Scene:
-    """A mount "a" on ``mnt``, whose real side is the directory ``export`` of a tmpfs, bound in its place.
+    """A delayed mount on ``mnt``, whose real side is the directory ``export`` of a tmpfs, bound in its place.
 
     Times are in seconds. ``close`` raises AssertionError for what a test must not leave behind.
     """
 
-    id = "a"
-
     def __init__(self, base: Path, where: str = "", prefix: Sequence[str] = ()) -> None:
+        self.id = f"{base.name}-{os.getpid()}"  # tests that run at the same time have scenes of their own
         self.base, self.mnt, self.real = base, base / "mnt", base / "real"
         self.export = self.real / "export"
         self.manager = PausingManager(base, where, prefix)
@@ -222,6 +223,10 @@ class Scene:
         self._stack.callback(made.close)
         return made
 
+    def cleanup(self, callback: Callable[[], object]) -> None:
+        """To be called in the end, when the delayed mount is gone."""
+        self._stack.callback(callback)
+
     def cgroup(self, kind: str, *members: int) -> Optional[str]:
         """A cgroup that can be frozen, with ``members`` in it; removed in the end. None for "none"."""
         if kind == "none":
@@ -261,8 +266,9 @@ class Scene:
         """The real side, and it alone, is on the path; FUSE is gone."""
         assert self.types() == ["tmpfs"], self.types()
         assert os.stat(self.mnt).st_dev == os.stat(self.real).st_dev
-        assert self.users() == {} and mounts.instances(self.device) == []
+        # Ends by itself only when nobody holds anything of its file system. The device number may be another's then.
         wait_until(lambda: not alive(self.filesystem), what="the file system process to end")
+        assert self.instances() == []
 
     def untouched(self, mode: str = "stub") -> None:
         """Nothing has changed: the delayed mount is there, in that mode."""
@@ -274,6 +280,10 @@ class Scene:
         """The types of the file systems mounted just there, the visible one last."""
         lines = Path("/proc/self/mountinfo").read_text().splitlines()
         return [line.partition(" - ")[2].split()[0] for line in lines if line.split()[4] == str(path or self.mnt)]
+
+    def instances(self) -> List[mounts.Instance]:
+        """Where the delayed mount is, in all mount namespaces."""
+        return [one for one in mounts.instances(self.device) if one.mount.source == f"spfs:{self.id}"]
 
     def users(self) -> Dict[int, List[str]]:
         """Who still holds what of the delayed mount, of all processes; no file system is asked."""
@@ -322,10 +332,13 @@ class Scene:
         with ExitStack() as stack:
             stack.callback(self._unmount)
             stack.callback(self._remove_cgroups)
-            stack.callback(self._end_manager)
             stack.callback(self._stack.close)
+            stack.callback(self._end_manager)
             for path in self._cgroups:
                 _thaw(path)
+            # Killed first and waited for last: one that waits for a lock of the kernel's dies when the mount is gone.
+            for victim in self.processes:
+                victim.process.kill()
 
     def _end_manager(self) -> None:
         self.manager.no_more()
