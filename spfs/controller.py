@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 
 ACCEPT_PAUSE = 0.1  # seconds without accepting when descriptors ran out
 PRELOAD_AFTER = 1.0  # seconds: whoever starts a manager has a first request, which must not wait for this
+UNUSED_AFTER = 30.0  # seconds without mount and client, after which --exit-with-spfs ends one that was never used
 DRAIN = 5.0  # seconds for clients to take their last answers
 
 
@@ -49,6 +50,7 @@ class Controller:
         self._exit_with_spfs = exit_with_spfs
         self._started = time.time()
         self._ending = False
+        self._last_seen = time.monotonic()
         self._connections: Set[Connection] = set()
         self._loop = EventLoop()
         self._supervisor = Supervisor(self._loop, work, log_dir, verbosity, self._changed)
@@ -125,7 +127,17 @@ class Controller:
 
     def _connection_closed(self, connection: Connection) -> None:
         self._connections.discard(connection)
+        self._last_seen = time.monotonic()
+        if self._exit_with_spfs and not self._connections and not len(self._registry):
+            self._loop.later(UNUSED_AFTER, self._end_unused)
         self._changed()
+
+    def _end_unused(self) -> None:
+        """A restorer that failed before its first mount must not leave us behind."""
+        unused = not self._connections and not len(self._registry) and not self._supervisor.busy
+        if unused and time.monotonic() - self._last_seen >= UNUSED_AFTER:
+            log.info("no mount and no client for %s s", UNUSED_AFTER)
+            self._end()
 
     def _handle(self, connection: Connection, request: Request, answer: Answer) -> None:
         log.debug("request: %s", _without_options(request))

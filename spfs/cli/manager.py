@@ -44,7 +44,8 @@ def parser() -> argparse.ArgumentParser:
     add("--log-dir", metavar="DIR", help="directory for logs, also of the file systems (default: the work directory)")
     add("--log", metavar="FILE", help="the manager's log, relative to the log directory (default: standard error; "
         "with -d: spfs-manager.log)")  # fmt: skip
-    add("--exit-with-spfs", action="store_true", help="end after the last mount is gone")
+    add("--exit-with-spfs", action="store_true", help="end after the last mount is gone; also if "
+        "nothing was mounted and the last client has been gone for half a minute")  # fmt: skip
     add("--version", action="version", version=f"%(prog)s {__version__}")
     return result
 

@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Dict, Iterator, List
 
@@ -457,8 +457,12 @@ def test_a_delayed_mount_from_end_to_end(tmp_path: Path, mnt: Path) -> None:
         pid = client.mount("a", str(mnt))["pid"]
         client.create("a", [{"path": "file", "mode": 0o100644, "size": 13}])
         command = [sys.executable, "-c", script, str(mnt / "file")]
-        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as reader:
+        # The reader is killed before it is waited for, whatever has become of the replace.
+        with subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        ) as reader, ExitStack() as cleanup:
             assert reader.stdin is not None and reader.stdout is not None
+            cleanup.callback(reader.kill)
             wait_until(lambda: client.status("a")["mounts"][0]["handles"] == 1)
             group = "/sys/fs/cgroup/freezer/(null)"
             client.replace("a", str(server), "none", flags=4096, freeze_cgroup=group, begin="hold")

@@ -8,6 +8,7 @@ import socket
 import stat
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Iterator
 
@@ -16,6 +17,7 @@ from manager_kit import ENVIRONMENT, Manager, alive, manager_in, run
 
 from spfs.client import ManagerClient
 from spfs.errors import SpfsError
+from spfs.testing import wait_until
 
 pytestmark = pytest.mark.needs_root
 
@@ -64,6 +66,21 @@ def test_it_does_as_criu_asks(manager: Manager, tmp_path: Path) -> None:
         manager.pid = client.status()["manager"]["pid"]
     # Nothing was ever mounted, so there is no last mount that could be gone.
     assert alive(manager.pid)
+
+
+def test_a_restorer_that_mounted_nothing_leaves_no_manager(manager: Manager) -> None:
+    script = "from spfs import controller; controller.UNUSED_AFTER = 0.3; from spfs.cli import manager; manager.main()"
+    command = [sys.executable, "-c", script, "-d", "--work-dir", str(manager.work), "--exit-with-spfs"]
+    subprocess.run(command, env={**os.environ, **ENVIRONMENT}, check=True)
+    with ManagerClient(str(manager.socket)) as first:
+        pid = first.status()["manager"]["pid"]
+        ManagerClient(str(manager.socket)).close()
+        with pytest.raises(SpfsError):
+            first.mount("a", str(manager.work / "missing"))
+        time.sleep(0.5)  # the other client's leaving must not count while there is one
+        assert alive(pid) and first.status()["mounts"] == []
+    wait_until(lambda: not alive(pid))
+    assert [path.name for path in manager.work.iterdir()] == ["spfs-manager.log"]  # which says what was refused
 
 
 def test_a_daemon_keeps_nothing_of_the_terminal(manager: Manager) -> None:
