@@ -1,0 +1,98 @@
+"""The injected machine code and the tables it runs: bytes against their listing, both ways of running agree."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import struct
+import subprocess
+from pathlib import Path
+from typing import Dict
+
+import pytest
+
+from spfs.linux import arch, sigframe
+from spfs.linux.calls import CallTable, address_of, result_address, run_local
+
+x86_64_only = pytest.mark.skipif(os.uname().machine != "x86_64", reason="the code of another architecture")
+
+
+@x86_64_only
+@pytest.mark.skipif(shutil.which("as") is None, reason="no assembler")
+@pytest.mark.parametrize("name", ["_CORE", "_SERVER", "_LOCAL"])
+def test_bytes_are_their_listing(tmp_path: Path, name: str) -> None:
+    source, thing, raw = tmp_path / "code.s", tmp_path / "code.o", tmp_path / "code.bin"
+    source.write_text(".intel_syntax noprefix\n" + getattr(arch, name + "_LISTING"))
+    subprocess.run(["as", "-o", str(thing), str(source)], check=True)
+    subprocess.run(["objcopy", "-O", "binary", "-j", ".text", str(thing), str(raw)], check=True)
+    assert raw.read_bytes() == getattr(arch, name)
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="no compiler")
+@pytest.mark.parametrize(
+    "header, numbers",
+    [
+        pytest.param("asm/unistd_64.h", arch._X86_64_CALLS, marks=x86_64_only),
+        ("asm-generic/unistd.h", arch._AARCH64_CALLS),  # aarch64 has the generic table
+    ],
+)
+def test_call_numbers(header: str, numbers: Dict[str, int]) -> None:
+    """Against the kernel's headers."""
+    source = f"#include <{header}>\n" + "".join(f"NUMBER {name} __NR_{name}\n" for name in numbers)
+    out = subprocess.run(["cc", "-E", "-P", "-"], input=source, capture_output=True, text=True, check=True).stdout
+    found = dict(re.findall(r"NUMBER\s+(\w+)\s+(\d+)", out))
+    assert found == {name: str(number) for name, number in numbers.items()}
+
+
+@pytest.mark.parametrize("by_call", [False, True])
+def test_tables(by_call: bool) -> None:
+    """Results, errors, and arguments that are loaded from memory."""
+    fd, other = (os.memfd_create(name) for name in ("a", "b"))
+    try:
+        words = bytearray(struct.pack("<ixxxxq", fd, 77))
+        table = CallTable()
+        assert run_local(table, by_call).tolist() == []
+        table.add("lseek", fd, 41, os.SEEK_SET)
+        table.add("lseek", 0, 1, os.SEEK_CUR, load=arch.LOAD_ARGUMENT_0)
+        table.add("lseek", other, 0, os.SEEK_SET, load=arch.LOAD_ARGUMENT_1)
+        table.add("fcntl", other, 2, 0, load=arch.LOAD_ARGUMENT_2)
+        table.add("close", -1)
+        encoded = table.encode()
+        base = address_of(encoded)
+        struct.pack_into("<Q", encoded, 64 + 8, address_of(words))
+        struct.pack_into("<Q", encoded, 128 + 16, result_address(base, 1))
+        struct.pack_into("<Q", encoded, 192 + 24, result_address(base, 4))
+        assert run_local(table, by_call).tolist() == [41, 42, 42, 0, -9]
+        assert os.lseek(other, 0, os.SEEK_CUR) == 42
+    finally:
+        os.close(fd)
+        os.close(other)
+
+
+@x86_64_only
+@pytest.mark.parametrize(
+    "original, result, expected, back",
+    [
+        (0, -512, 0, 2),  # ERESTARTSYS: the call again
+        (34, -514, 34, 2),  # ERESTARTNOHAND
+        (35, -516, -4, 0),  # ERESTART_RESTARTBLOCK: EINTR, what it waits for is lost
+        (1, 100, 100, 0),
+        (-1, -512, -512, 0),  # not in a system call: a program's own number
+    ],
+)
+def test_frame_restarts_as_the_kernel_would(original: int, result: int, expected: int, back: int) -> None:
+    words = [0] * arch.X86_64.registers
+    words[arch.X86_64.original], words[arch.X86_64.result] = original & (1 << 64) - 1, result & (1 << 64) - 1
+    words[arch.X86_64.instruction_pointer] = 0x1000
+    xstate = bytearray(2696)
+    struct.pack_into("<Q", xstate, 464, 0x2E7)
+    frame = sigframe.build(struct.pack("<27Q", *words), b"\x01" + bytes(7), bytes(xstate), 0x5000)
+    registers = struct.unpack_from("<18q", frame, 40)
+    assert (registers[13], registers[16]) == (expected, 0x1000 - back)
+    assert struct.unpack_from("<Q", frame, 224) == (0x5000 + 320,) and frame[296:304] == b"\x01" + bytes(7)
+    assert struct.unpack_from("<IIQI", frame, 320 + 464) == (0x46505853, 2700, 0x2E7, 2696)
+    assert frame[-4:] == struct.pack("<I", 0x46505845)
+    assert sigframe.at(frame, 0x9000) == sigframe.build(
+        struct.pack("<27Q", *words), b"\x01" + bytes(7), bytes(xstate), 0x9000
+    )
