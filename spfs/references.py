@@ -54,7 +54,6 @@ class Kind(enum.Enum):
     SOCKET = "socket"
     DEVICE = "device"
     SYMLINK = "symlink"
-    TASK = "task"
 
 
 @dataclass(frozen=True)

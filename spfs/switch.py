@@ -15,9 +15,8 @@ import os
 import resource
 import threading
 import time
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Callable, Container, Dict, Iterator, List, Tuple, TypeVar
+from typing import Callable, Container, Dict, List, Tuple, TypeVar
 
 from spfs.errors import MissingFeatureError, SpfsError, reason
 from spfs.freezer import Freezer
@@ -33,7 +32,7 @@ from spfs.surgery.counterparts import Counterparts
 from spfs.surgery.examine import Examiner, FdTable, FsContext, Memory, Process, shared
 from spfs.surgery.gadget import GadgetFinder
 from spfs.surgery.operation import BASE_STEP, FIRST_BASE, Operation
-from spfs.surgery.theatre import Theatre, in_group_stop, in_own_thread
+from spfs.surgery.theatre import CANNOT_STOP, Theatre, in_group_stop, in_own_thread, task_state
 from spfs.tracee import Script, Tracee
 
 R = TypeVar("R", FdTable, FsContext, Memory)
@@ -43,6 +42,7 @@ Progress = Callable[[str, Dict[str, object]], None]
 FREEZE_TIMEOUT = 5.0  # seconds
 STOP_TIMEOUT = 2.0  # seconds until every seized task must stand still
 STEP_TIMEOUT = 5.0  # seconds without any progress in a process that is operated on
+LOOSE_TIMEOUT = 0.5  # seconds to wait between rounds for who could not be stopped
 ROUNDS = 5  # how often new references are looked for
 
 
@@ -159,7 +159,12 @@ class Switch:
                 continue
             try:
                 process = self._examiner.process(pid)
-            except PermissionError as error:
+            except OSError as error:
+                if error.errno in (errno.EMFILE, errno.ENFILE):
+                    hint = "raise RLIMIT_NOFILE of the one who moves: two descriptors per open file"
+                    raise SpfsError(f"cannot examine process {pid}: {reason(error)}", hint, error.errno) from error
+                if error.errno not in (errno.EPERM, errno.EACCES):
+                    raise
                 # More privileged than we are, as the first process of a container's host can be.
                 _log.debug("process %d cannot be examined: %s", pid, error)
                 continue
@@ -191,32 +196,30 @@ class Switch:
         Whatever fails, nothing stays frozen or stopped. SpfsError: the freezer's, or with ``strict`` for what came
         since ``prepare``; what ``when_stopped`` raises passes through; in these cases nothing was moved.
         """
-        return in_own_thread(lambda cancelled: self._execute(when_stopped, cancelled))
-
-    def _execute(self, when_stopped: Callable[[], None], cancelled: threading.Event) -> SwitchReport:
-        bell = scheduler.Bell()
         everybody: Dict[int, str] = {}
-        try:
-            for number in range(1, ROUNDS + 1):
-                everybody.update({p.pid: p.command for p in self._processes.values() if p.uses_mount})
-                with _no_collection():
-                    self._round(bell, when_stopped if number == 1 else _nothing, cancelled)
-                self._account()
-                if not self._find_again():
-                    break
-        finally:
-            bell.close()
+        for number in range(1, ROUNDS + 1):
+            everybody.update({p.pid: p.command for p in self._processes.values() if p.uses_mount})
+            action = when_stopped if number == 1 else _nothing
+            # A thread per round: when it ends, the kernel lets go of tasks that could not be stopped.
+            in_own_thread(lambda cancelled: self._round(action, cancelled))
+            stuck = self._account()
+            if number == ROUNDS:
+                break
+            if not self._find_again() and not self._came_loose(stuck):
+                break
         left = self._left()
         return SwitchReport(everybody, dict(self._moved), left, self._blackout, dict(self._stages), number)
 
-    def _round(self, bell: scheduler.Bell, when_stopped: Callable[[], None], cancelled: threading.Event) -> None:
+    def _round(self, when_stopped: Callable[[], None], cancelled: threading.Event) -> None:
         processes = list(self._processes.values())
         comparison = Comparison(processes, self._device, self._locks)
         operations = self._plan(processes)
+        bell = scheduler.Bell()
         theatre = Theatre(bell)
         # Reading /proc/locks waits for an RCU grace period (locks_start: percpu_down_write), but not again right after
         # that. So once now, for nothing, to have the comparison's look in a twentieth of a millisecond.
         locks.held(self._device)
+        collecting = _stop_collecting()
         begin = time.perf_counter()
         try:
             self._stop(theatre)
@@ -240,6 +243,9 @@ class Switch:
             end = time.perf_counter()
             self._stages["detach"] = self._stages.get("detach", 0.0) + end - detaching
             self._blackout += end - begin
+            bell.close()
+            if collecting:
+                gc.enable()
 
     def _stage(self, name: str, begin: float) -> None:
         self._stages[name] = self._stages.get(name, 0.0) + time.perf_counter() - begin
@@ -391,9 +397,13 @@ class Switch:
 
     # -- and again
 
-    def _account(self) -> None:
-        """Count what was moved, remember why the rest was not, and let go of both sides."""
+    def _account(self) -> List[Tuple[int, int]]:
+        """Count what was moved, remember why the rest was not, and let go of both sides; (pid, start) of the
+        processes that could not be stopped."""
+        stuck: List[Tuple[int, int]] = []
         for process in self._processes.values():
+            if process.problem is not None and CANNOT_STOP in process.problem:
+                stuck.append((process.pid, process.start))
             for kind, what in report.moved(process):
                 self._moved[kind] = self._moved.get(kind, 0) + 1
             for kind, what, _, problem in report.entries(process):
@@ -401,6 +411,19 @@ class Switch:
                 if why is not None:
                     self._reasons[process.pid, process.start, what] = why
         self.close()
+        return stuck
+
+    def _came_loose(self, stuck: List[Tuple[int, int]]) -> bool:
+        """Wait a little for processes that could not be stopped: a parent in vfork(2) can be when its child has
+        called execve(2). True if one is worth another try."""
+        deadline = time.monotonic() + LOOSE_TIMEOUT
+        while stuck and time.monotonic() < deadline:
+            for pid, start in stuck:
+                if task_state(pid) not in ("D", ""):
+                    self._reasons = {key: why for key, why in self._reasons.items() if key[:2] != (pid, start)}
+                    return True
+            time.sleep(0.005)  # the kernel tells nobody
+        return False
 
     def _find_again(self) -> bool:
         """Examine everything anew; True if something is found that was not tried yet."""
@@ -445,17 +468,12 @@ def _nothing() -> None:
     pass
 
 
-@contextmanager
-def _no_collection() -> Iterator[None]:
-    """No garbage collection meanwhile: it would lengthen the blackout."""
+def _stop_collecting() -> bool:
+    """No garbage collection from here on: it would lengthen the blackout. Whether there was any before."""
     enabled = gc.isenabled()
     gc.collect()
     gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
+    return enabled
 
 
 def _raise_descriptor_limit() -> None:

@@ -18,7 +18,6 @@ from typing import Callable, Generator, List, Optional, Sequence, Set
 
 from spfs.linux import process, ptrace, sigframe
 from spfs.linux.arch import Architecture
-from spfs.linux.calls import CallTable
 
 PAGE = 4096
 DATA = PAGE  # offset of the command buffer within the scratch memory; the code lies before it
@@ -171,10 +170,6 @@ class Tracee:
                 raise ProcessLookupError(errno.ESRCH, "the process ended", str(self.pid))
             return
 
-    def first_calls(self, table: CallTable) -> None:
-        """Add what the first table to be run must begin with: our end of the socket is to be ours alone."""
-        table.add("close", self.base + PAIR, load=1 << 32)
-
     def close(self) -> Script:
         """Take scratch memory and socket away again and put the task back to where it was."""
         if self._running:
@@ -210,7 +205,7 @@ class Tracee:
     def _call(self, name: str, *arguments: int) -> Call:
         """One call through the instruction at ``gadget``, from event stop to event stop."""
         words = self._fresh_registers()
-        words[self.architecture.number] = CALL_NUMBERS(self.architecture, name)
+        words[self.architecture.number] = self.architecture.calls[name]
         for index, value in zip(self.architecture.arguments, arguments):
             words[index] = value & _WORD
         words[self.architecture.instruction_pointer] = self.gadget
@@ -335,10 +330,6 @@ class Tracee:
 
 
 _STREAM = socket.SOCK_STREAM | socket.SOCK_CLOEXEC
-
-
-def CALL_NUMBERS(architecture: Architecture, name: str) -> int:
-    return architecture.calls[name]
 
 
 def _is_event(number: int, event: int) -> bool:

@@ -17,6 +17,7 @@ from spfs.surgery.scheduler import Bell, has_ended
 
 T = TypeVar("T")
 
+CANNOT_STOP = "it cannot be stopped"  # how such a problem begins
 _UNINTERRUPTIBLE = 0.05  # seconds after which a task in D state (vfork(2), a hung file system) is given up
 
 
@@ -85,12 +86,12 @@ class Theatre:
                 continue
             now = time.monotonic()
             for tid, pid in list(self._pending.items()):
-                state = _state(tid)
+                state = task_state(tid)
                 if state in ("", "Z", "X"):
                     self._pending.pop(tid, None)
                     self._members.get(pid, set()).discard(tid)
                 elif now > deadline or state == "D" and now > begin + _UNINTERRUPTIBLE:
-                    self._give_up(pid, f"task {tid} cannot be stopped: {_where(tid)}")
+                    self._give_up(pid, f"{CANNOT_STOP} (task {tid}): {_where(tid)}")
 
     def _give_up(self, pid: int, why: str) -> None:
         self.problems[pid] = why
@@ -116,7 +117,8 @@ class Theatre:
         return bool(self._members.get(pid)) and pid not in self.problems
 
 
-def _state(tid: int) -> str:
+def task_state(tid: int) -> str:
+    """The letter of /proc/TID/stat; "" if there is no such task."""
     try:
         return procfs.parse_stat(procfs.read(f"/proc/{tid}/stat")).state
     except (FileNotFoundError, ProcessLookupError):

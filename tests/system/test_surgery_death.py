@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List
 
 import pytest
-from surgery_kit import Mounts, Victim, tasks_stopped
+from surgery_kit import Mounts, Victim, compile_c, tasks_stopped
 
 from spfs.surgery import compare, operation, theatre
 from spfs.testing import process_state, wait_until
@@ -204,13 +204,7 @@ def test_failure_of_the_mounts_changes_nothing(mounts: Mounts, victim: Victim) -
     assert tasks_stopped(victim.pid) == [] and victim.run("os.pread(fds[0], 3, 0)") == b"old"
 
 
-def test_vfork_parent(mounts: Mounts, tmp_path: Path) -> None:
-    """A parent in vfork() cannot be stopped before its child lets go: reported, not waited for; later it can."""
-    from surgery_kit import compile_c
-
-    program = compile_c(
-        tmp_path,
-        r"""
+VFORK = r"""
 #include <fcntl.h>
 #include <stdio.h>
 #include <sys/wait.h>
@@ -228,10 +222,13 @@ int main(int argc, char **argv)
     write(1, buffer, 3);
     return 0;
 }
-""",
-        "-Wno-unused-result",
-        "-Wno-deprecated-declarations",
-    )
+"""
+VFORK_FLAGS = ["-Wno-unused-result", "-Wno-deprecated-declarations"]
+
+
+def test_vfork_parent(mounts: Mounts, tmp_path: Path) -> None:
+    """A parent in vfork() cannot be stopped before its child lets go: reported, not waited for; later it can."""
+    program = compile_c(tmp_path, VFORK, *VFORK_FLAGS)
     with subprocess.Popen(
         [program, str(mounts.old / "f0")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0
     ) as process:
@@ -246,6 +243,21 @@ int main(int argc, char **argv)
         wait_until(lambda: process_state(process.pid) == "S")
         assert mounts.switch().moved == {"file": 1}
         assert mounts.users() == []
+        process.stdin.write(b"x")
+        assert process.stdout.read() == b"new" and process.wait(5) == 0
+
+
+def test_vfork_parent_whose_child_goes_on(mounts: Mounts, tmp_path: Path) -> None:
+    """The usual case: the child calls execve soon, and the parent is moved in the next round."""
+    program = compile_c(tmp_path, VFORK, *VFORK_FLAGS)
+    with subprocess.Popen(
+        [program, str(mounts.old / "f0")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0
+    ) as process:
+        assert process.stdout is not None and process.stdin is not None
+        assert process.stdout.readline() == b"ready\n"
+        wait_until(lambda: process_state(process.pid) == "D")
+        report = mounts.switch(when_stopped=lambda: process.stdin.write(b"x") and None)
+        assert report.left == [] and report.rounds == 2 and mounts.users() == []
         process.stdin.write(b"x")
         assert process.stdout.read() == b"new" and process.wait(5) == 0
 
