@@ -12,6 +12,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Callable, Dict, FrozenSet, Iterator, List, Optional, TypeVar
 
+import psutil
+
+from spfs.linux import procfs
+
 T = TypeVar("T")
 
 MARK = "SPFS_TEST_RUN"
@@ -36,10 +40,9 @@ def wait_until(condition: Callable[[], T], timeout: float = 10.0, what: str = ""
 def process_state(pid: int) -> str:
     """The state letter of /proc/PID/stat ("R", "S", "D", "T", "t", "Z" …); "" if there is no such process."""
     try:
-        stat = Path(f"/proc/{pid}/stat").read_bytes()
+        return procfs.parse_stat(procfs.read(f"/proc/{pid}/stat")).state
     except (FileNotFoundError, ProcessLookupError):
         return ""
-    return chr(stat[stat.rindex(b")") + 2])
 
 
 @dataclass(frozen=True)
@@ -71,15 +74,12 @@ def snapshot(below: str, mark: Optional[str] = None, cgroups: Callable[[], List[
 
 
 def _marked_processes(mark: str) -> Dict[int, str]:
-    needle = f"{MARK}={mark}".encode()
     found = {}
-    for name in filter(str.isdigit, os.listdir("/proc")):
+    for process in psutil.process_iter():
         try:
-            if int(name) == os.getpid() or needle not in Path(f"/proc/{name}/environ").read_bytes().split(b"\0"):
-                continue
-            command = Path(f"/proc/{name}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-            found[int(name)] = f"{process_state(int(name))} {command.strip()}"
-        except OSError:
+            if process.pid != os.getpid() and process.environ().get(MARK) == mark:
+                found[process.pid] = f"{process.status()} {' '.join(process.cmdline())}"
+        except psutil.Error:
             continue  # it ended meanwhile, or is a kernel thread
     return found
 
