@@ -14,7 +14,7 @@ import os
 import signal
 import socket
 import struct
-from typing import Callable, Generator, List, Optional, Sequence, Set
+from typing import Callable, Generator, List, MutableSequence, Optional, Sequence, Set
 
 from spfs.linux import process, ptrace, sigframe
 from spfs.linux.arch import Architecture
@@ -74,6 +74,7 @@ class Tracee:
         self.stop = (0, 0)
         self.swallowed: Set[int] = set()
         self._registers = b""
+        self._buffer = ptrace.Registers(architecture.registers)
         self._mask = b""
         self._running = False
         self._masked = False
@@ -133,12 +134,12 @@ class Tracee:
             yield from self._raise_limit(descriptors)
         result = yield from self._call("socketpair", socket.AF_UNIX, _STREAM, 0, base + PAIR)
         _check(result, "socketpair")
-        ours, self._theirs = struct.unpack("<ii", self.read(base + PAIR, 8))
+        pair = self.read(base + PAIR, 8)
+        ours, self._theirs = struct.unpack("<ii", pair)
         self.socket = socket.socket(fileno=process.pidfd_getfd(self.pidfd, ours, 0))
         self.socket.setblocking(False)
-        self.write(base, self.architecture.server)
-        self.write(base + DOT, b".\0")
-        self.write(base + FRAME, self._frame)
+        data = self.architecture.server.ljust(PAIR, b"\0") + pair + b"."
+        self.write(base, data.ljust(FRAME, b"\0") + self._frame)
 
     def run(self, table: int, count: int, fds: Sequence[Sequence[int]] = ()) -> Script:
         """Run ``count`` calls of the table at address ``table``, which may receive ``fds``, a message each."""
@@ -156,9 +157,8 @@ class Tracee:
             for index, value in zip(self.architecture.loop, values):
                 words[index] = value
             words[self.architecture.instruction_pointer] = self.base
-            self._set(words)
+            self._buffer.write(self.tid)
             self._running = True
-            self._take_net_in()
             self._go(ptrace.cont)
         while True:
             yield Wait.MESSAGE
@@ -176,7 +176,6 @@ class Tracee:
             ptrace.interrupt(self.tid)
             yield from self._until(_is_event)
             self._running = False
-            self._spread_net()
         if self.socket is not None:
             _check((yield from self._call("close", self._theirs)), "close")
         if self._limits is not None:
@@ -192,7 +191,8 @@ class Tracee:
         lets it fail with EINTR, as the signals that are pending by then demand."""
         # The mask first: should we die between the two, the net sets the registers right, but nothing the mask.
         ptrace.set_signal_mask(self.tid, self._mask)
-        ptrace.write_registers(self.tid, self._endless_wait_restarted())
+        self._buffer.set(self._endless_wait_restarted())
+        self._buffer.write(self.tid)
         self._take_net_in()
 
     def repeat_swallowed(self) -> None:
@@ -207,11 +207,11 @@ class Tracee:
         words = self._fresh_registers()
         words[self.architecture.number] = self.architecture.calls[name]
         for index, value in zip(self.architecture.arguments, arguments):
-            words[index] = value & _WORD
+            words[index] = value
         words[self.architecture.instruction_pointer] = self.gadget
         if self._net:
             words[self.architecture.stack_pointer] = self._net
-        self._set(words)
+        self._buffer.write(self.tid)
         if not self._masked:
             ptrace.set_signal_mask(self.tid, _SIGNALS_BLOCKED)
             self._masked = True
@@ -221,13 +221,14 @@ class Tracee:
         ptrace.interrupt(self.tid)
         self._go(ptrace.cont)
         yield from self._until(_is_event)
-        words = self._words(ptrace.read_registers(self.tid, len(self._registers)))
+        self._buffer.read(self.tid)
         result = words[self.architecture.result]
         return result - (1 << 64) if result >> 63 else result
 
     def _spread_net(self) -> None:
         """For the calls that are made without the scratch memory: should we die, the task returns from the call to
-        rt_sigreturn with a frame below its stack, as from a signal handler. Without ``sigreturn``, or without room
+        rt_sigreturn with a frame below its stack, as from a signal handler. It lies there to the end: all who
+        could use that memory stand still. Without ``sigreturn``, or without room
         there, those calls (two before, two or three after) are the moments in which our death harms it."""
         if not self.sigreturn:
             return
@@ -236,8 +237,7 @@ class Tracee:
         net = struct.pack("<Q", self.sigreturn) + sigframe.at(self._frame, address)
         try:
             # Put back afterwards: on the small stacks of some runtimes, what lies there is somebody's.
-            if not self._below_stack:
-                self._below_stack = self.read(address - 8, len(net))
+            self._below_stack = self.read(address - 8, len(net))
             self.write(address - 8, net)
         except OSError:
             return
@@ -285,13 +285,11 @@ class Tracee:
     def _words(self, registers: bytes) -> List[int]:
         return list(self.architecture.words(registers))
 
-    def _fresh_registers(self) -> List[int]:
-        words = self._words(self._registers)
-        words[self.architecture.original] = _WORD  # else the kernel would "restart" with our registers
-        return words
-
-    def _set(self, words: List[int]) -> None:
-        ptrace.write_registers(self.tid, struct.pack(f"<{len(words)}Q", *words))
+    def _fresh_registers(self) -> MutableSequence[int]:
+        """The saved registers in the buffer, to be changed and written."""
+        self._buffer.set(self._registers)
+        self._buffer.words[self.architecture.original] = _WORD  # else the kernel would "restart" with our registers
+        return self._buffer.words
 
     def _compatibility_mode(self) -> bool:
         return self.architecture.machine == "x86_64" and self._words(self._registers)[17] == 0x23  # cs: __USER32_CS

@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
-from typing import Optional, Tuple
+from typing import MutableSequence, Optional, Tuple
 
 from stubfs.libc import bind
 
@@ -78,10 +78,24 @@ def read_registers(tid: int, size: int, kind: int = _NT_PRSTATUS) -> bytes:
     return buffer.raw[: vector.length]
 
 
-def write_registers(tid: int, registers: bytes) -> None:
-    buffer = ctypes.create_string_buffer(registers, len(registers))
-    vector = _IoVec(ctypes.addressof(buffer), len(registers))
-    _ptrace(_SETREGSET, tid, _NT_PRSTATUS, ctypes.addressof(vector))
+class Registers:
+    """A buffer for the general registers of ``count`` words, used again and again: a process has many stops."""
+
+    def __init__(self, count: int) -> None:
+        array = (ctypes.c_uint64 * count)()
+        self.words: MutableSequence[int] = array  # type: ignore[assignment]  # negative ones are wrapped
+        self._content, self._size = ctypes.addressof(array), ctypes.sizeof(array)
+        self._vector = _IoVec(self._content, self._size)
+        self._address = ctypes.addressof(self._vector)
+
+    def set(self, content: bytes) -> None:
+        ctypes.memmove(self._content, content, self._size)
+
+    def read(self, tid: int) -> None:
+        _ptrace(_GETREGSET, tid, _NT_PRSTATUS, self._address)
+
+    def write(self, tid: int) -> None:
+        _ptrace(_SETREGSET, tid, _NT_PRSTATUS, self._address)
 
 
 def signal_mask(tid: int) -> bytes:
