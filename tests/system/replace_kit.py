@@ -94,13 +94,13 @@ class PausingManager(Manager):
         super().__init__(base)
         self.where = where
         self._prefix = prefix
-        self._pauses = base / "pauses"
+        self._pauses = self._told_to_pause = base / "pauses"
         self._pauses.mkdir()
         for name in ("reached", "go"):
             os.mkfifo(self._pauses / name)
 
     def start(self, *arguments: str, environment: Optional[Dict[str, str]] = None) -> "PausingManager":
-        command = [*self._prefix, sys.executable, "-c", PAUSED, self.where, str(self._pauses)]
+        command = [*self._prefix, sys.executable, "-c", PAUSED, self.where, str(self._told_to_pause)]
         command += ["-d", "-vv", "--work-dir", str(self.work), *arguments]
         subprocess.run(command, env={**os.environ, **ENVIRONMENT, **(environment or {})}, check=True, timeout=TIMEOUT)
         self.pid = self.client().status()["manager"]["pid"]
@@ -117,9 +117,8 @@ class PausingManager(Manager):
 
     def no_more(self) -> None:
         """From now on nothing is paused. To be called while the replace stands still, or is not there."""
-        if self._pauses.exists():
-            self._pauses.rename(self._pauses.with_name("no-pauses"))
-            self._pauses = self._pauses.with_name("no-pauses")
+        if self._pauses == self._told_to_pause:
+            self._pauses = self._pauses.rename(self._pauses.with_name("no-pauses"))
 
 
 def _read_fifo(path: Path) -> str:
@@ -277,7 +276,7 @@ class Scene:
         assert alive(self.filesystem)
 
     def types(self, path: Optional[Path] = None) -> List[str]:
-        """The types of the file systems mounted just there, the visible one last."""
+        """The types of the file systems mounted just there."""
         lines = Path("/proc/self/mountinfo").read_text().splitlines()
         return [line.partition(" - ")[2].split()[0] for line in lines if line.split()[4] == str(path or self.mnt)]
 
