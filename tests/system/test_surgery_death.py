@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 from surgery_kit import Mounts, Victim, compile_c, tasks_stopped
 
 from spfs.surgery import compare, operation, theatre
+from spfs.switch import Switch
 from spfs.testing import process_state, wait_until
 from spfs.tracee import Tracee
 
@@ -126,6 +128,42 @@ def test_killed_surgeon(mounts: Mounts, victim: Victim, stage: str) -> None:
     report = mounts.switch()  # asked again, it completes
     assert report.left == [] and mounts.users() == []
     assert victim.run("set(os.pread(fd, 3, 0) for fd in fds), os.getcwd()") == ({b"new"}, str(mounts.new))
+
+
+def test_killed_at_random_moments(mounts: Mounts, victim: Victim) -> None:
+    """Thirty times while it operates on several processes at once: all of them live on, and the next one completes."""
+    others = [Victim() for _ in range(5)]
+    operate = Switch._operate
+    moments = random.Random(7)
+    try:
+        for other in others:
+            other.run(f"import os; os.chdir({str(mounts.old)!r}); fds = [os.open(f'f{{n}}', 0) for n in range(20)]")
+        for _ in range(30):
+            moment = 0.0001 + 0.003 * moments.random()
+
+            def timed(self: Switch, *arguments: Any) -> None:
+                signal.setitimer(signal.ITIMER_REAL, moment)
+                operate(self, *arguments)
+
+            pid = os.fork()
+            if pid == 0:
+                try:
+                    signal.setitimer(signal.ITIMER_REAL, 0)
+                    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+                    setattr(Switch, "_operate", timed)
+                    mounts.switch()
+                    signal.pause()
+                finally:
+                    os._exit(1)
+            assert os.waitpid(pid, 0)[1] == signal.SIGALRM
+            for process in (victim, *others):
+                assert len(process.run("{os.pread(fd, 3, 0) for fd in fds}")) == 1
+                assert tasks_stopped(process.pid) == []
+            assert mounts.switch().left == [] and mounts.users() == []
+            mounts.old, mounts.new = mounts.new, mounts.old
+    finally:
+        for other in others:
+            other.close()
 
 
 def test_victim_killed_during_the_blackout(mounts: Mounts, victim: Victim) -> None:
