@@ -39,6 +39,7 @@ class Gate(enum.Enum):
 
 
 _ROOT_ANSWERS = frozenset((Opcode.GETATTR, Opcode.ACCESS, Opcode.GETXATTR, Opcode.LISTXATTR))
+_TOUCHES_PAGES = frozenset((Opcode.READ, Opcode.OPEN))
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,7 +60,8 @@ class State:
             # Pages written back: munmap, exit and kill -9 would hang behind them.
             return not WRITE_IN.unpack_from(request.buffer, BODY)[3] & WRITE_CACHE
         if self.gate is Gate.DATA:
-            return opcode == Opcode.READ
+            # OPEN: after its answer the kernel drops the file's pages, unkillable until a held READ unlocks them.
+            return opcode in _TOUCHES_PAGES
         if request.node == ROOT_NODE and opcode in _ROOT_ANSWERS:
             return False
         return opcode != Opcode.FLUSH  # a killed process must be able to close its files

@@ -42,10 +42,13 @@ class Load:
             self._errors.append(error)
 
     def is_blocked(self) -> bool:
-        """Whether every thread waits in the kernel, for an answer or for a directory that another one has locked."""
-        stacks = [Path(f"/proc/self/task/{thread.native_id}/stack").read_text() for thread in self._threads]
-        waits = ("request_wait_answer", "folio_wait", "rwsem", "iterate_dir", "d_alloc_parallel")
-        return all(any(wait in stack for wait in waits) for stack in stacks)
+        """Whether every thread waits in the kernel (an answer, a lock, a page), not for the interpreter."""
+        for thread in self._threads:
+            task = Path(f"/proc/self/task/{thread.native_id}")
+            state = (task / "stat").read_text().rpartition(")")[2].split()[0]
+            if state not in "SD" or "futex" in (task / "stack").read_text():
+                return False
+        return True
 
     def stop(self) -> None:
         self._stop.set()
@@ -143,7 +146,9 @@ def test_nothing_is_served_in_stub_mode(fs: Filesystem) -> None:
             rounds, held = list(load.rounds), {item.unique for item in fs.client.held()}
             assert held
             time.sleep(0.1)
-            assert load.rounds == rounds and {item.unique for item in fs.client.held()} == held
+            assert load.rounds == rounds
+            # Nothing was answered; who waited for a lock may have come to us since.
+            assert {item.unique for item in fs.client.held()} >= held
             fs.proxy()
 
 
