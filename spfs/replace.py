@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 import time
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -281,4 +282,13 @@ def _real_mount(request: ReplaceRequest, target: Target, progress: Progress) -> 
     # A directory that is to be bound there can be late, too: it is not there yet, as a server that does not answer yet.
     bind = request.flags & MS.BIND
     policy = RetryPolicy(not_yet=frozenset([errno.ENOENT]) if bind else frozenset())
-    return Retry(policy, timeout=request.timeout, report=report).run(attempt, f"{request.source} ({request.fstype})")
+    what = f"{request.source} ({request.fstype})"
+    real_fd = Retry(policy, timeout=request.timeout, report=report).run(attempt, what)
+    if not stat.S_ISDIR(os.fstat(real_fd).st_mode):
+        os.close(real_fd)
+        raise SpfsError(
+            f"cannot mount {what}: its root is not a directory",
+            "a single file cannot take the place of a mount",
+            errno.ENOTDIR,
+        )
+    return real_fd
