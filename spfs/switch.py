@@ -149,6 +149,10 @@ class Switch:
             {process.pid: process.command for process in users}, report.references(users), left
         )
 
+    def _users(self) -> Dict[int, str]:
+        """By pid, the commands of those that hold something of the mount."""
+        return {process.pid: process.command for process in self._processes.values() if process.uses_mount}
+
     def _find(self) -> None:
         """Examine every process; keep those that use the mount and those of the freezer."""
         _raise_descriptor_limit()
@@ -198,10 +202,11 @@ class Switch:
         """
         everybody: Dict[int, str] = {}
         for number in range(1, ROUNDS + 1):
-            everybody.update({p.pid: p.command for p in self._processes.values() if p.uses_mount})
+            everybody.update(self._users())
             action = when_stopped if number == 1 else _nothing
             # A thread per round: when it ends, the kernel lets go of tasks that could not be stopped.
             in_own_thread(lambda cancelled: self._round(action, cancelled))
+            everybody.update(self._users())  # with those that came to the cgroup since then
             stuck = self._account()
             if number == ROUNDS:
                 break
