@@ -148,7 +148,7 @@ class Scene:
         self.export = self.real / "export"
         self.manager = PausingManager(base, where, prefix)
         self.processes: List[Victim] = []
-        self.may_be_stopped: List[int] = []
+        self.may_be_traced: List[int] = []
         self.device = self.filesystem = 0
         self.control = ""
         self._mounted: List[Path] = []
@@ -302,7 +302,7 @@ class Scene:
         found: List[str] = []
         pids = [victim.pid for victim in self.processes if victim.process.poll() is None]
         for pid in pids:
-            found += [f"process {pid}: {state}" for state in standing_still(pid) if pid not in self.may_be_stopped]
+            found += [f"process {pid}: {state}" for state in standing_still(pid) if pid not in self.may_be_traced]
         for path in self._cgroups:
             for name, thawed in (("freezer.state", "THAWED"), ("cgroup.freeze", "0")):
                 if (path / name).exists() and (path / name).read_text().strip() != thawed:
