@@ -121,7 +121,7 @@ class Tracee:
 
         ``descriptors``: the soft RLIMIT_NOFILE to set meanwhile, for a process whose table is full.
         """
-        xstate = ptrace.read_registers(self.tid, _MAX_XSTATE, ptrace.NT_X86_XSTATE)
+        xstate = ptrace.floating_point_state(self.tid, _MAX_XSTATE)
         self._frame = sigframe.build(self._registers, self._mask, xstate, base + FRAME)
         self._spread_net()
         result = yield from self._call("mmap", base, size, _PROT_RWX, _MAP_SCRATCH, -1, 0)

@@ -8,6 +8,7 @@ somebody else waits for is consumed.
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import signal
 from typing import MutableSequence, Optional, Tuple
@@ -31,6 +32,7 @@ _GETSIGMASK = 0x420A
 _SETSIGMASK = 0x420B
 _GET_RSEQ_CONFIGURATION = 0x420F
 _NT_PRSTATUS = 1
+NT_PRFPREG = 2  # x86-64: the 512 bytes of FXSAVE
 NT_X86_XSTATE = 0x202
 
 _WALL = 0x40000000
@@ -76,6 +78,17 @@ def read_registers(tid: int, size: int, kind: int = _NT_PRSTATUS) -> bytes:
     vector = _IoVec(ctypes.addressof(buffer), size)
     _ptrace(_GETREGSET, tid, kind, ctypes.addressof(vector))
     return buffer.raw[: vector.length]
+
+
+def floating_point_state(tid: int, size: int) -> bytes:
+    """The extended state as XSAVE has it, at most ``size`` bytes; on a processor without XSAVE only what FXSAVE has
+    (``spfs.linux.sigframe`` tells them apart by their length)."""
+    try:
+        return read_registers(tid, size, NT_X86_XSTATE)
+    except OSError as error:
+        if error.errno != errno.ENODEV:
+            raise
+    return read_registers(tid, size, NT_PRFPREG)
 
 
 class Registers:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import signal
@@ -13,6 +14,7 @@ from typing import Any, Callable, Dict, Iterator, List
 import pytest
 from surgery_kit import Mounts, Victim, compile_c, tasks_stopped
 
+from spfs.linux import ptrace
 from spfs.surgery import compare, operation, theatre
 from spfs.switch import Switch
 from spfs.testing import process_state, wait_until
@@ -128,6 +130,28 @@ def test_killed_surgeon(mounts: Mounts, victim: Victim, stage: str) -> None:
     report = mounts.switch()  # asked again, it completes
     assert report.left == [] and mounts.users() == []
     assert victim.run("set(os.pread(fd, 3, 0) for fd in fds), os.getcwd()") == ({b"new"}, str(mounts.new))
+
+
+@pytest.mark.skipif(os.uname().machine != "x86_64", reason="the registers of another architecture")
+@pytest.mark.parametrize("stage", ["running", "wait 3"])
+def test_killed_surgeon_without_xsave(
+    mounts: Mounts, victim: Victim, monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
+    """The frame of an old processor, which every processor takes; floating point numbers survive."""
+    victim.run("stop = False\ndef add():\n total = 0.0\n while not stop: total += 1.5\n return total % 1.5")
+    victim.run("sums = []\nadder = threading.Thread(target=lambda: sums.append(add()))\nadder.start()")
+    read = ptrace.read_registers
+
+    def without_xsave(tid: int, size: int, kind: int = 1) -> bytes:
+        if kind == ptrace.NT_X86_XSTATE:
+            raise OSError(errno.ENODEV, "No such device")
+        return read(tid, size, kind)
+
+    monkeypatch.setattr(ptrace, "read_registers", without_xsave)
+    killed_surgeon(mounts, stage)
+    assert tasks_stopped(victim.pid) == []
+    assert victim.run("stop = True; adder.join(); sums") == [0.0]
+    assert mounts.switch().left == [] and mounts.users() == []
 
 
 def test_killed_at_random_moments(mounts: Mounts, victim: Victim) -> None:

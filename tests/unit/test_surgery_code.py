@@ -96,3 +96,12 @@ def test_frame_restarts_as_the_kernel_would(original: int, result: int, expected
     assert sigframe.at(frame, 0x9000) == sigframe.build(
         struct.pack("<27Q", *words), b"\x01" + bytes(7), bytes(xstate), 0x9000
     )
+
+
+@x86_64_only
+def test_frame_without_extended_state() -> None:
+    """Of a processor without XSAVE: 512 bytes, and nothing that announces more (no magic, no UC_FP_XSTATE)."""
+    state = bytes(range(256)) * 2
+    frame = sigframe.build(bytes(8 * arch.X86_64.registers), bytes(8), state, 0x5000)
+    assert struct.unpack_from("<Q", frame) == (0x6,)
+    assert frame[320:] == state[:464] + bytes(48)
