@@ -85,10 +85,11 @@ def replace(request: ReplaceRequest, filesystem: MountedFilesystem, progress: Pr
         real_fd = _real_mount(request, filesystem.target, progress)
         stack.callback(os.close, real_fd)
         with ended.explained(filesystem), FilesystemClient(filesystem.control, timeout=CONTROL_TIMEOUT) as client:
-            step = _Step(request, filesystem, freezer, client, real_fd, protect, progress)
+            step = _Step(request, filesystem, freezer, client, real_fd, protect, progress, ended)
             result, notes = step.run()
         # Our last descriptors of the old mount are closed; what is left now is other processes'.
-        result["ended"] = ended.wait(LAST_REFERENCE_TIMEOUT)
+        left = result["left"] or result["mounts_left"]
+        result["ended"] = ended.wait(0 if left else LAST_REFERENCE_TIMEOUT)
     return {**result, "notes": notes}
 
 
@@ -104,6 +105,7 @@ class _Step:
         real_fd: int,
         protect: Tuple[int, ...],
         progress: Progress,
+        ended: "_Ended",
     ) -> None:
         self._request = request
         self._filesystem = filesystem
@@ -112,6 +114,7 @@ class _Step:
         self._real_fd = real_fd
         self._protect = protect
         self._progress = progress
+        self._ended = ended
         self._notes: List[str] = []
 
     def run(self) -> Tuple[Dict[str, object], List[str]]:
@@ -153,6 +156,7 @@ class _Step:
                         if error.errno != errno.ETIMEDOUT or outcomes or attempt == FREEZE_ATTEMPTS:
                             raise
                         self._progress("frozen", {"attempt": attempt, "error": error.message})
+            self._ended.expected = True
             self._progress("switched", {"blackout": report.blackout, "moved": dict(report.moved)})
             prepared.verify()
             # Still within: what is prepared keeps the old file system, and nobody else's gets its device number. If
@@ -221,6 +225,7 @@ class _Ended:
             self._pidfd = os.pidfd_open(filesystem.pid)
         except ProcessLookupError as error:
             raise _dead(filesystem) from error
+        self.expected = False  # once nothing refers to the file system any more, its process ends as it should
 
     def close(self) -> None:
         os.close(self._pidfd)
@@ -234,7 +239,7 @@ class _Ended:
         try:
             yield
         except (StubfsError, OSError) as error:
-            if self.wait(0):
+            if not self.expected and self.wait(0):
                 raise _dead(filesystem) from error
             raise
 
