@@ -287,10 +287,11 @@ class Scene:
     def users(self) -> Dict[int, List[str]]:
         """Who still holds what of the delayed mount, of all processes; no file system is asked."""
         found: Dict[int, List[str]] = {}
+        device = f" {os.major(self.device):02x}:{os.minor(self.device):02x} "
         for pid in procfs.processes():
             links = list(_links(pid))
             held = [link for link, thing in zip(links, objects(links)) if thing and thing.device == self.device]
-            held += [line for line in _maps(pid) if f" {os.major(self.device):02x}:{os.minor(self.device):02x} " in line]
+            held += [line for line in _maps(pid) if device in line]
             if held and pid != os.getpid():
                 found[pid] = held
         return found

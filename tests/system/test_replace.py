@@ -168,7 +168,8 @@ def test_a_process_that_is_not_root(scene: Scene) -> None:
     contents = standard(scene)
     victim = scene.victim(cwd=scene.mnt)
     # By relative paths: the way to the mount is not open to everybody.
-    victim.run("import fcntl, mmap, os\nos.setgroups([])\nos.setresgid(65534, 65534, 65534)\nos.setresuid(65534, 65534, 65534)")
+    victim.run("import fcntl, mmap, os\nos.setgroups([])")
+    victim.run("os.setresgid(65534, 65534, 65534)\nos.setresuid(65534, 65534, 65534)")
     victim.run(OPEN_MANY)
     scene.client.mode("stub")
     report = scene.replace(freeze_cgroup=scene.cgroup("v1", victim.pid))

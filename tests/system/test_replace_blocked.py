@@ -8,7 +8,7 @@ import signal
 import subprocess
 import time
 from pathlib import Path
-from typing import Any, Dict, Iterator
+from typing import Any, Dict, Iterator, Tuple
 
 import pytest
 from replace_kit import FREEZERS, TIMEOUT, Scene, paused_at, scene
@@ -185,7 +185,7 @@ class Calls:
         return self.made[-1]
 
 
-WAITING = {
+WAITING: Dict[str, Tuple[str, Dict[str, object]]] = {
     # by name: the path, and what the call must have brought
     "read": ("", {"result": 5, "buffer": "34567", "place": 8}),
     "map": ("", {"buffer": "01234"}),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import signal
 import stat
 import subprocess
 import sys
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Iterator
 
 import pytest
-from manager_kit import ENVIRONMENT, alive, reading
+from manager_kit import alive, reading
 from replace_kit import FREEZERS, TIMEOUT, Scene, paused_at, scene
 from surgery_kit import Victim, compile_c
 

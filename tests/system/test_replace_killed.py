@@ -5,13 +5,10 @@ from __future__ import annotations
 import errno
 import os
 import signal
-import subprocess
-from pathlib import Path
-from typing import Iterator, List, Tuple
 
 import pytest
 from manager_kit import alive, reading
-from replace_kit import PAUSES, TIMEOUT, Scene, paused_at, scene, scene_at, standing_still
+from replace_kit import PAUSES, TIMEOUT, Scene, paused_at, scene
 from surgery_kit import Victim
 
 from spfs.errors import SpfsError
