@@ -97,7 +97,8 @@ class Monitor:
 
 
 class Lane:
-    """``fetch`` blocks for a worker's next request, None ends the lane; ``serve`` must not raise."""
+    """``fetch`` blocks for a worker's next request, None ends the lane. Neither it nor ``serve`` should raise: if one
+    does, ``failed`` is called, which must end the mount. An error for its users, and not a wait without an end."""
 
     def __init__(
         self,
@@ -107,6 +108,7 @@ class Lane:
         current: CurrentWorker,
         fetch: Callable[[Worker], Optional[Request]],
         serve: Callable[[Worker, Request], None],
+        failed: Callable[[], None],
     ) -> None:
         self.name = name
         self.workers: List[Worker] = []
@@ -115,6 +117,7 @@ class Lane:
         self._current = current
         self._fetch = fetch
         self._serve = serve
+        self._failed = failed
         self._lock = threading.Lock()
         self._spare: List[Worker] = []
         self._owner: Optional[Worker] = None
@@ -183,6 +186,9 @@ class Lane:
                     monitor.wake()
                 serve(worker, request)
                 worker.busy = False
+        except Exception:
+            _log.exception("the %s cannot go on", self.name)
+            self._failed()
         finally:
             with self._lock:
                 self.workers.remove(worker)

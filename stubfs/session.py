@@ -55,7 +55,7 @@ _Handler = Callable[[Worker, Request], object]
 
 
 class Session:
-    """Serves the mount behind ``device_fd``, which stays the caller's. start(), then wait() for its end."""
+    """Serves the mount behind ``device_fd``, which stays the caller's. start() calls ``on_end`` at its end."""
 
     def __init__(self, device_fd: int, mode: Mode, directory: Optional[int] = None) -> None:
         self.device = Device(device_fd)
@@ -75,9 +75,9 @@ class Session:
         self._libfuse = LibfuseSession(device_fd, Operations(self._current), self._on_reply)
         self._interrupts = Interrupts(self._still_waits, self._end_wait)
         self._monitor = Monitor()
-        self._reading = Lane("reader", self.device, self._monitor, self._current, self._read, self._serve)
+        self._reading = Lane("reader", self.device, self._monitor, self._current, self._read, self._serve, self._end)
         self._releasing = Lane(
-            "release", self.device, self._monitor, self._current, self._next_held, self._serve_released
+            "release", self.device, self._monitor, self._current, self._next_held, self._serve_released, self._end
         )
         self._drained = threading.Condition()
         self._draining = 0
