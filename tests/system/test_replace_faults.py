@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
+import signal
 import stat
 import subprocess
 import sys
@@ -465,3 +467,41 @@ def test_another_mount_covers_it_in_between(scene: Scene) -> None:
     assert os.listdir(scene.mnt) == ["of-the-cover"]
     assert len(report["mounts_left"]) == 1 and str(scene.mnt) in report["mounts_left"][0]["mount"]
     subprocess.run(["umount", str(scene.mnt)], check=True)
+
+
+# The real side hangs
+
+
+@pytest.mark.parametrize("kind", FREEZERS[1:])
+@paused_at("prepared")
+def test_the_real_file_system_hangs_when_it_is_asked_first(scene: Scene, kind: str) -> None:
+    """Who waits for it cannot be frozen: the attempt is given up, everybody runs, and it is tried again."""
+    if shutil.which("bindfs") is None:
+        pytest.skip("bindfs is not installed")
+    victim = in_stub(scene)
+    slow = scene.base / "slow"
+    slow.mkdir()
+    server = subprocess.Popen(["bindfs", "-f", str(scene.export), str(slow)], start_new_session=True)
+    try:
+        wait_until(lambda: scene.types(slow) == ["fuse"], what="the real file system to be there")
+        scene.expect_mount(slow)
+        victim.start("os.pread(file, 100, 0)")
+        scene.held_by(victim.pid)
+        group = scene.cgroup(kind, victim.pid)
+        scene.ask(source=str(slow), freeze_cgroup=group)
+        scene.manager.reached()
+        server.send_signal(signal.SIGSTOP)
+        scene.manager.no_more()
+        scene.manager.go()
+        wait_until(lambda: scene.row()["replace"]["stage"] == "frozen", what="an attempt to freeze to fail")
+        assert "not frozen in" in scene.row()["replace"]["stages"][-1]["error"]
+        wait_until(lambda: not scene.problems(), 5, "everybody to run again")
+        server.send_signal(signal.SIGCONT)
+        assert scene.wait()["left"] == []
+        assert victim.result() == b"real contents"
+        assert victim.run("os.read(file, 100)") == b"real contents"
+        assert scene.types() == ["fuse"] and os.stat(scene.mnt).st_dev == os.stat(slow).st_dev
+        wait_until(lambda: not alive(scene.filesystem))
+    finally:
+        server.kill()
+        server.wait()
