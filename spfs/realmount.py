@@ -11,6 +11,7 @@ import errno
 import os
 import random
 import select
+import signal
 import subprocess
 import tempfile
 import time
@@ -19,7 +20,7 @@ from typing import Callable, FrozenSet, Optional, Tuple, Type, TypeVar
 
 from spfs import nschild, workshop
 from spfs.errors import SpfsError, reason
-from spfs.linux import mountapi
+from spfs.linux import mountapi, namespaces
 from spfs.linux.mountapi import MS, FsConfig
 from spfs.mountoptions import MountOptions, helper_errno
 from spfs.nschild import Answer
@@ -220,7 +221,15 @@ def _by_helper(helper: str, source: str, fstype: str, wanted: MountOptions, dire
     environment = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C", "HOME": "/root"}
     try:
         process = subprocess.run(
-            command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environment, check=False
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            env=environment,
+            check=False,
+            # One that hangs must not outlive us when we are killed. A daemon that it leaves is not concerned: the
+            # setting is the helper's own and is not inherited (prctl(2)).
+            preexec_fn=lambda: namespaces.die_with_parent(signal.SIGKILL),
         )
     except OSError as error:
         raise OSError(error.errno, f"cannot start mount helper: {error.strerror}", helper) from error
