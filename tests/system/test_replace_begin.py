@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-import subprocess
+import signal
 import time
 from pathlib import Path
-from typing import Iterator
+from typing import Iterator, List
 
 import pytest
 from manager_kit import alive, reading
@@ -15,6 +15,7 @@ from surgery_kit import Victim
 from test_replace_faults import Tracers, tracer
 
 from spfs.errors import SpfsError
+from spfs.linux import procfs
 from spfs.linux.mountapi import MS
 from spfs.testing import wait_until
 
@@ -144,15 +145,47 @@ def test_a_mount_helper_that_hangs_is_given_up_with_the_replace(slow: Scene, tmp
     slow.delay("stub", ns_pid=os.getpid(), ns_list=["mnt"])
     slow.ask(fstype="spfsslow", flags=0)
     (tmp_path / "helper/begun").read_text()
-    before = set(Path("/tmp").glob("spfs-mount-*"))
+    (helper,) = helpers(tmp_path)
+    directory = Path(os.fsdecode(Path(f"/proc/{helper}/cmdline").read_bytes().split(b"\0")[3]))
+    assert directory.is_dir()
     assert slow.client.abort(slow.id) == [slow.id]
     with pytest.raises(SpfsError, match="aborted"):
         slow.wait()
     slow.untouched()
-    assert not before & set(Path("/tmp").glob("spfs-mount-*"))
-    helper = str(tmp_path / "helper/mount.spfsslow")
-    found = subprocess.run(["pgrep", "-f", helper], capture_output=True, text=True).stdout
-    assert found == ""
+    assert helpers(tmp_path) == [] and not directory.exists()
+
+
+def helpers(place: Path) -> List[int]:
+    """The mount helpers at work for the scene there; their environment is clean, so that no mark finds them."""
+    found = []
+    for pid in procfs.processes():
+        try:
+            words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if b"/usr/local/sbin/mount.spfsslow" in words and os.fsencode(place / "real/export") in words:
+            found.append(pid)
+    return found
+
+
+def test_a_mount_helper_ends_with_the_job_that_is_killed(slow: Scene, tmp_path: Path) -> None:
+    slow.delay("stub", ns_pid=os.getpid(), ns_list=["mnt"])
+    slow.ask(fstype="spfsslow", flags=0)
+    (tmp_path / "helper/begun").read_text()
+    (helper,) = helpers(tmp_path)
+    job = parent(parent(helper))
+    directory = Path(os.fsdecode(Path(f"/proc/{helper}/cmdline").read_bytes().split(b"\0")[3]))
+    assert parent(job) == slow.manager.pid
+    os.kill(job, signal.SIGKILL)
+    with pytest.raises(SpfsError, match="was killed"):
+        slow.wait()
+    wait_until(lambda: helpers(tmp_path) == [], what="the helper to end")
+    slow.untouched()
+    directory.rmdir()  # empty: what it was made for was mounted in a namespace that is gone
+
+
+def parent(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
 
 
 @paused_at("exchanged")
