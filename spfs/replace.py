@@ -14,13 +14,14 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Callable, Dict, Iterable, Iterator, List, Optional, Tuple
 
-from spfs import mounts, realmount
+from spfs import mounts, nschild, realmount
 from spfs.errors import SpfsError
 from spfs.freezer import Freezer, open_freezer
 from spfs.instances import Instance
-from spfs.linux import procfs
+from spfs.linux import procfs, statx
 from spfs.linux.mountapi import MS
 from spfs.mountswitch import PreparedSwitch, SwitchOutcome, prepare_switch
+from spfs.nschild import Answer
 from spfs.processes import has_ended
 from spfs.realmount import Attempt, Retry, RetryPolicy
 from spfs.references import MountRoot
@@ -32,6 +33,7 @@ from stubfs.errors import StubfsError
 Progress = Callable[[str, Dict[str, object]], None]
 
 CONTROL_TIMEOUT = 60.0  # seconds for the file system process to answer
+PATH_TIMEOUT = 10.0  # seconds for the path to the mountpoint to be resolved
 LAST_REFERENCE_TIMEOUT = 5.0  # seconds; RELEASE comes a moment after the last close
 FREEZE_TIMEOUT = 2.0  # seconds for one attempt: as long do those wait that were frozen first
 FREEZE_ATTEMPTS = 5  # a task that waits for the (slow) real file system cannot be frozen
@@ -86,11 +88,13 @@ def replace(request: ReplaceRequest, filesystem: MountedFilesystem, progress: Pr
         stack.callback(os.close, real_fd)
         with ended.explained(filesystem), FilesystemClient(filesystem.control, timeout=CONTROL_TIMEOUT) as client:
             step = _Step(request, filesystem, freezer, client, real_fd, protect, progress, ended)
-            result, notes = step.run()
-        # Our last descriptors of the old mount are closed; what is left now is other processes'.
-        left = result["left"] or result["mounts_left"]
-        result["ended"] = ended.wait(0 if left else LAST_REFERENCE_TIMEOUT)
-    return {**result, "notes": notes}
+            result = step.run()
+            # Our last descriptors of the old mount are closed; what is left now is other processes'.
+            left = result["left"] or result["mounts_left"]
+            result["ended"] = ended.wait(0 if left else LAST_REFERENCE_TIMEOUT)
+            if not result["ended"]:
+                step.note_open_files()
+    return {**result, "notes": step.notes}
 
 
 class _Step:
@@ -112,25 +116,43 @@ class _Step:
         self._freezer = freezer
         self._client = client
         self._real_fd = real_fd
+        self._root_fd = real_fd  # of what is left where no mount of the old file system is any more
         self._protect = protect
         self._progress = progress
         self._ended = ended
-        self._notes: List[str] = []
+        self._proxied = False
+        self.notes: List[str] = []
 
-    def run(self) -> Tuple[Dict[str, object], List[str]]:
+    def run(self) -> Dict[str, object]:
         moved, mounted, left = self._moved()
         self._progress("verified", {"mounts": len(mounted.switched), "left": len(left)})
-        report: Dict[str, object] = {
+        return {
             **moved.data(),
             "mounts": len(mounted.switched),
             "mounts_left": [{"mount": one.describe(), "reason": why} for one, why in left],
         }
-        return report, self._notes
+
+    def note_open_files(self) -> None:
+        """What the file system still has open, also for those whom /proc does not show (in flight, io_uring …)."""
+        try:
+            for handle in self._client.handles():
+                path = "a file without a name" if handle.path is None else handle.path or "the root directory"
+                self.notes.append(f"{path}: still open in the file system (opened by process {handle.pid})")
+        except (StubfsError, OSError):
+            pass  # it has ended after all
 
     def _moved(self) -> Tuple[SwitchReport, SwitchOutcome, List[Tuple[Instance, str]]]:
         found = mounts.instances(self._filesystem.device, [self._filesystem.target])
         self._note_missing_bindmounts(found)
-        with prepare_switch(found, self._real_fd, [self._filesystem.target]) as prepared:
+        with ExitStack() as stack:
+            if not found:
+                there = _on_path(self._filesystem, self._real_fd)
+                if there is not None:
+                    stack.callback(os.close, there)
+                    self._root_fd = there
+            prepared = stack.enter_context(
+                prepare_switch(found, self._real_fd, [self._filesystem.target])
+            )
             outcomes: List[SwitchOutcome] = []
 
             def when_stopped() -> None:
@@ -166,7 +188,7 @@ class _Step:
 
     def _switch(self, prepared: PreparedSwitch) -> Switch:
         # References on a mount that was unmounted lazily are on none of the mounts found: any root will do for them.
-        default = MountRoot(self._real_fd)
+        default = MountRoot(self._root_fd)
         return Switch(
             self._filesystem.device,
             _Names(self._client),
@@ -179,8 +201,10 @@ class _Step:
 
     def _let_through(self, prepared: PreparedSwitch) -> None:
         """From here on requests go to the real file system; those that were held first of all."""
-        if self._client.status().mode != "proxy":
-            self._client.mode("proxy", self._real_fd)
+        if not self._proxied:
+            # Also if it was proxy before, to what an earlier replace or somebody else had named.
+            self._client.mode("proxy", self._root_fd)
+            self._proxied = True
             self._progress("proxy", {})
         prepared.prepare_nested()
 
@@ -204,7 +228,27 @@ class _Step:
         there = {os.path.normpath(one.mountpoint) for one in found}
         for path in self._request.bindmounts:
             if not any(place == path or place.endswith("/" + path.strip("/")) for place in there):
-                self._notes.append(f"bind mount {path}: the file system is not mounted there")
+                self.notes.append(f"bind mount {path}: the file system is not mounted there")
+
+
+def _on_path(filesystem: MountedFilesystem, real_fd: int) -> Optional[int]:
+    """The root of the mount on the path, if an earlier replace has put just this file system there; the caller's.
+
+    What was left then must come to that mount: on another one of the same file system its paths would be unreachable.
+    """
+
+    def work() -> Answer:
+        return None, [os.open(filesystem.mountpoint, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)]
+
+    try:
+        there = nschild.run(work, filesystem.target, ("mnt",), PATH_TIMEOUT).steal()
+    except OSError:
+        return None  # nothing is there
+    found, wanted = (statx.examine("", fd, statx.AT_EMPTY_PATH) for fd in (there, real_fd))
+    if (found.device, found.inode) == (wanted.device, wanted.inode):
+        return there
+    os.close(there)
+    return None
 
 
 class _Names:
