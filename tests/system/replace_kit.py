@@ -259,7 +259,7 @@ class Scene:
     def held_by(self, *pids: int) -> None:
         """Wait until a request of each process is held."""
         wanted = set(pids)
-        wait_until(lambda: wanted <= {one["pid"] for one in self.client.held(self.id)}, what="requests to be held")
+        wait_until(lambda: wanted <= {one["pid"] for one in self.client.held(self.id)}, TIMEOUT, "requests held")
 
     def replaced(self) -> None:
         """The real side, and it alone, is on the path; FUSE is gone."""
