@@ -12,7 +12,7 @@ import stat
 import time
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Callable, Dict, Iterable, Iterator, List, Optional, Tuple
+from typing import Callable, Dict, Iterable, Iterator, List, Optional, Set, Tuple
 
 from spfs import mounts, nschild, realmount
 from spfs.errors import SpfsError
@@ -121,6 +121,7 @@ class _Step:
         self._progress = progress
         self._ended = ended
         self._proxied = False
+        self._late: Set[int] = set()  # old mounts whose new root was known only after the switch
         self.notes: List[str] = []
 
     def run(self) -> Dict[str, object]:
@@ -161,6 +162,8 @@ class _Step:
                 except SpfsError:
                     prepared.undo()
                     raise
+                copied = (number for number, how in outcomes[0].switched.items() if how == "propagated")
+                self._late.update(copied)
 
             for attempt in range(1, FREEZE_ATTEMPTS + 1):
                 with self._switch(prepared) as switch:
@@ -196,6 +199,7 @@ class _Step:
             self._freezer,
             strict=self._request.strict,
             exclude={*self._protect, *prepared.helpers},
+            late=self._late,
             freeze_timeout=FREEZE_TIMEOUT,
         )
 

@@ -86,7 +86,8 @@ class Switch:
     """One switch of the processes from the mount of ``device`` (st_dev). Used once; ``close`` releases everything.
 
     ``resolver`` knows the paths behind the device's inode numbers, ``roots`` the new mount for an old mount's id
-    (LookupError: none). ``exclude``: processes never to be touched, the file system's own among them.
+    (LookupError: none). ``exclude``: processes never to be touched, the file system's own among them. ``late``: ids of
+    old mounts whose root is another one after the mounts were switched; looked at then, so it may be filled by that.
     """
 
     def __init__(
@@ -98,6 +99,7 @@ class Switch:
         *,
         strict: bool = False,
         exclude: Container[int] = (),
+        late: Container[int] = (),
         freeze_timeout: float = FREEZE_TIMEOUT,
         progress: Progress = _no_progress,
     ) -> None:
@@ -109,6 +111,7 @@ class Switch:
         self._freezer = freezer
         self._strict = strict
         self._exclude = exclude
+        self._late = late
         self._freeze_timeout = freeze_timeout
         self._progress = progress
         self._examiner = Examiner(device)
@@ -238,6 +241,7 @@ class Switch:
             if cancelled.is_set():
                 raise SpfsError("cannot move the processes: told to give up")
             self._timed("mounts", when_stopped)
+            self._timed("open again", self._open_again)
             self._timed("fifos", lambda: fifos.transfer(self._processes.values()))
             self._timed("locks", lambda: locks.transfer(self._processes.values()))
             self._timed("operate", lambda: self._operate(theatre, operations, bell))
@@ -251,6 +255,10 @@ class Switch:
             bell.close()
             if collecting:
                 gc.enable()
+
+    def _open_again(self) -> None:
+        for failure in self._counterparts.open_again(self._processes.values(), self._late):
+            _log.warning("its counterpart stays on a mount that is on no path: %s", failure)
 
     def _stage(self, name: str, begin: float) -> None:
         self._stages[name] = self._stages.get(name, 0.0) + time.perf_counter() - begin

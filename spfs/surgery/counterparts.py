@@ -10,7 +10,7 @@ import fcntl
 import os
 import stat
 from functools import partial
-from typing import Callable, Dict, Iterable, Optional, Set, Tuple
+from typing import Callable, Container, Dict, Iterable, Iterator, List, Optional, Set, Tuple
 
 from spfs.errors import reason
 from spfs.linux import procfs, statx
@@ -51,11 +51,34 @@ class Counterparts:
         self._roots = roots
         self._paths: Dict[int, Optional[str]] = {}
         self._mapped: Dict[Tuple[int, int, bool], int] = {}
+        # How each counterpart was opened, by its descriptor; of those that were closed meanwhile, too.
+        self._how: Dict[int, Tuple[procfs.Status, statx.Object, int]] = {}
 
     def close(self) -> None:
         for fd in self._mapped.values():
             os.close(fd)
         self._mapped.clear()
+        self._how.clear()
+
+    def open_again(self, processes: Iterable[Process], mounts: Container[int]) -> List[str]:
+        """Open the counterparts of what was on old ``mounts`` (ids) once more, behind the same descriptors and with
+        the same offsets and flags: their new roots are others by now. What could not be is told; it keeps what it had.
+        """
+        wanted = {fd for process in processes for old, fd in _counterparts(process) if old.mount_id in mounts}
+        failures: List[str] = []
+        for fd in wanted:
+            status, old, flags = self._how[fd]
+            try:
+                again = self._open_as(status, old, flags)
+                try:
+                    if not flags & os.O_PATH:
+                        _copy_state(fd, again)
+                    os.dup2(again, fd, inheritable=False)
+                finally:
+                    os.close(again)
+            except OSError as error:
+                failures.append(f"{self._paths.get(old.inode) or '.'}: {reason(error)}")
+        return failures
 
     def provide(self, processes: Iterable[Process]) -> None:
         """Open what is still missing for the references of ``processes``."""
@@ -107,21 +130,18 @@ class Counterparts:
             if flags & _TMPFILE:
                 flags &= ~(_TMPFILE | os.O_DIRECTORY)
             mode = description.object.mode
-            if description.kind is Kind.FIFO:
-                description.new = self._fifo(status, description, flags)
-            else:
-                if flags & os.O_PATH and stat.S_ISLNK(mode):
-                    flags |= os.O_NOFOLLOW
-                description.new = self._open(status, description.object, flags)
+            if flags & os.O_PATH and stat.S_ISLNK(mode):
+                flags |= os.O_NOFOLLOW
+            description.new = self._open(status, description.object, flags)
             _copy_owner(description.copy, description.new, description.flags)
 
         self._attempt(description, action)
 
-    def _fifo(self, status: procfs.Status, description: Description, flags: int) -> int:
+    def _fifo(self, status: procfs.Status, old: statx.Object, flags: int) -> int:
         # Opened for both, which never waits (fifo(7)), so that neither does the opening of one end.
-        both = self._open(status, description.object, os.O_RDWR | os.O_NONBLOCK)
+        both = self._open_file(status, old, os.O_RDWR | os.O_NONBLOCK)
         try:
-            fd = self._open(status, description.object, flags | os.O_NONBLOCK)
+            fd = self._open_file(status, old, flags | os.O_NONBLOCK)
             fcntl.fcntl(fd, fcntl.F_SETFL, flags & SETTABLE)
             return fd
         finally:
@@ -149,6 +169,16 @@ class Counterparts:
         region.new = fd
 
     def _open(self, status: procfs.Status, old: statx.Object, flags: int) -> int:
+        fd = self._open_as(status, old, flags)
+        self._how[fd] = (status, old, flags)
+        return fd
+
+    def _open_as(self, status: procfs.Status, old: statx.Object, flags: int) -> int:
+        if stat.S_ISFIFO(old.mode) and not flags & os.O_PATH:
+            return self._fifo(status, old, flags)
+        return self._open_file(status, old, flags)
+
+    def _open_file(self, status: procfs.Status, old: statx.Object, flags: int) -> int:
         path = self._paths.get(old.inode)
         if path is None:
             raise OSError(errno.ESTALE, "it has no name any more (deleted)")
@@ -175,6 +205,23 @@ class Counterparts:
         except PermissionError:
             # The process may have opened it before it gave up privileges, or got it from somebody who had them.
             return openat2(root.fd, relative, flags, _RESOLVE)
+
+
+def _counterparts(process: Process) -> Iterator[Tuple[statx.Object, int]]:
+    """What the process holds, with the descriptors of the counterparts that there are."""
+    held = [description for table in process.tables for description in table.held.values()]
+    records: List["Description | Place | Region"] = [*held, *process.places()]
+    records += process.memory.regions if process.memory else ()
+    return ((record.object, record.new) for record in records if record.new >= 0)
+
+
+def _copy_state(old: int, new: int) -> None:
+    """Offset, status flags and owner, from one description that is ours to another one."""
+    flags = fcntl.fcntl(old, fcntl.F_GETFL)
+    fcntl.fcntl(new, fcntl.F_SETFL, flags & SETTABLE)
+    _copy_owner(old, new, flags)
+    if not stat.S_ISFIFO(os.fstat(old).st_mode):
+        os.lseek(new, os.lseek(old, 0, os.SEEK_CUR), os.SEEK_SET)
 
 
 def _copy_owner(old: int, new: int, flags: int) -> None:
