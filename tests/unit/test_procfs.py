@@ -23,6 +23,8 @@ MAPS = b"""\
 7f0000000000-7f0000001000 r--p 00000000 08:2d 5                          /other
 """
 
+DATA = Path(__file__).parents[1] / "data"
+
 
 def test_lines_of_a_device() -> None:
     lines = procfs.lines_of_device(MAPS, os.makedev(0, 0x2D))
@@ -53,7 +55,10 @@ def test_status_of_ourselves() -> None:
     status = procfs.parse_status(Path("/proc/self/status").read_bytes())
     assert (status.uid, status.gid, status.groups) == (os.geteuid(), os.getegid(), tuple(os.getgroups()))
     assert not status.kernel_thread and status.seccomp == 0
-    assert procfs.parse_status(Path("/proc/2/status").read_bytes()).kernel_thread
+
+
+def test_status_of_a_kernel_thread() -> None:
+    assert procfs.parse_status((DATA / "status-kernel-thread").read_bytes()).kernel_thread
 
 
 FDINFO = b"""\
