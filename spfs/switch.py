@@ -16,7 +16,7 @@ import resource
 import threading
 import time
 from dataclasses import dataclass, field
-from typing import Callable, Container, Dict, List, Tuple, TypeVar
+from typing import Callable, Container, Dict, List, Optional, Tuple, TypeVar, Union
 
 from spfs.errors import MissingFeatureError, SpfsError, reason
 from spfs.freezer import Freezer
@@ -26,8 +26,8 @@ from spfs.linux import procfs
 from spfs.linux.arch import Architecture
 from spfs.linux.process import KCMP_FILES, KCMP_FS, KCMP_VM
 from spfs.references import LeftReference, MountRoot, Resolver
-from spfs.surgery import fifos, locks, report, scheduler
-from spfs.surgery.compare import Comparison, memory_is_same
+from spfs.surgery import fifos, locks, report, scheduler, sockets
+from spfs.surgery.compare import Comparison, memory_is_same, take_offsets_over
 from spfs.surgery.counterparts import Counterparts
 from spfs.surgery.examine import Examiner, FdTable, FsContext, Memory, Process, shared
 from spfs.surgery.gadget import GadgetFinder
@@ -161,7 +161,9 @@ class Switch:
         _raise_descriptor_limit()
         self._locks = locks.held(self._device)  # before the processes: a lock that comes now is noticed either way
         frozen = set(self._freezer.pids())
-        for pid in sorted(frozen | set(procfs.processes())):
+        pids = sorted(frozen | set(procfs.processes()))
+        self._examiner.sockets = sockets.bound_on(self._device, pids)
+        for pid in pids:
             if pid == os.getpid() or pid in self._exclude or pid in self._processes:
                 continue
             try:
@@ -234,7 +236,7 @@ class Switch:
             self._stage("stop", begin)
             stale = self._compare(theatre, comparison)
             if stale:
-                operations = self._examine_again(theatre, stale, operations)
+                operations = self._examine_again(theatre, stale, comparison, operations)
             self._judge()
             if self._strict:
                 self._refuse(report.left(self._processes.values()))
@@ -317,26 +319,50 @@ class Switch:
         self._stage("compare", begin)
         return sorted(stale)
 
-    def _examine_again(self, theatre: Theatre, pids: List[int], operations: List[Operation]) -> List[Operation]:
+    def _examine_again(
+        self, theatre: Theatre, pids: List[int], comparison: Comparison, operations: List[Operation]
+    ) -> List[Operation]:
         begin = time.perf_counter()
+        pids = self._with_sharers(pids)
         fresh: List[Process] = []
         for pid in pids:
-            process = self._examiner.process(pid)
-            former = self._processes.pop(pid, None)
-            if former is not None:
-                former.close()
-            if process is None:
-                continue
-            if process.traced:
-                process.problem = theatre.problems.get(pid)  # by us, if there is none
-            self._processes[pid] = process
-            fresh.append(process)
+            process = self._processes.get(pid)
+            if process is None or not self._examiner.refresh(process, comparison.locked):
+                process = self._examine_anew(theatre, pid)
+            if process is not None:
+                fresh.append(process)
         self._counterparts.provide(fresh)
-        Comparison(fresh, self._device, {}).stale()  # for the offsets
+        take_offsets_over(fresh)
         plan = [operation for operation in operations if operation.process.pid not in pids]
         plan += self._plan(fresh, len(operations))
         self._stage("examine again", begin)
         return plan
+
+    def _examine_anew(self, theatre: Theatre, pid: int) -> Optional[Process]:
+        process = self._examiner.process(pid)
+        former = self._processes.pop(pid, None)
+        if former is not None:
+            former.close()
+        if process is not None:
+            if process.traced:
+                process.problem = theatre.problems.get(pid)  # by us, if there is none
+            self._processes[pid] = process
+        return process
+
+    def _with_sharers(self, pids: List[int]) -> List[int]:
+        """With those that one of them acts for, or that act for one of them."""
+        wanted = set(pids)
+        grown = True
+        while grown:
+            grown = False
+            of = {id(record): p.pid for p in self._processes.values() for record in _shareable(p)}
+            for process in self._processes.values():
+                owners = {of[id(record.owner)] for record in _shareable(process) if record.owner is not None}
+                for one, other in ((process.pid, owner) for owner in owners):
+                    if (one in wanted) != (other in wanted):
+                        wanted |= {one, other}
+                        grown = True
+        return sorted(wanted)
 
     def _plan(self, processes: List[Process], first: int = 0) -> List[Operation]:
         """One operation for each task that must act, encoded for scratch memory at an address of its own."""
@@ -462,6 +488,9 @@ class Switch:
 
 def _find_owners(processes: List[Process]) -> None:
     """Where tables, directories or memory are shared between processes (clone(2)), let one act for all."""
+    for process in processes:
+        for record in _shareable(process):
+            record.owner = None
     tables = [table for process in processes for table in process.tables if table.held]
     contexts = [c for process in processes for c in process.contexts if c.cwd or c.root]
     memories = [p.memory for p in processes if p.memory is not None and (p.memory.lines or p.memory.exe)]
@@ -471,6 +500,10 @@ def _find_owners(processes: List[Process]) -> None:
         _by_tid(contexts, tid).owner = _by_tid(contexts, first)
     for tid, first in shared([memory.tid for memory in memories], KCMP_VM).items():
         _by_tid(memories, tid).owner = _by_tid(memories, first)
+
+
+def _shareable(process: Process) -> List[Union[FdTable, FsContext, Memory]]:
+    return [*process.tables, *process.contexts, *([process.memory] if process.memory else [])]
 
 
 def _by_tid(records: List[R], tid: int) -> R:

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import fcntl
 import os
-from typing import Dict, List, Optional, Set, Tuple
+from typing import Dict, Iterable, List, Optional, Sequence, Set, Tuple
 
 from spfs.linux import process as syscalls
 from spfs.linux import procfs, statx
 from spfs.linux.arch import LOAD_ARGUMENT_1
-from spfs.linux.calls import CallTable, address_of, result_address, run_local
+from spfs.linux.calls import ENTRY, CallTable, address_of, result_address, run_local
 from spfs.references import Kind
 from spfs.surgery import locks
 from spfs.surgery.counterparts import SETTABLE
@@ -34,6 +34,7 @@ class Comparison:
         self._paths: List[Tuple[str, Process, Optional[int]]] = []  # with the inode expected on the device
         self._descriptions: List[Description] = []
         self._locks = known_locks
+        self.locked: Set[int] = set()  # inode numbers whose locks have changed, as ``stale`` found
         for process in processes:
             self._add(process)
         names = [os.fsencode(path) + b"\0" for path, _, _ in self._paths]
@@ -45,12 +46,7 @@ class Comparison:
             self._calls.add("statx", statx.AT_FDCWD, name, statx.AT_STATX_DONT_SYNC, statx.MASK, answer)
             name += len(path)
             answer += statx.SIZE
-        self._first_seek = len(self._calls)
-        for description in self._descriptions:
-            self._calls.add("lseek", description.copy, 0, os.SEEK_CUR)
-            self._calls.add("lseek", description.new, 0, os.SEEK_SET, load=LOAD_ARGUMENT_1)
-            self._calls.add("fcntl", description.copy, fcntl.F_GETFL)
-        self._link_seeks()
+        self._offsets = _Offsets(self._calls, self._descriptions)
 
     def _add(self, process: Process) -> None:
         calls, me = self._calls, os.getpid()
@@ -80,14 +76,6 @@ class Comparison:
         exe = process.memory.exe if process.memory else None
         self._paths.append((f"/proc/{process.pid}/exe", process, exe.object.inode if exe else None))
 
-    def _link_seeks(self) -> None:
-        """Each counterpart's lseek takes its offset from the result of the call before it."""
-        encoded = self._calls.encode()
-        base = address_of(encoded)
-        for index in range(self._first_seek, len(self._calls), 3):
-            start = (index + 1) * 64 + 16  # the second argument
-            encoded[start : start + 8] = result_address(base, index).to_bytes(8, "little")
-
     def stale(self) -> List[Process]:
         """Those of the processes that hold something else by now. The counterparts' offsets and flags are set."""
         outcome = run_local(self._calls)
@@ -96,7 +84,9 @@ class Comparison:
             if any(outcome[first:end]) or self._changed(process):
                 stale[process.pid] = process
         now = locks.held(self._device)
-        changed = {inode for inode in now.keys() | self._locks.keys() if now.get(inode) != self._locks.get(inode)}
+        known = self._locks
+        changed = {inode for inode in now.keys() | known.keys() if now.get(inode) != known.get(inode)}
+        self.locked = changed
         for process in self._processes if changed else ():
             if any(d.object.inode in changed for table in process.tables for d in table.held.values()):
                 stale[process.pid] = process
@@ -110,12 +100,7 @@ class Comparison:
                     inode = words[start + 8] | words[start + 9] << 32
             if inode != expected:
                 stale[process.pid] = process
-        for index, description in enumerate(self._descriptions):
-            position, _, flags = outcome[self._first_seek + 3 * index : self._first_seek + 3 * index + 3]
-            if description.kind is Kind.DIRECTORY and position:
-                description.problem = "is being read, and its position means nothing on another file system"
-            if flags >= 0 and (flags ^ description.flags) & SETTABLE:
-                fcntl.fcntl(description.new, fcntl.F_SETFL, flags & SETTABLE)
+        self._offsets.finish(outcome)
         return list(stale.values())
 
     @staticmethod
@@ -128,6 +113,46 @@ class Comparison:
             if len(names) != len(table.numbers) or set(map(int, names)) != table.numbers:
                 return True
         return set(procfs.tasks(process.pid)) - process.tids != set()
+
+
+class _Offsets:
+    """Gives counterparts the offsets and flags of their originals: calls to be added last to a table."""
+
+    def __init__(self, calls: CallTable, descriptions: List[Description]) -> None:
+        self._descriptions = descriptions
+        self._first = len(calls)
+        for description in descriptions:
+            calls.add("lseek", description.copy, 0, os.SEEK_CUR)
+            calls.add("lseek", description.new, 0, os.SEEK_SET, load=LOAD_ARGUMENT_1)
+            calls.add("fcntl", description.copy, fcntl.F_GETFL)
+        # Each counterpart's lseek takes its offset from the result of the call before it.
+        encoded = calls.encode()
+        base = address_of(encoded)
+        for index in range(self._first, len(calls), 3):
+            start = (index + 1) * ENTRY + 16  # the second argument
+            encoded[start : start + 8] = result_address(base, index).to_bytes(8, "little")
+
+    def finish(self, outcome: Sequence[int]) -> None:
+        for index, description in enumerate(self._descriptions):
+            position, _, flags = outcome[self._first + 3 * index : self._first + 3 * index + 3]
+            if description.kind is Kind.DIRECTORY and position:
+                description.problem = "is being read, and its position means nothing on another file system"
+            if flags >= 0 and (flags ^ description.flags) & SETTABLE:
+                fcntl.fcntl(description.new, fcntl.F_SETFL, flags & SETTABLE)
+
+
+def take_offsets_over(processes: Iterable[Process]) -> None:
+    """For counterparts that were opened when the processes stood still already."""
+    found = {
+        id(description): description
+        for process in processes
+        for table in process.tables
+        for description in table.held.values()
+        if description.new >= 0 and description.kind is not Kind.PATH
+    }
+    calls = CallTable()
+    offsets = _Offsets(calls, list(found.values()))
+    offsets.finish(run_local(calls))
 
 
 def memory_is_same(process: Process, maps: bytes, device: int) -> bool:

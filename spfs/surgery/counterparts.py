@@ -87,12 +87,14 @@ class Counterparts:
         done: Set[int] = set()
         for process in processes:
             for table in process.tables:
+                for place in table.sockets.values():
+                    place.path = self._paths.get(place.inode)
                 for description in table.held.values():
                     if id(description) not in done:
                         done.add(id(description))
                         self._description(process.status, description)
-            for place in process.places():
-                self._attempt(place, partial(self._place, process.status, place))
+            for directory in process.places():
+                self._attempt(directory, partial(self._place, process.status, directory))
             for region in process.memory.regions if process.memory else ():
                 self._attempt(region, partial(self._region, process.status, region))
 
@@ -101,6 +103,7 @@ class Counterparts:
         for process in processes:
             wanted.update(d.object.inode for t in process.tables for d in t.held.values())
             wanted.update(place.object.inode for place in process.places())
+            wanted.update(place.inode for t in process.tables for place in t.sockets.values())
             if process.memory:
                 wanted.update(region.object.inode for region in process.memory.regions)
         wanted -= self._paths.keys()

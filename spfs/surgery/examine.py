@@ -11,8 +11,9 @@ import errno
 import functools
 import os
 import stat
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Dict, List, Optional, Sequence, Set, Tuple
+from typing import Container, Dict, Iterator, List, Optional, Sequence, Set, Tuple
 
 from spfs.linux import process, procfs, statx
 from spfs.linux.calls import CallTable, address_of, run_local
@@ -71,10 +72,19 @@ class FdTable:
     limit: int = 0  # RLIMIT_NOFILE, soft and hard
     hard_limit: int = 0
     watches: List[Tuple[int, str]] = field(default_factory=list)  # descriptors that watch the mount, and how
+    sockets: Dict[int, "SocketPlace"] = field(default_factory=dict)  # those bound on the mount
     epolls: Dict[int, List["EpollEntry"]] = field(default_factory=dict)  # by watched descriptor
     owner: Optional["FdTable"] = None  # another process's record of the same table, which is operated on instead
     moved: Set[int] = field(default_factory=set)
     failures: Dict[int, str] = field(default_factory=dict)
+
+
+@dataclass(eq=False)
+class SocketPlace:
+    """Where a unix socket is bound on the mount."""
+
+    inode: int
+    path: Optional[str] = None
 
 
 @dataclass(frozen=True)
@@ -146,7 +156,7 @@ class Process:
     @property
     def uses_mount(self) -> bool:
         return (
-            any(table.held or table.watches for table in self.tables)
+            any(table.held or table.watches or table.sockets for table in self.tables)
             or any(context.cwd or context.root for context in self.contexts)
             or (self.memory is not None and bool(self.memory.lines or self.memory.exe))
         )
@@ -205,6 +215,7 @@ class Examiner:
 
     def __init__(self, device: int) -> None:
         self.device = device
+        self.sockets: Dict[int, int] = {}  # sockets bound on it; ``spfs.surgery.sockets.bound_on``
         self._descriptions: Dict[Tuple[int, int], List[Description]] = {}
 
     def close(self) -> None:
@@ -238,6 +249,98 @@ class Examiner:
             raise
         return record
 
+    def refresh(self, record: Process, locked: Container[int] = ()) -> bool:
+        """Bring the record of a stopped process up to date: what it still holds keeps its description or place, and
+        so its counterpart. ``locked``: inode numbers whose locks have changed.
+
+        False if it cannot be done that way (other tasks have tables of their own, or it is gone): examine it anew.
+        """
+        try:
+            now = procfs.parse_stat(procfs.read(f"/proc/{record.pid}/stat"))
+            if now.start != record.start:
+                return False
+            record.command = now.command
+            tids = procfs.tasks(record.pid)
+            if not self._has_same_owners(record, tids):
+                return False
+            record.tids = set(tids)
+            record.status = procfs.parse_status(procfs.read(f"/proc/{record.pid}/status"))
+            for table in record.tables:
+                self._refresh_table(record, table, locked)
+            for context in record.contexts:
+                cwd, root = objects([f"/proc/{context.tid}/cwd", f"/proc/{context.tid}/root"])
+                context.cwd = self._same_place(context.cwd, cwd, Kind.CWD)
+                context.root = self._same_place(context.root, root, Kind.ROOT)
+            if record.memory is not None:
+                self._refresh_memory(record.memory)
+        except (FileNotFoundError, ProcessLookupError):
+            return False
+        return True
+
+    @staticmethod
+    def _has_same_owners(record: Process, tids: List[int]) -> bool:
+        """Whether each task has the table and the directories of one that stands for them, as before."""
+        leader = record.tables[0].tid
+        for records, kind in ((record.tables, process.KCMP_FILES), (record.contexts, process.KCMP_FS)):
+            own = {one.tid for one in records}
+            if not own <= set(tids) or records[0].tid != leader:
+                return False
+            if any(process.kcmp(leader, tid, kind, 0, 0) for tid in tids if tid not in own):
+                return False
+        return record.memory is not None and record.memory.tid == leader
+
+    def _refresh_table(self, record: Process, table: FdTable, locked: Container[int]) -> None:
+        fresh = {int(name) for name in os.listdir(f"/proc/{table.tid}/fd")}
+        calls, me = CallTable(), os.getpid()
+        for number, description in table.held.items():
+            calls.add("kcmp", table.tid, me, process.KCMP_FILE, number, description.copy)
+        same = [number for number, result in zip(table.held, run_local(calls)) if result == 0]
+        changed = {number for number in same if table.held[number].object.inode in locked}
+        kept = {number: table.held[number] for number in same}
+        table.numbers, table.held = fresh, {}
+        with self._pidfd_of(record, table.tid) as pidfd:
+            others = sorted(fresh - (kept.keys() - changed))
+            found = dict(zip(others, objects([f"/proc/{table.tid}/fd/{number}" for number in others])))
+            for number in sorted(fresh):
+                if number not in found:
+                    table.held[number] = kept[number]
+                    continue
+                thing = found[number]
+                if thing is not None and thing.device == self.device:
+                    opened = self._description(table.tid, pidfd, number, thing)
+                    if opened is not None:
+                        table.held[number] = opened
+        # Registrations do not show in the descriptor: these are read again.
+        table.watches, table.epolls, table.sockets = [], {}, {}
+        for number, thing in found.items():
+            if thing is not None:
+                self._look_closer(table, number, thing)
+
+    def _same_place(self, former: Optional[Place], found: Optional[statx.Object], kind: Kind) -> Optional[Place]:
+        if former is not None:
+            if found is not None and _is_same(former.object, found):
+                return former
+            former.close()
+        return self._place(found, kind)
+
+    def _refresh_memory(self, memory: Memory) -> None:
+        (exe,) = objects([f"/proc/{memory.tid}/exe"])
+        memory.exe = self._same_place(memory.exe, exe, Kind.EXE)
+        memory.maps = procfs.read(f"/proc/{memory.tid}/maps")
+        lines = procfs.lines_of_device(memory.maps, self.device)
+        if lines == memory.lines:
+            return
+        former = {region.mapping: region for region in memory.regions}
+        mappings = [procfs.parse_mapping(line) for line in lines]
+        memory.lines, memory.regions = lines, []
+        # smaps is by far the slowest: the kernel looks at each page for it.
+        new = any(mapping not in former for mapping in mappings)
+        flags = procfs.parse_vm_flags(procfs.read(f"/proc/{memory.tid}/smaps")) if new else {}
+        for mapping in mappings:
+            region = former.get(mapping) or _region(memory.tid, mapping, flags)
+            if region is not None:
+                memory.regions.append(region)
+
     def _fill(self, record: Process) -> None:
         tids = [tid for tid in procfs.tasks(record.pid) if not _is_dead(tid)]
         if not tids:
@@ -263,10 +366,7 @@ class Examiner:
         numbers = [int(name) for name in os.listdir(f"/proc/{tid}/fd")]
         soft, hard = procfs.parse_descriptor_limits(procfs.read(f"/proc/{tid}/limits"))
         table = FdTable(tid, set(numbers), limit=soft, hard_limit=hard)
-        pidfd = record.pidfd
-        if tid != record.pid and record.pid in record.tids:
-            pidfd = process.pidfd_open(tid, leader=False)
-        try:
+        with self._pidfd_of(record, tid) as pidfd:
             for number, found in zip(numbers, objects([f"/proc/{tid}/fd/{number}" for number in numbers])):
                 if found is None:
                     continue
@@ -274,12 +374,22 @@ class Examiner:
                     description = self._description(tid, pidfd, number, found)
                     if description is not None:
                         table.held[number] = description
-                elif stat.S_IFMT(found.mode) == 0:  # an anonymous inode: epoll, inotify, fanotify …
-                    self._watch(table, number)
-        finally:
-            if pidfd != record.pidfd:
-                os.close(pidfd)
+                else:
+                    self._look_closer(table, number, found)
         return table
+
+    @staticmethod
+    @contextmanager
+    def _pidfd_of(record: Process, tid: int) -> Iterator[int]:
+        """A pidfd of the task whose table it is: the process's, or one of its own."""
+        if tid == record.pid or record.pid not in record.tids:
+            yield record.pidfd
+            return
+        pidfd = process.pidfd_open(tid, leader=False)
+        try:
+            yield pidfd
+        finally:
+            os.close(pidfd)
 
     def _description(self, tid: int, pidfd: int, number: int, found: statx.Object) -> Optional[Description]:
         info = procfs.parse_fdinfo(procfs.read(f"/proc/{tid}/fdinfo/{number}"))
@@ -304,6 +414,13 @@ class Examiner:
         locks.note(description, info)
         candidates.insert(low, description)
         return description
+
+    def _look_closer(self, table: FdTable, number: int, found: statx.Object) -> None:
+        """At what is not on the mount: it may hold it all the same."""
+        if stat.S_IFMT(found.mode) == 0:  # an anonymous inode: epoll, inotify, fanotify …
+            self._watch(table, number)
+        elif stat.S_ISSOCK(found.mode) and found.inode in self.sockets:
+            table.sockets[number] = SocketPlace(self.sockets[found.inode])
 
     def _watch(self, table: FdTable, number: int) -> None:
         """Note what an inotify, fanotify or epoll descriptor watches on the mount."""
@@ -355,6 +472,10 @@ def _region(tid: int, mapping: procfs.Mapping, flags: Dict[int, frozenset[str]])
         return None  # changed since maps was read: seen when the process stands still
     kind = Kind.SHARED_MAPPING if mapping.shared else Kind.PRIVATE_MAPPING
     return Region(mapping, found, kind, flags.get(mapping.start, frozenset()), mode)
+
+
+def _is_same(former: statx.Object, found: statx.Object) -> bool:
+    return (former.device, former.inode, former.mount_id) == (found.device, found.inode, found.mount_id)
 
 
 def _is_dead(tid: int) -> bool:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Dict, Iterable, Iterator, List, Optional, Tuple
 
-from spfs.references import LeftReference
+from spfs.references import Kind, LeftReference
 from spfs.surgery.examine import Process
+
+SOCKETS_STAY = "sockets are not moved: it is bound on the old mount, or was accepted by one that is"
 
 
 def entries(process: Process) -> Iterator[Tuple[str, str, Optional[str], Optional[str]]]:
@@ -19,6 +21,8 @@ def entries(process: Process) -> Iterator[Tuple[str, str, Optional[str], Optiona
                 yield description.kind.value, f"fd {number}", description.path, problem
         for number, kind in table.watches:
             yield kind, f"fd {number}", None, "watches are not moved"
+        for number, bound in table.sockets.items():
+            yield Kind.SOCKET.value, f"fd {number}", bound.path, SOCKETS_STAY
     for context in process.contexts:
         for place in (context.cwd, context.root) if context.owner is None else ():
             if place is not None and not place.moved:
