@@ -8,9 +8,10 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import dataclass
-from typing import Dict, FrozenSet, List, NamedTuple, Optional, Tuple
+from typing import Dict, FrozenSet, Iterable, List, NamedTuple, Optional, Tuple
 
 _READ = 1 << 16
+_PAGE = 4096  # bytes of a file made record by record that the kernel makes at a time
 
 
 def read(path: str) -> bytes:
@@ -176,6 +177,27 @@ def parse_vm_flags(smaps: bytes) -> Dict[int, FrozenSet[str]]:
             if b":" not in head and re.match(rb"[0-9a-f]+-[0-9a-f]+ ", line):
                 start = int(head, 16)
     return found
+
+
+def read_vm_flags(path: str, wanted: Iterable[int]) -> Dict[int, FrozenSet[str]]:
+    """``parse_vm_flags`` of smaps file ``path``, read only up to the last of the start addresses ``wanted``: the kernel
+    walks the page tables of each mapping that is read."""
+    last = re.compile(rb"^%08x-" % max(wanted), re.MULTILINE)
+    data, looked_at, record = b"", 0, -1
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        while True:
+            part = os.read(fd, _PAGE)
+            data += part
+            found = last.search(data, looked_at) if record < 0 else None
+            if found is not None:
+                record = found.start()
+            looked_at = data.rfind(b"\n") + 1
+            flags = data.find(b"\nVmFlags:", record) if record >= 0 else -1
+            if not part or flags >= 0 and flags + 1 < looked_at:
+                return parse_vm_flags(data)
+    finally:
+        os.close(fd)
 
 
 def parse_descriptor_limits(limits: bytes) -> Tuple[int, int]:

@@ -333,9 +333,8 @@ class Examiner:
         former = {region.mapping: region for region in memory.regions}
         mappings = [procfs.parse_mapping(line) for line in lines]
         memory.lines, memory.regions = lines, []
-        # smaps is by far the slowest: the kernel looks at each page for it.
-        new = any(mapping not in former for mapping in mappings)
-        flags = procfs.parse_vm_flags(procfs.read(f"/proc/{memory.tid}/smaps")) if new else {}
+        new = [mapping.start for mapping in mappings if mapping not in former]
+        flags = procfs.read_vm_flags(f"/proc/{memory.tid}/smaps", new) if new else {}
         for mapping in mappings:
             region = former.get(mapping) or _region(memory.tid, mapping, flags)
             if region is not None:
@@ -455,9 +454,10 @@ class Examiner:
         (exe,) = objects([f"/proc/{tid}/exe"])
         memory = Memory(tid, procfs.lines_of_device(maps, self.device), exe=self._place(exe, Kind.EXE), maps=maps)
         if memory.lines:
-            flags = procfs.parse_vm_flags(procfs.read(f"/proc/{tid}/smaps"))
-            for line in memory.lines:
-                region = _region(tid, procfs.parse_mapping(line), flags)
+            mappings = [procfs.parse_mapping(line) for line in memory.lines]
+            flags = procfs.read_vm_flags(f"/proc/{tid}/smaps", [mapping.start for mapping in mappings])
+            for mapping in mappings:
+                region = _region(tid, mapping, flags)
                 if region is not None:
                     memory.regions.append(region)
         return memory

@@ -104,6 +104,17 @@ def test_flags_of_mappings() -> None:
     assert procfs.parse_vm_flags(keyed) == {0x7F00: {"rd", "wr", "pkey"}, 0x7F01: {"rd"}}
 
 
+def test_vm_flags_of_some_mappings() -> None:
+    """Up to the last one asked for, wherever it lies; what lies behind is not read."""
+    everything = procfs.parse_vm_flags(procfs.read("/proc/self/smaps"))
+    starts = sorted(everything)
+    for index in (0, len(starts) // 2, len(starts) - 1):
+        some = procfs.read_vm_flags("/proc/self/smaps", [starts[0], starts[index]])
+        assert all(some[start] == everything[start] for start in (starts[0], starts[index]))
+    assert len(procfs.read_vm_flags("/proc/self/smaps", starts[:1])) < len(starts)
+    assert procfs.read_vm_flags("/proc/self/smaps", [1]).keys() == everything.keys()  # gone meanwhile
+
+
 def test_statx_agrees_with_stat(tmp_path: Path) -> None:
     (tmp_path / "f").write_bytes(b"12345")
     (tmp_path / "l").symlink_to("f")
