@@ -9,6 +9,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Iterator, List
 
+import psutil
 import pytest
 
 from spfs import realmount
@@ -105,3 +106,15 @@ def mounts_at(pid: object, path: str) -> List[Mount]:
     """mountinfo's lines of what is mounted at ``path`` or below, split into fields."""
     lines = [line.split(" ") for line in Path(f"/proc/{pid}/mountinfo").read_text().splitlines()]
     return [line for line in lines if (line[4] + "/").startswith(path + "/")]
+
+
+def daemons(command: str) -> List[int]:
+    """The processes whose command line begins so."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if " ".join(process.cmdline()).startswith(command):
+                found.append(process.pid)
+        except psutil.Error:
+            continue  # it has ended
+    return found

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Iterator, List
 
 import pytest
-from mount_kit import Places, places  # noqa: F401
+from mount_kit import Places, daemons, places  # noqa: F401
 
 from spfs.errors import SpfsError
 from spfs.freezer import FreezerV1, FreezerV2, NoFreezer, open_freezer
@@ -147,7 +147,7 @@ def test_unused_it_changes_nothing(cgroup: Cgroup) -> None:
 def test_a_task_that_waits_for_a_file_system(cgroup: Cgroup, places: Places) -> None:  # noqa: F811
     places.base()
     places.bindfs("source", "mnt")
-    daemon = int(subprocess.check_output(["pgrep", "-n", "-f", f"bindfs {places.path('source')}"]))
+    (daemon,) = daemons(f"bindfs {places.path('source')}")
     os.kill(daemon, signal.SIGSTOP)
     try:
         waiter = cgroup.spawn("cat", places.path("mnt/who"))

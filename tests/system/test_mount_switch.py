@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Callable, Iterator, List, Optional, Sequence
 
 import pytest
-from mount_kit import Places, mounts_at, places, read_in  # noqa: F401
+from mount_kit import Places, daemons, mounts_at, places, read_in  # noqa: F401
 
 from spfs import mountclones, mounts, mountswitch
 from spfs.errors import SpfsError
@@ -97,7 +97,7 @@ def test_it_is_fast_once_it_is_prepared(places: Places) -> None:  # noqa: F811
 
 def test_a_stopped_file_system_is_asked_nothing(places: Places) -> None:  # noqa: F811
     device = fuse(places)
-    daemon = int(subprocess.check_output(["pgrep", "-n", "-f", f"bindfs {places.path('source')}"]))
+    (daemon,) = daemons(f"bindfs {places.path('source')}")
     os.kill(daemon, signal.SIGSTOP)
     try:
         with mounts.prepare_switch(mounts.instances(device), real(places), timeout=5) as prepared:

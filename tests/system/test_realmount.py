@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Iterator, List
 
 import pytest
-from mount_kit import Places, mounts_at, places  # noqa: F401
+from mount_kit import Places, daemons, mounts_at, places  # noqa: F401
 
 from spfs import mounts, realmount
 from spfs.errors import SpfsError
@@ -116,8 +116,7 @@ def test_a_fuse_type_by_its_helper(tmp_path: Path, here: Target) -> None:
         Path(f"/proc/self/fd/{fd}/file").write_text("x")
     assert caught.value.errno == errno.EROFS
     os.close(fd)
-    running = ["pgrep", "-f", f"bindfs {tmp_path}"]
-    wait_until(lambda: subprocess.run(running, stdout=subprocess.DEVNULL).returncode == 1, what="bindfs ends")
+    wait_until(lambda: not daemons(f"bindfs {tmp_path}"), what="bindfs ends")
 
 
 @pytest.fixture
