@@ -29,7 +29,7 @@ from spfs.references import LeftReference, MountRoot, Resolver
 from spfs.surgery import fifos, locks, report, scheduler, sockets
 from spfs.surgery.compare import Comparison, memory_is_same, take_offsets_over
 from spfs.surgery.counterparts import Counterparts
-from spfs.surgery.examine import Examiner, FdTable, FsContext, Memory, Process, shared
+from spfs.surgery.examine import OUT_OF_REACH, Examiner, FdTable, FsContext, Memory, Process, shared
 from spfs.surgery.gadget import GadgetFinder
 from spfs.surgery.operation import BASE_STEP, FIRST_BASE, Operation
 from spfs.surgery.theatre import CANNOT_STOP, Theatre, in_group_stop, in_own_thread, task_state
@@ -404,8 +404,13 @@ class Switch:
                 process.problem = "its seccomp filter cannot be suspended (the one who replaces is under seccomp too)"
                 continue
             pidfd = process.pidfd
-            if operation.tid != process.pid and process.pid in process.tids:
-                pidfd = syscalls.pidfd_open(operation.tid, leader=False)
+            of_its_own = operation.tid in {table.tid for table in process.tables} or process.pid not in process.tids
+            if operation.tid != process.pid and of_its_own:
+                try:
+                    pidfd = syscalls.pidfd_open(operation.tid, leader=False)
+                except OSError as error:
+                    operation.refuse(OUT_OF_REACH if error.errno == errno.EINVAL else reason(error))
+                    continue
             tracee = Tracee(operation.tid, process.pid, pidfd, self._architecture, sandboxed)
             tracees[tracee] = operation
             scripts[tracee] = operation.script(tracee, self._gadgets)

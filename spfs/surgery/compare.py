@@ -18,7 +18,7 @@ from spfs.linux.calls import ENTRY, CallTable, address_of, result_address, run_l
 from spfs.references import Kind
 from spfs.surgery import locks
 from spfs.surgery.counterparts import SETTABLE
-from spfs.surgery.examine import Description, Process
+from spfs.surgery.examine import Description, Process, is_dead
 
 _DEVICE_WORDS = statx.SIZE // 4
 
@@ -62,6 +62,8 @@ class Comparison:
         seen: Set[int] = {id(description) for description in self._descriptions}
         for table in process.tables:
             for number, description in table.held.items():
+                if description.copy < 0:
+                    continue
                 calls.add("kcmp", table.tid, me, syscalls.KCMP_FILE, number, description.copy)
                 if id(description) not in seen and description.new >= 0 and description.kind is not Kind.PATH:
                     seen.add(id(description))
@@ -74,7 +76,7 @@ class Comparison:
                 expected = place.object.inode if place else None
                 self._paths.append((f"/proc/{context.tid}/{name}", process, expected))
         exe = process.memory.exe if process.memory else None
-        self._paths.append((f"/proc/{process.pid}/exe", process, exe.object.inode if exe else None))
+        self._paths.append((f"/proc/{leader}/exe", process, exe.object.inode if exe else None))
 
     def stale(self) -> List[Process]:
         """Those of the processes that hold something else by now. The counterparts' offsets and flags are set."""
@@ -112,7 +114,7 @@ class Comparison:
                 return True
             if len(names) != len(table.numbers) or set(map(int, names)) != table.numbers:
                 return True
-        return set(procfs.tasks(process.pid)) - process.tids != set()
+        return any(tid not in process.tids and not is_dead(tid) for tid in procfs.tasks(process.pid))
 
 
 class _Offsets:

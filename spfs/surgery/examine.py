@@ -21,11 +21,15 @@ from spfs.references import Kind
 from spfs.surgery import locks
 
 
+OUT_OF_REACH = "a thread has it in a table of its own, which cannot be reached before Linux 6.9"
+
+
 @dataclass(eq=False)
 class Description:
     """An open file description of the old mount: one object however many descriptors refer to it.
 
-    ``copy`` is our descriptor of it, ``new`` that of its counterpart (-1: none yet); both are closed by ``close``.
+    ``copy`` is our descriptor of it (-1 for what is out of reach), ``new`` that of its counterpart (-1: none yet); both
+    are closed by ``close``.
     """
 
     object: statx.Object
@@ -227,17 +231,22 @@ class Examiner:
     def process(self, pid: int) -> Optional[Process]:
         """Everything ``pid`` holds; None if it is gone, a zombie or a kernel thread."""
         try:
-            status = procfs.parse_status(procfs.read(f"/proc/{pid}/status"))
+            before = procfs.parse_stat(procfs.read(f"/proc/{pid}/stat"))
+            task = pid
+            if before.state in "ZX":  # only the first thread, perhaps
+                task = next((tid for tid in procfs.tasks(pid) if not is_dead(tid)), 0)
+                if not task:
+                    return None
+            status = procfs.parse_status(procfs.read(f"/proc/{task}/status"))
             if status.kernel_thread:
                 return None
-            before = procfs.parse_stat(procfs.read(f"/proc/{pid}/stat"))
             pidfd = process.pidfd_open(pid)
         except (FileNotFoundError, ProcessLookupError):
             return None
         record = Process(pid, before.command, before.start, pidfd, status)
         try:
             self._fill(record)
-            if _is_32_bit(pid):
+            if _is_32_bit(task):
                 record.problem = "is a 32-bit process, which cannot be operated on"
             elif status.tracer:
                 record.problem, record.traced = f"is traced by process {status.tracer}", True
@@ -260,11 +269,11 @@ class Examiner:
             if now.start != record.start:
                 return False
             record.command = now.command
-            tids = procfs.tasks(record.pid)
+            tids = [tid for tid in procfs.tasks(record.pid) if tid in record.tids or not is_dead(tid)]
             if not self._has_same_owners(record, tids):
                 return False
             record.tids = set(tids)
-            record.status = procfs.parse_status(procfs.read(f"/proc/{record.pid}/status"))
+            record.status = procfs.parse_status(procfs.read(f"/proc/{record.tables[0].tid}/status"))
             for table in record.tables:
                 self._refresh_table(record, table, locked)
             for context in record.contexts:
@@ -341,7 +350,7 @@ class Examiner:
                 memory.regions.append(region)
 
     def _fill(self, record: Process) -> None:
-        tids = [tid for tid in procfs.tasks(record.pid) if not _is_dead(tid)]
+        tids = [tid for tid in procfs.tasks(record.pid) if not is_dead(tid)]
         if not tids:
             raise ProcessLookupError(record.pid)
         record.tids = set(tids)
@@ -380,11 +389,17 @@ class Examiner:
     @staticmethod
     @contextmanager
     def _pidfd_of(record: Process, tid: int) -> Iterator[int]:
-        """A pidfd of the task whose table it is: the process's, or one of its own."""
-        if tid == record.pid or record.pid not in record.tids:
+        """A pidfd of the task whose table it is: the process's, or one of its own; -1 if that cannot be had."""
+        if tid == record.pid:
             yield record.pidfd
             return
-        pidfd = process.pidfd_open(tid, leader=False)
+        try:
+            pidfd = process.pidfd_open(tid, leader=False)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            yield -1
+            return
         try:
             yield pidfd
         finally:
@@ -400,8 +415,12 @@ class Examiner:
             order = process.kcmp(tid, os.getpid(), process.KCMP_FILE, number, candidates[middle].copy)
             if order == 0:
                 locks.note(candidates[middle], info)
+                if pidfd < 0:  # nor can the other descriptors of it go: they would no longer share the offset
+                    candidates[middle].problem = OUT_OF_REACH
                 return candidates[middle]
             low, high = (low, middle) if order == 1 else (middle + 1, high)
+        if pidfd < 0:
+            return Description(found, flags, kind_of(found.mode, flags), info.position, problem=OUT_OF_REACH)
         try:
             copy = process.pidfd_getfd(pidfd, number, 0)
         except OSError as error:
@@ -478,7 +497,7 @@ def _is_same(former: statx.Object, found: statx.Object) -> bool:
     return (former.device, former.inode, former.mount_id) == (found.device, found.inode, found.mount_id)
 
 
-def _is_dead(tid: int) -> bool:
+def is_dead(tid: int) -> bool:
     try:
         return procfs.parse_stat(procfs.read(f"/proc/{tid}/stat")).state in "ZX"
     except (FileNotFoundError, ProcessLookupError):

@@ -16,7 +16,7 @@ from spfs.linux.arch import LOAD_ARGUMENT_0, LOAD_ARGUMENT_2
 from spfs.linux.calls import CallTable, result_address, results
 from spfs.references import Kind
 from spfs.surgery import maps, message
-from spfs.surgery.examine import Description, EpollEntry, FdTable, FsContext, Memory, Place, Process
+from spfs.surgery.examine import Description, EpollEntry, FdTable, FsContext, Memory, Place, Process, Region
 from spfs.surgery.gadget import GadgetFinder
 from spfs.tracee import DOT, PAGE, PAIR, USER, Script, Tracee
 from stubfs.wire import MAX_FDS
@@ -154,6 +154,20 @@ class Operation:
                 if place is not None and place.problem is None and place.new >= 0:
                     found.append((-1, place, place.new))
         return found
+
+    def refuse(self, why: str) -> None:
+        """Note that nothing of it can be done."""
+        if self.table is not None:
+            for number in self.table.held:
+                self.table.failures.setdefault(number, why)
+        records: List["Place | Region | None"] = []
+        if self.context is not None:
+            records += [self.context.cwd, self.context.root]
+        if self.memory is not None:
+            records += [*self.memory.regions, self.memory.exe]
+        for record in records:
+            if record is not None and record.problem is None:
+                record.problem = why
 
     def epolls(self, item: Item) -> "List[EpollEntry]":
         number, place, _ = item

@@ -15,6 +15,7 @@ import pytest
 from surgery_kit import Mounts, Victim, compile_c, tasks_stopped
 
 from spfs.errors import SpfsError
+from spfs.linux import process
 
 pytestmark = [pytest.mark.needs_root, pytest.mark.needs_ptrace]
 
@@ -149,6 +150,67 @@ threads = [threading.Thread(target=alone), threading.Thread(target=go.wait)]
     assert mounts.switch().moved == {"file": 1, "cwd": 1}
     assert victim.run("go.set(); [t.join() for t in threads]; found") == [(b"new", ["here"])]
     assert mounts.users() == []
+
+
+def test_tables_of_threads_that_cannot_be_reached(
+    mounts: Mounts, victim: Victim, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on kernels without pidfds of threads: what such a thread has is left, and said to be; the rest goes."""
+    paths = [mounts.file(name) for name in ("both", "leader", "thread")]
+    victim.run(
+        f"""
+import ctypes
+libc = ctypes.CDLL(None, use_errno=True)
+ready, go = threading.Event(), threading.Event()
+both, mine = os.open({paths[0]!r}, os.O_RDONLY), os.open({paths[1]!r}, os.O_RDONLY)
+def alone():
+    assert libc.unshare(0x400) == 0  # CLONE_FILES
+    os.close(mine)
+    os.open({paths[2]!r}, os.O_RDONLY)
+    ready.set(); go.wait()
+thread = threading.Thread(target=alone)
+thread.start(); ready.wait()
+"""
+    )
+    pidfd_open = process.pidfd_open
+
+    def of_leaders(tid: int, leader: bool = True) -> int:
+        if not leader:
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return pidfd_open(tid)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(process, "pidfd_open", of_leaders)
+        report = mounts.switch()
+    assert report.moved == {"file": 1}
+    assert sorted(one.path or "" for one in report.left) == ["both", "both", "thread"]
+    assert all("before Linux 6.9" in one.reason for one in report.left)
+    assert victim.run("os.pread(both, 3, 0), os.pread(mine, 3, 0)") == (b"old", b"new")
+    assert mounts.switch().left == [] and mounts.users() == []
+    victim.run("go.set(); thread.join()")
+
+
+def test_process_whose_first_thread_has_ended(mounts: Mounts) -> None:
+    """It has no descriptors any more; those of its other threads are moved all the same."""
+    source = f"""
+import ctypes, os, threading, sys
+fd = os.open({mounts.file("f")!r}, os.O_RDONLY)
+os.chdir({str(mounts.old)!r})
+def rest():
+    while open('/proc/%d/stat' % os.getpid()).read().rpartition(')')[2].split()[0] != 'Z': pass
+    os.write(1, b'r'); os.read(0, 1); os.write(1, os.pread(fd, 3, 0)); os._exit(0)
+threading.Thread(target=rest).start()
+ctypes.CDLL(None).syscall(60, 0)  # exit, of this thread alone
+"""
+    with subprocess.Popen(
+        [shutil.which("python3") or "python3", "-c", source], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as ended:
+        assert ended.stdout is not None and ended.stdin is not None
+        assert os.read(ended.stdout.fileno(), 1) == b"r"
+        report = mounts.switch()
+        out, _ = ended.communicate(b"x", timeout=20)
+        assert (report.moved, report.left) == ({"file": 1, "cwd": 1}, [])
+        assert out == b"new"
 
 
 def test_tables_shared_between_processes(mounts: Mounts, tmp_path: Path) -> None:
