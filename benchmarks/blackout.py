@@ -18,14 +18,13 @@ import sys
 import tempfile
 import time
 from contextlib import ExitStack
-from typing import Any, Dict, List, Tuple
+from typing import Any, Dict, Iterable, List, Optional, Tuple
 
 from rich.console import Console
 from rich.table import Table
 
 from spfs.freezer import NoFreezer
 from spfs.references import MountRoot
-from spfs.surgery.tree import TreeResolver
 from spfs.switch import Switch, SwitchReport
 
 CASES: List[Tuple[int, int, float]] = [(1, 1000, 4.0), (10, 100, 5.0), (50, 10, 15.0)]  # processes, fds, ratio to reach
@@ -40,6 +39,16 @@ print("ready", flush=True)
 sys.stdin.read(1)
 assert all(os.lseek(fd, 0, os.SEEK_CUR) == 3 for fd in fds)
 """
+
+
+class _Names:
+    """The resolver for a directory of files."""
+
+    def __init__(self, directory: str) -> None:
+        self._names = {entry.inode(): entry.name for entry in os.scandir(directory)}
+
+    def paths(self, nodes: Iterable[int]) -> Dict[int, Optional[str]]:
+        return {node: self._names.get(node) for node in nodes}
 
 
 class Case:
@@ -86,14 +95,13 @@ class Case:
 
     def move(self) -> SwitchReport:
         """From the first mount to the second one, which then changes places with it."""
-        old, new = os.open(self.mounts[0], os.O_RDONLY), os.open(self.mounts[1], os.O_PATH)
+        new = os.open(self.mounts[1], os.O_PATH)
         try:
-            device = os.fstat(old).st_dev
-            with Switch(device, TreeResolver(old), lambda mount: MountRoot(new), NoFreezer()) as switch:
+            device = os.stat(self.mounts[0]).st_dev
+            with Switch(device, _Names(self.mounts[0]), lambda mount: MountRoot(new), NoFreezer()) as switch:
                 switch.prepare()
                 report = switch.execute(lambda: None)
         finally:
-            os.close(old)
             os.close(new)
         if report.moved != {"file": self.files} or report.left:
             raise AssertionError(f"not everything was moved: {report.moved}, {report.left[:3]}")

@@ -20,7 +20,6 @@ from spfs.linux.calls import CallTable, address_of, run_local
 from spfs.references import Kind
 from spfs.surgery import locks
 
-
 OUT_OF_REACH = "a thread has it in a table of its own, which cannot be reached before Linux 6.9"
 
 

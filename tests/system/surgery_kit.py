@@ -8,12 +8,11 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, Callable, Iterator, List, Optional, Sequence
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Sequence
 
 from spfs.freezer import Freezer, NoFreezer
 from spfs.references import MountRoot
 from spfs.surgery.examine import objects
-from spfs.surgery.tree import TreeResolver
 from spfs.switch import Preparation, Switch, SwitchReport
 from spfs.testing import process_state, wait_until
 
@@ -86,6 +85,18 @@ class Victim:
         self.process.wait()
 
 
+class Tree:
+    """Resolves inode numbers by a walk through the whole tree at ``top``."""
+
+    def __init__(self, top: Path) -> None:
+        self._top = top
+
+    def paths(self, nodes: Iterable[int]) -> Dict[int, Optional[str]]:
+        names = {self._top.stat().st_ino: ""}
+        names.update({path.lstat().st_ino: str(path.relative_to(self._top)) for path in self._top.rglob("*")})
+        return {node: names.get(node) for node in nodes}
+
+
 class Mounts:
     """Two tmpfs mounts, ``old`` and ``new``."""
 
@@ -123,18 +134,17 @@ class Mounts:
         **options: Any,
     ) -> "tuple[Preparation, SwitchReport]":
         """The whole switch; ``between`` is called after prepare, ``when_stopped`` while all stand still."""
-        old, new = os.open(self.old, os.O_RDONLY), os.open(self.new, os.O_PATH)
+        new = os.open(self.new, os.O_PATH)
         try:
             device = os.stat(self.old).st_dev
             with Switch(
-                device, TreeResolver(old), lambda mount: MountRoot(new), freezer or NoFreezer(), **options
+                device, Tree(self.old), lambda mount: MountRoot(new), freezer or NoFreezer(), **options
             ) as switch:
                 preparation = switch.prepare()
                 between()
                 report = switch.execute(when_stopped)
             return preparation, report
         finally:
-            os.close(old)
             os.close(new)
 
     def users(self) -> List[int]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import fcntl
 import mmap
 import os
-import stat
 import tempfile
 from pathlib import Path
 
@@ -13,7 +12,6 @@ import pytest
 
 from spfs.linux import procfs, statx
 from spfs.references import MountRoot
-from spfs.surgery.tree import TreeResolver
 
 MAPS = b"""\
 55d0c0a00000-55d0c0a01000 r--p 00000000 00:2d 5                          /mnt/a b (deleted)
@@ -136,19 +134,3 @@ def test_paths_beneath_a_root() -> None:
     assert MountRoot(-1).relative("a/b") == "a/b"
     root = MountRoot(-1, "a/b")
     assert [root.relative(path) for path in ("a/b", "a/b/c", "a/bc", "a", "")] == ["", "c", None, None, None]
-
-
-def test_names_of_inodes(tmp_path: Path) -> None:
-    (tmp_path / "d" / "e").mkdir(parents=True)
-    (tmp_path / "d" / "e" / "f").touch()
-    (tmp_path / "gone").touch()
-    root = os.open(tmp_path, os.O_RDONLY)
-    try:
-        gone = os.stat(tmp_path / "gone").st_ino
-        os.rename(tmp_path / "gone", tmp_path / "d" / "g")
-        numbers = {name: os.stat(tmp_path / name).st_ino for name in ("", "d", "d/e/f", "d/g")}
-        found = TreeResolver(root).paths([*numbers.values(), 1 << 60])
-        assert found == {**{number: name for name, number in numbers.items()}, 1 << 60: None} and gone in found
-    finally:
-        os.close(root)
-    assert stat.S_ISDIR(os.stat(tmp_path).st_mode)
