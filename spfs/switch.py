@@ -16,7 +16,7 @@ import resource
 import threading
 import time
 from dataclasses import dataclass, field
-from typing import Callable, Container, Dict, List, Optional, Tuple, TypeVar, Union
+from typing import Callable, Collection, Container, Dict, List, Optional, Tuple, TypeVar, Union
 
 from spfs.errors import MissingFeatureError, SpfsError, reason
 from spfs.freezer import Freezer
@@ -99,7 +99,7 @@ class Switch:
         *,
         strict: bool = False,
         exclude: Container[int] = (),
-        late: Container[int] = (),
+        late: Collection[int] = (),
         freeze_timeout: float = FREEZE_TIMEOUT,
         progress: Progress = _no_progress,
     ) -> None:
@@ -259,6 +259,8 @@ class Switch:
                 gc.enable()
 
     def _open_again(self) -> None:
+        if not self._late:
+            return
         for failure in self._counterparts.open_again(self._processes.values(), self._late):
             _log.warning("its counterpart stays on a mount that is on no path: %s", failure)
 

@@ -361,6 +361,53 @@ def test_busy_registers(mounts: Mounts, tmp_path: Path) -> None:
         assert (out.split(), process.returncode) == ([b"0", b"new"], 0)
 
 
+RESTARTABLE = r"""
+#include <fcntl.h>
+#include <stdio.h>
+#include <sys/rseq.h>
+#include <unistd.h>
+
+/* stays in a critical section that is left only by being aborted, as each interruption must do */
+int main(int argc, char **argv)
+{
+    struct rseq *area = (struct rseq *)((char *)__builtin_thread_pointer() + __rseq_offset);
+    int fd = open(argv[1], O_RDONLY);
+    char contents[4] = "";
+    if (!__rseq_size) { write(1, "none\n", 5); return 0; }
+    write(1, "ready\n", 6);
+    do {
+        asm volatile(
+            ".pushsection sections, \"aw\"\n .balign 32\n 3: .long 0, 0\n .quad 1f, 2f - 1f, 4f\n .popsection\n"
+            "lea 3b(%%rip), %%rax\n mov %%rax, %0\n"
+            "1: pause\n jmp 1b\n 2:\n"
+            ".pushsection aborts, \"ax\"\n .byte 0x0f, 0xb9, 0x3d\n .long 0x53053053\n 4: jmp 5f\n .popsection\n"
+            "5:\n"
+            : "=m"(area->rseq_cs) : : "rax", "memory");
+        pread(fd, contents, 3, 0);
+    } while (contents[0] != 'n');
+    write(1, contents, 3);
+    return 0;
+}
+"""
+
+
+@pytest.mark.skipif(os.uname().machine != "x86_64", reason="the assembly of another architecture")
+@pytest.mark.skipif(not os.path.exists("/usr/include/x86_64-linux-gnu/sys/rseq.h"), reason="no rseq in this C library")
+def test_restartable_sequence(mounts: Mounts, tmp_path: Path) -> None:
+    """Interrupted in a critical section: it is aborted. Gone on with, this one would never end."""
+    program = compile_c(tmp_path, RESTARTABLE, "-Wno-unused-result")
+    with subprocess.Popen([program, str(mounts.old / "f")], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        try:
+            if process.stdout.readline() == b"none\n":
+                pytest.skip("the C library has not registered rseq")
+            assert mounts.switch().moved == {"file": 1}
+            out, _ = process.communicate(timeout=20)
+            assert (out, process.returncode) == (b"new", 0)
+        finally:
+            process.kill()
+
+
 def test_many_switches_of_a_busy_process(mounts: Mounts) -> None:
     """There and back, thirty times, while threads allocate, sleep and are sent signals."""
     victim = Victim()
