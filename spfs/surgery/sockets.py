@@ -23,13 +23,24 @@ def bound_on(device: int, pids: Iterable[int]) -> Dict[int, int]:
     for pid in pids:
         try:
             namespace = namespaces.inode(pid, "net")
-            if namespace in seen:
-                continue
+        except OSError:
+            continue  # it has ended
+        if namespace in seen:
+            continue
+        # Not tried again through others that fail: each attempt could make the kernel look for a module.
+        seen.add(namespace)
+        try:
             sockets = _sockets_of(pid)
+        except (FileNotFoundError, ProcessLookupError) as error:
+            if not os.path.exists(f"/proc/{pid}"):
+                seen.discard(namespace)  # it has ended in between: by way of another process
+                continue
+            # The kernel has no unix_diag, in no namespace.
+            _log.warning("unix sockets on the old mount cannot be found: %s", error)
+            return found
         except OSError as error:
             _log.debug("the sockets of process %d's network namespace cannot be listed: %s", pid, error)
             continue
-        seen.add(namespace)
         found.update({one.number: one.inode for one in sockets if one.device == device})
     return found
 

@@ -10,6 +10,7 @@ from replace_kit import Scene, scene
 from surgery_kit import Mounts, Victim
 
 from spfs.errors import SpfsError
+from spfs.linux import sockdiag
 
 __all__ = ["scene"]
 
@@ -29,6 +30,14 @@ abstract = socket.socket(socket.AF_UNIX)
 abstract.bind('\\0spfs-test-%d' % os.getpid())
 pair = socket.socketpair()
 """
+
+
+@pytest.fixture(autouse=True)
+def can_be_listed() -> None:
+    try:
+        sockdiag.bound_sockets()
+    except OSError as error:
+        pytest.skip(f"this kernel does not list unix sockets (unix_diag): {error}")
 
 
 @pytest.fixture
