@@ -67,8 +67,11 @@ class ManagerClient:
         try:
             self._sock: socket.socket = wire.connect(socket_path, timeout)
         except OSError as error:
-            gone = error.errno in (errno.ENOENT, errno.ECONNREFUSED)
-            hint = "start it: spfs-manager -d --socket-path PATH" if gone else "the socket is its owner's and root's"
+            hint = {
+                errno.ENAMETOOLONG: f"use a path of at most {wire.MAX_PATH} bytes",
+                errno.EACCES: "the socket is its owner's and root's",
+                errno.EPROTOTYPE: "that is the socket of something else",
+            }.get(error.errno or 0, "start it: spfs-manager -d --socket-path PATH")
             raise SpfsError(
                 f"cannot reach the manager: {socket_path}: {reason(error)}", hint, error.errno or errno.EIO
             ) from error

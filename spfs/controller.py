@@ -50,8 +50,10 @@ class Controller:
         self._exit_with_spfs = exit_with_spfs
         self._started = time.time()
         self._ending = False
+        self._accepting = True
         self._last_seen = time.monotonic()
         self._connections: Set[Connection] = set()
+        self._waiting: Set[Callable[[Reply], None]] = set()  # the ends of waits
         self._loop = EventLoop()
         self._supervisor = Supervisor(self._loop, work, log_dir, verbosity, self._changed)
         self._registry = self._supervisor.registry
@@ -101,11 +103,14 @@ class Controller:
         except BlockingIOError:
             return
         except OSError as error:
+            if self._accepting:  # said once, not at every attempt
+                log.error("cannot accept a client: %s", error)
+            self._accepting = False
             # Level-triggered: without a pause we would spin until a descriptor is free again.
-            log.error("cannot accept a client: %s", error)
             self._loop.unwatch(self._listener.fileno())
             self._loop.later(ACCEPT_PAUSE, self._accept_again)
             return
+        self._accepting = True
         uid = wire.peer_uid(sock)
         if uid not in (0, os.geteuid()):
             log.warning("refused a client of uid %d", uid)
@@ -309,6 +314,7 @@ class Controller:
             answer(reply, ())
 
         def stop() -> None:
+            self._waiting.discard(finish)
             forget()
             if timer is not None:
                 timer.cancel()
@@ -328,6 +334,7 @@ class Controller:
         forget = self._supervisor.add_waiter(managed, check)
         timer = self._loop.later(request.timeout, expired) if request.timeout is not None else None
         connection.on_gone = stop
+        self._waiting.add(finish)
 
     def _shutdown(self, request: protocol.Shutdown, answer: Answer, connection: Connection) -> None:
         there = [managed.id for managed in self._registry]
@@ -358,6 +365,9 @@ class Controller:
             return
         self._ending = True
         self._close_listener()
+        for finish in list(self._waiting):
+            hint = "wait again at the next manager on this work directory"
+            finish(protocol.error_reply("cannot wait longer: the manager is ending", hint, errno.ESHUTDOWN))
         self._supervisor.stop()
         self._loop.later(DRAIN, self._stop_waiting_for_clients)
         self._loop.soon(self._changed)

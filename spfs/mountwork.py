@@ -13,7 +13,7 @@ from typing import Any, Callable, Deque, Dict, List, Optional, Sequence, Set, Tu
 
 from spfs import jobs
 from spfs.connection import Call
-from spfs.errors import SpfsError
+from spfs.errors import SpfsError, reason
 from spfs.eventloop import EventLoop
 from spfs.jobs import Context, Job, Outcome
 from spfs.protocol import Reply
@@ -26,6 +26,7 @@ from stubfs.errors import StubfsError
 log = logging.getLogger(__name__)
 
 STATUS_TIMEOUT = 1.0  # seconds for a file system to answer what is merely shown
+LISTING_TIMEOUT = 15.0  # seconds for all that it holds: some ten microseconds each on an idle machine
 
 Done = Callable[[Optional[StubfsError], Dict[str, Any]], None]
 """Told once how something ended: with an error, or with its data."""
@@ -145,13 +146,25 @@ class MountWork:
         self, managed: Managed, request: Dict[str, Any], done: Callable[[Reply, wire.Descriptors], None]
     ) -> None:
         """Ask a file system for something that is merely shown."""
-        Call(self._loop, managed.control, request, done, STATUS_TIMEOUT)
+        timeout = LISTING_TIMEOUT if request["command"] == "held" else STATUS_TIMEOUT
+        Call(self._loop, managed.control, request, done, timeout)
 
     def _save(self, managed: Managed) -> None:
         try:
+            self._save_or_refuse(managed)
+        except SpfsError as error:
+            log.error("%s", error)
+
+    def _save_or_refuse(self, managed: Managed) -> None:
+        """For what a later manager must know, or it would be lost: SpfsError if it cannot be saved."""
+        try:
             self._work.save(managed.name, managed.to_json())
         except OSError as error:
-            log.error("cannot save the state of mount %s: %s", managed.id, error)
+            raise SpfsError(
+                f"cannot save the state of mount {managed.id!r} in {self._work.path}: {reason(error)}",
+                "make room there",
+                error.errno or errno.EIO,
+            ) from error
 
     def _wake(self, managed: Managed) -> None:
         running = self._running.get(managed.number)

@@ -242,6 +242,8 @@ class Registry:
                 if id is not None:
                     raise _running(managed, "hold it")
                 continue
+            if id is None and managed.state is not State.MOUNTED:
+                continue  # a dead one must not keep the others from being let go
             if wanted.phase is not Phase.RUNNING:
                 chosen.append(managed)
         for managed in chosen:

@@ -20,8 +20,13 @@ log = logging.getLogger(__name__)
 
 class Replaces(MountWork):
     def ask_replace(self, request: protocol.Replace) -> Managed:
+        former = self.registry.usable(request.id).replacement
         managed = self.registry.ask_replace(request)
-        self._save(managed)
+        try:
+            self._save_or_refuse(managed)
+        except SpfsError:
+            managed.replacement = former
+            raise
         self.start_if_ready(managed)
         return managed
 

@@ -22,13 +22,17 @@ def write_atomically(path: str, data: bytes) -> None:
     temporary = f"{path}.new"
     fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
     try:
-        view = memoryview(data)
-        while view:
-            view = view[os.write(fd, view) :]
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-    os.rename(temporary, path)
+        try:
+            view = memoryview(data)
+            while view:
+                view = view[os.write(fd, view) :]
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+        os.rename(temporary, path)
+    except OSError:
+        os.unlink(temporary)
+        raise
 
 
 class WorkDirectory:
@@ -51,14 +55,18 @@ class WorkDirectory:
                     f"cannot use the work directory {path}: others may write to it", f"chmod go-w {path}", errno.EPERM
                 )
             self._lock = self._take_lock()
+            try:
+                os.ftruncate(self._lock, 0)
+                os.pwrite(self._lock, f"{os.getpid()}\n".encode(), 0)
+            except OSError:
+                self.close(remove=not any(True for _ in self.load()))
+                raise
         except OSError as error:
             raise SpfsError(
                 f"cannot use the work directory {path}: {reason(error)}",
                 "choose another: --work-dir",
                 error.errno or errno.EIO,
             ) from error
-        os.ftruncate(self._lock, 0)
-        os.pwrite(self._lock, f"{os.getpid()}\n".encode(), 0)
 
     def _make(self, path: str) -> None:
         parent = os.path.dirname(path)
@@ -122,13 +130,16 @@ class WorkDirectory:
             except FileNotFoundError:
                 pass
 
+    def _is_empty_log(self, name: str) -> bool:
+        return name.endswith(".log") and os.lstat(self.file(name)).st_size == 0
+
     def close(self, remove: bool) -> None:
         """Unlock. ``remove``: nothing is left that a later manager needs; our own files go, and the directory if we
         made it and nothing else (a log) is in it."""
         if remove:
             # The lock file goes while it is locked: whoever opened it before finds another one at the name.
             for entry in os.listdir(self.path):
-                if entry == _LOCK or entry.endswith((".json", ".json.new")):
+                if entry == _LOCK or entry.endswith((".json", ".json.new")) or self._is_empty_log(entry):
                     self.forget(entry)
             if self.created:
                 try:

@@ -86,6 +86,8 @@ class Supervisor(ModeChanges):
             done(None, {"id": managed.id, "pid": managed.pid, "device": managed.device, "control": managed.control})
 
         try:
+            # A place for what will have to be saved when the mount is about to be attached.
+            self._save_or_refuse(managed)
             self._run(managed, "mount", work, ended, progress)
         except SpfsError:
             self.registry.discard(managed)
@@ -306,7 +308,11 @@ class Supervisor(ModeChanges):
         running = self._running[managed.number]
         if managed.state is State.STARTING:
             running.taken_over = True
-            return self._undo(managed)
+            if managed.pid:
+                return self._undo(managed)
+            # It got nowhere; what its job had in hand, the job has undone.
+            self.registry.discard(managed)
+            return self._drop(managed)
         managed.state = State.MOUNTED
         self._watch(managed)
         wanted = managed.replacement

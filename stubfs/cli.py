@@ -8,7 +8,7 @@ import os
 import sys
 from typing import List, NoReturn, Optional
 
-from stubfs import daemon, mount
+from stubfs import daemon, mount, stdio
 from stubfs.errors import StubfsError, UsageError, reason
 from stubfs.modes import Mode
 
@@ -39,6 +39,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Optional[List[str]] = None) -> int:
     """Mount and serve; returns the exit status. In the background the parent returns when all is ready."""
+    stdio.open_missing()
     try:
         return _run(parser().parse_args(arguments))
     except StubfsError as error:
@@ -78,7 +79,7 @@ def _run(settings: argparse.Namespace) -> int:
     daemon.warn_of_sysctls()
     if tell is not None:
         tell(0)
-        daemon.leave_terminal(log_fd)
+        stdio.let_go(-1 if log_fd is None else log_fd)
     if ready is not None:
         try:
             os.write(ready, b"\n")
@@ -100,7 +101,7 @@ def _open_log(settings: argparse.Namespace) -> Optional[int]:
     # fusepy says each failed operation, with a traceback, as a debug message.
     logging.getLogger("fuse").setLevel(logging.WARNING)
     if settings.log is None:
-        logging.basicConfig(level=level, format=form)
+        logging.basicConfig(level=level, format=form, handlers=[stdio.PatientHandler()])
         return None
     try:
         stream = open(settings.log, "a", encoding="utf-8", errors="backslashreplace")

@@ -44,6 +44,7 @@ class Control:
         self._own_device = own_device
         self._leave = leave
         self._end = end
+        self._accepting = True
         self._commands: Dict[str, Callable[[Dict[str, Any], wire.Descriptors], Reply]] = {
             "status": self._status,
             "mode": self._mode,
@@ -54,16 +55,28 @@ class Control:
             "quit": self._quit,
         }
 
-    def accept(self) -> None:
-        """Take one client that waits; never blocks for long."""
+    def accept(self) -> bool:
+        """Take one client that waits; never blocks for long. False: out of descriptors or threads, try again later."""
         try:
             client, _ = self.socket.accept()
         except OSError as error:
-            if error.errno not in (errno.EAGAIN, errno.ECONNABORTED):
-                _log.error("cannot accept a control client: %s", error)
-            return
+            if error.errno in (errno.EAGAIN, errno.ECONNABORTED):
+                return True
+            return self._cannot_accept(error)
         client.setblocking(True)
-        threading.Thread(target=self._serve, args=(client,), name="control", daemon=True).start()
+        try:
+            threading.Thread(target=self._serve, args=(client,), name="control", daemon=True).start()
+        except RuntimeError as error:
+            client.close()
+            return self._cannot_accept(error)
+        self._accepting = True
+        return True
+
+    def _cannot_accept(self, error: Exception) -> bool:
+        if self._accepting:  # said once, not at every attempt
+            _log.error("cannot accept a control client: %s", reason(error))
+        self._accepting = False
+        return False
 
     def _serve(self, client: socket.socket) -> None:
         with client:
@@ -224,8 +237,13 @@ def _process(tid: int) -> Tuple[int, str]:
     if not tid:
         return 0, ""
     try:
-        with open(f"/proc/{tid}/status", "rb") as status:
-            fields = dict(line.split(b":\t", 1) for line in status.read().splitlines() if b":\t" in line)
-        return int(fields[b"Tgid"]), os.fsdecode(fields[b"Name"])
-    except (OSError, KeyError, ValueError):
+        # Thousands may be asked for at once: as few steps as can be.
+        fd = os.open(f"/proc/{tid}/status", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            status = os.read(fd, 4096)
+        finally:
+            os.close(fd)
+        name, number = status.index(b"Name:\t") + 6, status.index(b"\nTgid:\t") + 7
+        return int(status[number : status.index(b"\n", number)]), os.fsdecode(status[name : status.index(b"\n")])
+    except (OSError, ValueError):
         return tid, ""

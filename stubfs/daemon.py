@@ -22,6 +22,7 @@ from stubfs.session import Session
 _log = logging.getLogger(__name__)
 _INIT_LIMIT = 10.0  # seconds for the kernel's first request, which it sends when the mount is made
 _OOM_SCORE = "-500"
+_ACCEPT_PAUSE = 0.1  # seconds without accepting control clients when descriptors or threads ran out
 
 
 def close_inherited(kept: Iterable[int]) -> None:
@@ -68,19 +69,13 @@ def go_background() -> Optional[Callable[[int], None]]:
     os.setsid()
 
     def tell(status: int) -> None:
-        os.write(write_end, bytes([status]))
+        try:
+            os.write(write_end, bytes([status]))
+        except OSError:
+            pass  # it was killed; the mount is there all the same
         os.close(write_end)
 
     return tell
-
-
-def leave_terminal(log_fd: Optional[int]) -> None:
-    """Standard input, output and error of a daemon: nothing, or the log."""
-    null = os.open(os.devnull, os.O_RDWR)
-    os.dup2(null, 0)
-    os.dup2(null if log_fd is None else log_fd, 1)
-    os.dup2(null if log_fd is None else log_fd, 2)
-    os.close(null)
 
 
 def warn_of_sysctls() -> None:
@@ -174,12 +169,20 @@ class Daemon:
             selector.register(self._wake_read, selectors.EVENT_READ)
             if self._control is not None:
                 selector.register(self._control.socket, selectors.EVENT_READ, self._control)
+            paused = False
             while True:
-                ready = [key.data for key, _ in selector.select()]
+                ready = [key.data for key, _ in selector.select(_ACCEPT_PAUSE if paused else None)]
                 if None in ready:
                     return
-                for control in ready:
-                    control.accept()
+                if self._control is None:
+                    continue
+                if paused:
+                    selector.register(self._control.socket, selectors.EVENT_READ, self._control)
+                    paused = False
+                elif ready and not self._control.accept():
+                    # The client goes on waiting, and would wake us at once.
+                    selector.unregister(self._control.socket)
+                    paused = True
 
     def leave(self) -> None:
         """Undo everything, in reverse order. Threads that hang in the real file system are left to the exit."""

@@ -10,6 +10,15 @@ import errno as _errno
 from typing import Optional
 
 
+def printable(text: str) -> str:
+    """On one line of any terminal: names may hold newlines, and bytes that are no characters."""
+    if text.isprintable():
+        return text
+    return "".join(
+        char if char.isprintable() else char.encode("unicode_escape", "surrogatepass").decode() for char in text
+    )
+
+
 class StubfsError(Exception):
     """Base of the package's errors.
 
@@ -26,7 +35,7 @@ class StubfsError(Exception):
         self.errno = errno
 
     def __str__(self) -> str:
-        return f"{self.message} ({self.hint})" if self.hint else self.message
+        return printable(f"{self.message} ({self.hint})" if self.hint else self.message)
 
 
 class UsageError(StubfsError):

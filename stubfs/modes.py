@@ -124,9 +124,17 @@ class ModeSwitch:
             if mode is Mode.STUB:
                 self._held.let_go(False)
             drained = True
-            if old.backing is not None:
-                drained = self._leave(old)
-            new = self._make(mode, directory)
+            try:
+                if old.backing is not None:
+                    drained = self._leave(old)
+                new = self._make(mode, directory)
+            except BaseException:
+                # No thread for the invalidation, no memory: as before, or reads would be held for good.
+                self._server.state = old
+                self._held.let_go(old.backing is not None)
+                if directory is not None:
+                    os.close(directory)
+                raise
             self._server.state = new
             # What did not end within the first wait is no reason for a second one.
             drained = self._drain(new, _DRAIN_LIMIT if drained else 0.0)

@@ -10,6 +10,7 @@ import sys
 from typing import NoReturn, Optional, Sequence
 
 from spfs import __version__
+from spfs.cli.arguments import Parser
 from spfs.client import ManagerClient, find_manager
 from spfs.errors import SpfsError, UsageError, reason
 from stubfs.errors import StubfsError
@@ -25,7 +26,7 @@ examples:
 
 
 def parser() -> argparse.ArgumentParser:
-    result = argparse.ArgumentParser(
+    result = Parser(
         prog="spfs-client",
         description="Send one request to a manager of delayed mounts, or to one stand-in file system.",
         epilog=EPILOG,
@@ -101,8 +102,8 @@ def _mode(options: argparse.Namespace) -> None:
 
 
 def main(arguments: Optional[Sequence[str]] = None) -> NoReturn:
-    options = parser().parse_args(arguments)
     try:
+        options = parser().parse_args(arguments)
         options.run(options)
     except StubfsError as error:
         print(f"spfs-client: {error}", file=sys.stderr)

@@ -6,15 +6,17 @@ import argparse
 import errno
 import logging
 import os
+import resource
 import socket
 import sys
 from typing import List, NoReturn, Optional, Sequence
 
 from spfs import __version__
+from spfs.cli.arguments import Parser
 from spfs.controller import Controller
 from spfs.errors import MissingFeatureError, SpfsError, reason
 from spfs.state import WorkDirectory
-from stubfs import wire
+from stubfs import stdio, wire
 from stubfs.errors import StubfsError
 
 DESCRIPTION = """\
@@ -30,7 +32,7 @@ started again with the same --work-dir takes them over and goes on.
 
 
 def parser() -> argparse.ArgumentParser:
-    result = argparse.ArgumentParser(
+    result = Parser(
         prog="spfs-manager",
         description=DESCRIPTION,
         epilog=EPILOG,
@@ -51,8 +53,9 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Optional[Sequence[str]] = None) -> NoReturn:
-    options = parser().parse_args(arguments)
+    stdio.open_missing()
     try:
+        options = parser().parse_args(arguments)
         if options.daemon:
             sys.exit(_start_daemon(options))
         _serve(options, ready=-1)
@@ -65,7 +68,6 @@ def main(arguments: Optional[Sequence[str]] = None) -> NoReturn:
 def _start_daemon(options: argparse.Namespace) -> int:
     """Our exit code: 0 once the daemon's socket accepts, else the daemon's, which has told why on standard error."""
     ready, tell = os.pipe()
-    sys.stderr.flush()
     pid = os.fork()
     if pid == 0:
         os.close(ready)
@@ -82,6 +84,7 @@ def _start_daemon(options: argparse.Namespace) -> int:
 
 def _serve(options: argparse.Namespace, ready: int) -> None:
     _check_rights()
+    _raise_limit()
     work_dir = os.path.abspath(options.work_dir or f"/run/spfs-manager-{os.getpid()}")
     socket_path = os.path.abspath(options.socket_path or os.path.join(work_dir, "spfs-manager.sock"))
     work = WorkDirectory(work_dir)
@@ -98,7 +101,9 @@ def _serve(options: argparse.Namespace, ready: int) -> None:
             work, listener, socket_path, log_dir, verbosity=options.verbose, exit_with_spfs=options.exit_with_spfs
         )
         if ready >= 0:
-            _leave_terminal()
+            os.chdir("/")
+            # Nobody who waits for the end of our output, as system(3) in a pipe does, may wait for the daemon.
+            stdio.let_go()
             os.write(ready, b"\n")
             os.close(ready)
     except BaseException:
@@ -118,6 +123,12 @@ def _check_rights() -> None:
         feature = features.probe(name)
         if not feature.available:
             raise MissingFeatureError(f"cannot start the manager: {feature.reason}", feature.hint, errno.EPERM)
+
+
+def _raise_limit() -> None:
+    """Each mount takes half a dozen descriptors, each client one."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _check_length(path: str, option: str) -> None:
@@ -155,22 +166,15 @@ def _start_log(options: argparse.Namespace, log_dir: Optional[str], work_dir: st
         path = os.path.join(log_dir or (os.getcwd() if options.log else work_dir), name)
         try:
             os.makedirs(os.path.dirname(path), exist_ok=True)
-            # delay: without anything to say there is no file, and a clean work directory can be removed.
-            handlers.append(logging.FileHandler(path, delay=not options.log))
+            handlers.append(logging.FileHandler(path, encoding="utf-8", errors="backslashreplace"))
         except OSError as error:
             raise SpfsError(f"cannot write the log {path}: {reason(error)}", "choose another: --log") from error
+    logging.raiseExceptions = False  # a full disk is no reason for a traceback on standard error
     logging.basicConfig(
-        level=level, handlers=handlers or None, format="%(asctime)s %(process)d %(levelname)s %(name)s: %(message)s"
+        level=level,
+        handlers=handlers or [stdio.PatientHandler()],
+        format="%(asctime)s %(process)d %(levelname)s %(name)s: %(message)s",
     )
-
-
-def _leave_terminal() -> None:
-    """Nobody who waits for the end of our output, as system(3) in a pipe does, may wait for the daemon."""
-    os.chdir("/")
-    null = os.open(os.devnull, os.O_RDWR)
-    for fd in (0, 1, 2):
-        os.dup2(null, fd)
-    os.close(null)
 
 
 if __name__ == "__main__":

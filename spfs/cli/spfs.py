@@ -5,13 +5,15 @@ from __future__ import annotations
 import argparse
 import errno
 import json
+import os
 import sys
 from typing import Any, Callable, Mapping, NoReturn, Optional, Sequence
 
 from spfs import __version__
 from spfs.cli import tables
+from spfs.cli.arguments import Parser
 from spfs.client import ManagerClient, RequestFailed, find_manager
-from spfs.errors import UsageError
+from spfs.errors import SpfsError, UsageError, reason
 from stubfs.errors import StubfsError
 
 DESCRIPTION = """\
@@ -36,11 +38,11 @@ Run = Callable[[argparse.Namespace, ManagerClient], None]
 
 
 def parser() -> argparse.ArgumentParser:
-    result = argparse.ArgumentParser(
+    result = Parser(
         prog="spfs", description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     result.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
-    shared = argparse.ArgumentParser(add_help=False)
+    shared = Parser(add_help=False)
     shared.add_argument("--json", action="store_true", help="print the answer as JSON")
     shared.add_argument(
         "--socket-path",
@@ -137,8 +139,12 @@ def _status(options: argparse.Namespace, client: ManagerClient) -> None:
 
 
 def _held(options: argparse.Namespace, client: ManagerClient) -> None:
-    entries = client.held(options.id)
-    _print(options, [entry for entry in entries if options.pid in (None, entry.get("pid"))], tables.held)
+    answer = client.request("held", id=options.id)
+    entries = [entry for entry in answer["held"] if options.pid in (None, entry.get("pid"))]
+    _print(options, entries, tables.held)
+    if answer["not_answering"]:
+        silent = ", ".join(answer["not_answering"])
+        raise SpfsError(f"cannot list all held requests: {silent}: not answering", "see status", errno.ETIMEDOUT)
 
 
 def _mount(options: argparse.Namespace, client: ManagerClient) -> None:
@@ -212,19 +218,31 @@ def _shutdown(options: argparse.Namespace, client: ManagerClient) -> None:
     _print(options, {})
 
 
+def _give_up_output() -> NoReturn:
+    """What Python still has for standard output goes nowhere, or it would complain once more at its end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(1)
+
+
 def main(arguments: Optional[Sequence[str]] = None) -> NoReturn:
-    options = parser().parse_args(arguments)
+    as_json = False
     try:
+        options = parser().parse_args(arguments)
+        as_json = options.json
         with ManagerClient(find_manager(options.socket_path)) as client:
             options.run(options, client)
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except StubfsError as error:
-        if options.json and isinstance(error, RequestFailed):
+        if as_json and isinstance(error, RequestFailed):
             print(json.dumps({**error.data, "errno": error.errno}, indent=2))
         print(f"spfs: {error}", file=sys.stderr)
         sys.exit(4 if error.errno == errno.ETIMEDOUT else error.exit_code)
     except BrokenPipeError:
-        sys.stderr.close()  # Python would complain about standard output, which nobody reads any more
-        sys.exit(1)
+        _give_up_output()
+    except OSError as error:
+        print(f"spfs: cannot print the answer: {reason(error)}", file=sys.stderr)
+        _give_up_output()
     except KeyboardInterrupt:
         sys.exit(130)
     sys.exit(0)

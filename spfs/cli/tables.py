@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from typing import Any, Dict, List, Mapping, Sequence
+
+from stubfs.errors import printable
+
+_COMMAND_WIDTH = 60  # characters of a command line
 
 
 def status(answer: Mapping[str, Any]) -> None:
@@ -65,11 +70,12 @@ def held(entries: Sequence[Mapping[str, Any]]) -> None:
     if not entries:
         print("no request is held")
         return
+    commands = {entry["pid"]: command_line(entry["pid"], entry["command"]) for entry in entries}
     rows = [
         [
             entry["id"],
             str(entry.get("pid", "")),
-            str(entry.get("command", "")),
+            commands[entry["pid"]],
             str(entry.get("operation", "")),
             _place(entry),
             str(entry.get("uid", "")),
@@ -78,6 +84,18 @@ def held(entries: Sequence[Mapping[str, Any]]) -> None:
         for entry in entries
     ]
     _show(["ID", "PID", "COMMAND", "OPERATION", "PATH", "UID", "AGE"], rows)
+
+
+def command_line(pid: int, name: str) -> str:
+    """How the process was called, cut where it is long; its ``name`` if that cannot be told."""
+    import psutil
+
+    try:
+        words = psutil.Process(pid).cmdline() if pid else []
+    except psutil.Error:  # it ended, or is another user's
+        words = []
+    text = printable(shlex.join(words)) or name
+    return text if len(text) <= _COMMAND_WIDTH else text[: _COMMAND_WIDTH - 3] + "..."
 
 
 def _place(entry: Mapping[str, Any]) -> str:
@@ -89,7 +107,7 @@ def _place(entry: Mapping[str, Any]) -> str:
 def report(row: Mapping[str, Any]) -> None:
     """The outcome of a wait."""
     wanted = row["replace"]
-    print(f"{row['id']} on {row['mountpoint']}: {row['mode'] if wanted is None else replace(wanted)}")
+    print(f"{row['id']} on {printable(row['mountpoint'])}: {row['mode'] if wanted is None else replace(wanted)}")
     left: Sequence[Dict[str, Any]] = ((wanted or {}).get("report") or {}).get("left") or []
     if left:
         rows = [[str(item.get(key, "")) for key in ("pid", "command", "kind", "path", "reason")] for item in left]
@@ -118,7 +136,7 @@ def _show(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         table.add_column(column, overflow="fold")
     for row in rows:
         # Text: names may hold what rich would take for markup.
-        table.add_row(*(Text(cell.encode(errors="backslashreplace").decode()) for cell in row))
+        table.add_row(*(Text(printable(cell)) for cell in row))
     console = Console()
     if not console.is_terminal:
         console = Console(width=250)  # for grep: one line each
