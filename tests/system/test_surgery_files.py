@@ -19,6 +19,16 @@ from spfs.linux import process
 
 pytestmark = [pytest.mark.needs_root, pytest.mark.needs_ptrace]
 
+def _has_thread_pidfds() -> bool:
+    try:
+        os.close(process.pidfd_open(os.getpid(), leader=False))
+    except OSError:
+        return False
+    return True
+
+
+thread_pidfds = pytest.mark.skipif(not _has_thread_pidfds(), reason="no pidfds of threads (Linux 6.9)")
+
 UNPRIVILEGED = "os.setgroups([]); os.setresgid(1234, 1234, 1234); os.setresuid(1234, 1234, 1234)"
 
 
@@ -129,6 +139,7 @@ socket.send_fds(up, [b'x'], [a]); os.read(back, 1)
     assert victim.run("up.close(); os.read(b, 3), os.waitpid(child, 0)[1]") == (b"new contents"[6:9], 0)
 
 
+@thread_pidfds
 def test_threads_with_tables_and_directories_of_their_own(mounts: Mounts, victim: Victim) -> None:
     path = mounts.file("f")
     mounts.both(lambda root: (root / "d").mkdir())
@@ -152,6 +163,7 @@ threads = [threading.Thread(target=alone), threading.Thread(target=go.wait)]
     assert mounts.users() == []
 
 
+@thread_pidfds
 def test_tables_of_threads_that_cannot_be_reached(
     mounts: Mounts, victim: Victim, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -190,6 +202,7 @@ thread.start(); ready.wait()
     victim.run("go.set(); thread.join()")
 
 
+@thread_pidfds
 def test_process_whose_first_thread_has_ended(mounts: Mounts) -> None:
     """It has no descriptors any more; those of its other threads are moved all the same."""
     source = f"""
