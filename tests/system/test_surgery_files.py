@@ -19,6 +19,7 @@ from spfs.linux import process
 
 pytestmark = [pytest.mark.needs_root, pytest.mark.needs_ptrace]
 
+
 def _has_thread_pidfds() -> bool:
     try:
         os.close(process.pidfd_open(os.getpid(), leader=False))
