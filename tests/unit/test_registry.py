@@ -97,6 +97,17 @@ def test_releasing_all_leaves_alone_what_is_done_aborted_or_was_never_asked_for(
     assert registry.begin(None, "hold") == [registry.get("held"), registry.get("failed")]
 
 
+def test_a_dead_mount_does_not_keep_the_others_from_being_let_go() -> None:
+    registry = registry_with("dead", "a")
+    for id in ("dead", "a"):
+        ask(registry, id, "hold")
+    ended(Phase.FAILED)(registry, registry.get("dead"))
+    registry.failed(registry.get("dead"), "killed")
+    assert [managed.id for managed in registry.begin(None, "release")] == ["a"]
+    with pytest.raises(SpfsError, match="killed"):
+        registry.begin("dead", "release")
+
+
 def test_holding_a_running_replace_is_refused() -> None:
     registry = registry_with("a")
     running(registry, ask(registry))
