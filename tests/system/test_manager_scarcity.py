@@ -1,4 +1,4 @@
-"""A manager and file systems that lack something: descriptors, disk space, standard descriptors, a reader of the log."""
+"""Managers and file systems that lack something: descriptors, disk space, standard ones, a reader of the log."""
 
 from __future__ import annotations
 
