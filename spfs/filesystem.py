@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import os
+import secrets
 import select
 import signal
 import sys
@@ -21,6 +22,7 @@ from spfs.processes import has_ended, is_frozen, open_process, start_time
 from spfs.registry import Managed
 from spfs.target import Target
 from spfs.targetpacket import pack_target
+from stubfs.errors import StubfsError
 from stubfs.mount import fuse_mount
 
 # Imported where they are used: spfs.mounts, spfs.nschild, spfs.freezer, stubfs.client. A first mount is waited for by
@@ -50,11 +52,12 @@ class Settings:
 
 def mount(context: Context, settings: Settings) -> None:
     """Make the mount, start the process that serves it, attach it in the target. Delivers pid, start_time, device,
-    identity and the pinned target (``pack_target``)."""
+    source, identity and the pinned target (``pack_target``)."""
     with ExitStack() as undo:
         target = Target.pin(settings.ns_pid, settings.ns_list, settings.root)
         undo.callback(target.close)
-        device_fd, mount_fd = fuse_mount(source=f"spfs:{settings.id}")
+        source = _unique_source(settings.id)
+        device_fd, mount_fd = fuse_mount(source=source)
         undo.callback(os.close, mount_fd)
         try:
             pid, ready = _start(settings, device_fd)
@@ -71,14 +74,19 @@ def mount(context: Context, settings: Settings) -> None:
             os.close(ready)
         device = os.fstat(mount_fd).st_dev
         started = start_time(pid)
-        context.progress(
-            "started", {"pid": pid, "start_time": started, "device": device, "identity": target.identity()}
-        )
-        undo.callback(_detach, device, target)  # before: a cancel may come when it has just been attached
+        made = {"pid": pid, "start_time": started, "device": device, "source": source}
+        context.progress("started", {**made, "identity": target.identity()})
+        undo.callback(_detach, device, source, target)  # before: a cancel may come when it has just been attached
         mounts.attach(mount_fd, target, settings.mountpoint)
         packed, fds = pack_target(target)
-        context.deliver({"pid": pid, "start_time": started, "device": device, "target": packed}, fds)
+        context.deliver({**made, "target": packed}, fds)
         undo.pop_all()  # the rest is closed by the end of this process
+
+
+def _unique_source(id: str) -> str:
+    """The mount's name in mountinfo: a device number may be another mount's by the time that it is looked for."""
+    # fsconfig(2) takes at most 255 bytes; cut anywhere, what is left of a character is shown as it is.
+    return os.fsdecode(b"spfs:%b:%b" % (os.fsencode(id)[:200], secrets.token_hex(4).encode()))
 
 
 def _start(settings: Settings, device_fd: int) -> Tuple[int, int]:
@@ -164,7 +172,7 @@ def _end_process(pid: int, pidfd: int) -> None:
         pass
 
 
-def _detach(device: int, target: Target) -> List[Dict[str, object]]:
+def _detach(device: int, source: str, target: Target) -> List[Dict[str, object]]:
     """Take the mount away wherever that can be done; the places where it cannot.
 
     A container that was started meanwhile has a copy of it, locked by its user namespace, which only goes with the
@@ -172,7 +180,7 @@ def _detach(device: int, target: Target) -> List[Dict[str, object]]:
     """
     from spfs import mounts
 
-    left = mounts.unmount(device, [target])
+    left = mounts.unmount(device, [target], source=source or None)
     own = [instance for instance in left if instance.namespace == target.mount_namespace]
     if own:
         raise SpfsError(
@@ -214,8 +222,13 @@ def unmount(context: Context, managed: Managed, force: bool, target: Target) -> 
     except ProcessLookupError:
         pidfd = -1
     if pidfd >= 0 and not force:
-        _check_unused(managed)
-    left = _detach(managed.device, target)
+        try:
+            _check_unused(managed)
+        except StubfsError as error:
+            dying = error.errno in (errno.ECONNREFUSED, errno.ECONNRESET)  # killed just now: nobody uses it
+            if not dying or not has_ended(pidfd, LAST_USE_TIMEOUT):
+                raise
+    left = _detach(managed.device, managed.source, target)
     if pidfd < 0:
         return context.deliver({"ended": True, "left": left})
     if force:
@@ -237,11 +250,11 @@ def _check_unused(managed: Managed) -> None:
         )
 
 
-def count_instances(context: Context, device: int, target: Target) -> None:
+def count_instances(context: Context, managed: Managed, target: Target) -> None:
     """Deliver ``instances``: in how many places the mount still is. For when its process has ended."""
     from spfs import mounts
 
-    context.deliver({"instances": len(mounts.instances(device, [target]))})
+    context.deliver({"instances": len(mounts.instances(managed.device, [target], managed.source or None))})
 
 
 def take_over(

@@ -26,6 +26,9 @@ from stubfs.errors import StubfsError
 
 log = logging.getLogger(__name__)
 
+_OWN_JOBS = ("examination", "take-over")
+"""Jobs that nobody has asked for, and that end soon: no reason to refuse anything."""
+
 
 class Supervisor(ModeChanges):
     """All work on mounts, as the controller asks for it."""
@@ -64,7 +67,8 @@ class Supervisor(ModeChanges):
         def progress(stage: str, details: Dict[str, Any], when: float) -> None:
             # Saved before the mount is attached: a manager started later can then undo what was half done.
             managed.pid, managed.start_time = details["pid"], details["start_time"]
-            managed.device, managed.identity = details["device"], details["identity"]
+            managed.device, managed.source = details["device"], details["source"]
+            managed.identity = details["identity"]
             self._save(managed)
 
         def ended(outcome: Outcome) -> None:
@@ -79,6 +83,7 @@ class Supervisor(ModeChanges):
             value = outcome.value
             target = _take_target(outcome, value["target"])
             running.target = target
+            managed.source = value["source"]
             self.registry.mounted(managed, value["pid"], value["start_time"], value["device"], target.identity())
             self._save(managed)
             self._watch(managed)
@@ -185,7 +190,7 @@ class Supervisor(ModeChanges):
         def work(context: Context) -> None:
             from spfs import filesystem
 
-            filesystem.count_instances(context, managed.device, target)
+            filesystem.count_instances(context, managed, target)
 
         def ended(outcome: Outcome) -> None:
             if outcome.error is None and outcome.value["instances"] == 0:
@@ -237,11 +242,14 @@ class Supervisor(ModeChanges):
         job = self._running[managed.number].job
         if job is None:
             return self._start_unmount(managed, force, done)
-        if not force or job.kind == "unmount":
-            raise SpfsError(
-                f"cannot unmount {managed.id!r} on {managed.mountpoint}: a {job.kind} is running", "", errno.EBUSY
-            )
-        self.cancel_job(job)
+        if job.kind not in _OWN_JOBS:
+            if not force or job.kind == "unmount":
+                raise SpfsError(
+                    f"cannot unmount {managed.id!r} on {managed.mountpoint}: its {job.kind} is running",
+                    "wait for it, or abort it",
+                    errno.EBUSY,
+                )
+            self.cancel_job(job)
 
         def follow() -> None:
             if managed.number not in self._running:

@@ -12,6 +12,7 @@ import stat
 import struct
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Iterator, List
@@ -388,6 +389,38 @@ def test_a_killed_file_system_is_reported_and_cleaned_by_unmount(manager: Manage
         client.wait("a")
     assert client.unmount("a")["ended"]
     assert mounted_at(mnt) == [] and os.listdir(mnt) == []
+
+
+def test_an_unmount_does_not_mind_that_the_manager_looks_what_became_of_a_killed_one(
+    manager: Manager, mnt: Path
+) -> None:
+    client = manager.client()
+    for _ in range(8):  # one of them comes while it looks
+        os.kill(client.mount("a", str(mnt))["pid"], signal.SIGKILL)
+        assert client.unmount("a")["ended"]
+        wait_until(lambda: not client.status()["mounts"])
+    assert mounted_at(mnt) == []
+
+
+def test_a_killed_unmount_can_be_asked_for_again(manager: Manager, mnt: Path) -> None:
+    client = manager.client()
+    pid = client.mount("a", str(mnt))["pid"]
+    os.kill(pid, signal.SIGSTOP)  # so that the unmount has something to wait for
+    try:
+        unmounting = manager.client()
+        children = Path(f"/proc/{manager.pid}/task/{manager.pid}/children")
+        before = set(children.read_text().split())
+        with ThreadPoolExecutor(1) as pool:
+            asked = pool.submit(unmounting.unmount, "a", True)
+            wait_until(lambda: set(children.read_text().split()) - before)
+            (job,) = set(children.read_text().split()) - before
+            os.kill(int(job), signal.SIGKILL)
+            with refused(errno.ECONNABORTED, "the process that did it was killed"):
+                asked.result(20)
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    assert client.unmount("a", force=True)["ended"]
+    wait_until(lambda: mounted_at(mnt) == [] and not alive(pid))
 
 
 def test_a_file_system_that_hangs_delays_nobody(manager: Manager, tmp_path: Path) -> None:
