@@ -76,11 +76,11 @@ def major_minor(device: Device) -> Tuple[int, int]:
     return (os.major(device), os.minor(device)) if isinstance(device, int) else device
 
 
-def instances(device: Device, targets: Sequence[Target] = (), fstype: Optional[str] = None) -> List[Instance]:
+def instances(device: Device, targets: Sequence[Target] = (), source: Optional[str] = None) -> List[Instance]:
     """Every mount of ``device``, in the namespaces of all processes and in those that ``targets`` pin.
 
     Device numbers are used again as soon as nothing holds the file system any more. Who cannot be sure that it still
-    lives gives its ``fstype`` ("fuse.stubfs"), so that at least no mount of another kind is taken for it.
+    lives gives its ``source``, as mountinfo shows it, if that is unlike all others'.
     """
     wanted = major_minor(device)
     found = []
@@ -88,7 +88,7 @@ def instances(device: Device, targets: Sequence[Target] = (), fstype: Optional[s
         pids = {inode: pid for inode, (_, pid) in opened.items()}
         for inode, content in _tables(opened, b" %d:%d " % wanted).items():
             table = MountTable.from_bytes(content)
-            ours = [m for m in table.mounts if m.device == wanted and fstype in (None, m.fstype)]
+            ours = [m for m in table.mounts if m.device == wanted and source in (None, m.source)]
             here = [(mount, tuple(table.beneath(mount.mount_id))) for mount in ours]
             inner = {mount.mount_id for _, nested in here for mount in nested}
             for mount, nested in here:

@@ -59,17 +59,17 @@ def _not_attached(path: str, target: Target, error: OSError) -> SpfsError:
 
 
 def unmount(
-    device: Device, targets: Sequence[Target] = (), timeout: float = _TIMEOUT, fstype: Optional[str] = None
+    device: Device, targets: Sequence[Target] = (), timeout: float = _TIMEOUT, source: Optional[str] = None
 ) -> List[Instance]:
     """Unmount ``device`` lazily wherever it is mounted; what could not be unmounted (locked mounts, hidden paths).
 
-    Mounts on top of it go with it, as with ``umount -l``. Those that vanish with a peer are unmounted, too. ``fstype``:
+    Mounts on top of it go with it, as with ``umount -l``. Those that vanish with a peer are unmounted, too. ``source``:
     see ``instances``.
     """
     with ExitStack() as holds:
         left: List[Instance] = []
         for _ in range(8):  # what one pass uncovers, or a namespace cloned meanwhile, is for the next one
-            found = instances(device, targets, fstype)
+            found = instances(device, targets, source)
             if not found or found == left:
                 return found
             by_namespace: Dict[int, List[Instance]] = {}
@@ -85,7 +85,7 @@ def unmount(
                     if error.errno != errno.ESRCH:  # the namespace has ended, and its mounts with it
                         raise
             left = found
-        return instances(device, targets, fstype)
+        return instances(device, targets, source)
 
 
 def _unmount_here(place: Target, group: Sequence[Instance]) -> Answer:

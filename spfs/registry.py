@@ -73,6 +73,7 @@ class Managed:
     pid: int = 0
     start_time: int = 0
     device: int = 0
+    source: str = ""  # as mountinfo shows it, unlike all others'
     control: str = ""
     identity: Dict[str, int] = field(default_factory=dict)
     replacement: Optional[Replacement] = None

@@ -61,7 +61,10 @@ class ReplaceRequest:
 
 @dataclass(frozen=True)
 class MountedFilesystem:
-    """A file system process and where its mount is. ``device`` is its st_dev; the target stays the caller's."""
+    """A file system process and where its mount is. ``device`` is its st_dev; the target stays the caller's.
+
+    ``source``: of its mounts, as mountinfo shows it, if that is unlike all others' ("": not known to be).
+    """
 
     id: str
     control: str
@@ -69,6 +72,7 @@ class MountedFilesystem:
     device: int
     mountpoint: str
     target: Target
+    source: str = ""
 
 
 def replace(request: ReplaceRequest, filesystem: MountedFilesystem, progress: Progress) -> Dict[str, object]:
@@ -143,7 +147,7 @@ class _Step:
             pass  # it has ended after all
 
     def _moved(self) -> Tuple[SwitchReport, SwitchOutcome, List[Tuple[Instance, str]]]:
-        found = mounts.instances(self._filesystem.device, [self._filesystem.target])
+        found = self._instances()
         self._note_missing_bindmounts(found)
         with ExitStack() as stack:
             if not found:
@@ -217,7 +221,7 @@ class _Step:
         left = list(outcome.left)
         known = {one.mount_id for one, _ in left}
         for _ in range(LATECOMER_ROUNDS):
-            found = mounts.instances(self._filesystem.device, [self._filesystem.target])
+            found = self._instances()
             late = [one for one in found if one.mount_id not in known]
             if not late:
                 break
@@ -227,6 +231,10 @@ class _Step:
             left += more.left
             known |= {one.mount_id for one, _ in more.left}
         return left
+
+    def _instances(self) -> List[Instance]:
+        filesystem = self._filesystem
+        return mounts.instances(filesystem.device, [filesystem.target], filesystem.source or None)
 
     def _note_missing_bindmounts(self, found: Iterable[Instance]) -> None:
         there = {os.path.normpath(one.mountpoint) for one in found}

@@ -76,6 +76,7 @@ class Replaces(MountWork):
                     control=managed.control,
                     pid=managed.pid,
                     device=managed.device,
+                    source=managed.source,
                     mountpoint=managed.mountpoint,
                     target=target,
                 ),

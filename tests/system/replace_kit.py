@@ -282,7 +282,7 @@ class Scene:
 
     def instances(self) -> List[mounts.Instance]:
         """Where the delayed mount is, in all mount namespaces."""
-        return [one for one in mounts.instances(self.device) if one.mount.source == f"spfs:{self.id}"]
+        return [one for one in mounts.instances(self.device) if one.mount.source.startswith(f"spfs:{self.id}:")]
 
     def users(self) -> Dict[int, List[str]]:
         """Who still holds what of the delayed mount, of all processes; no file system is asked."""

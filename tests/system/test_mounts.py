@@ -39,9 +39,9 @@ def test_attached_found_and_unmounted(places: Places, arguments: "tuple[str, ...
         assert (found.mountpoint, found.root, found.namespace) == (places.path("mnt"), "", target.mount_namespace)
         assert found.pid is not None and found.nested == ()
         assert len(mounts_at("self", places.path("mnt"))) == (0 if arguments else 1)
-        assert mounts.instances(device, fstype="fuse.stubfs") == mounts.unmount(device, fstype="fuse.stubfs") == []
-        assert mounts.instances(device) == [found]  # of another type it was not touched
-        assert mounts.unmount(device, fstype="tmpfs") == []
+        assert mounts.instances(device, source="spfs:a:1") == mounts.unmount(device, source="spfs:a:1") == []
+        assert mounts.instances(device) == [found]  # of another name it was not touched
+        assert mounts.unmount(device, source=found.mount.source) == []
         assert mounts.instances(device) == []
 
 
