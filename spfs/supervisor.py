@@ -244,8 +244,9 @@ class Supervisor(ModeChanges):
             return self._start_unmount(managed, force, done)
         if job.kind not in _OWN_JOBS:
             if not force or job.kind == "unmount":
+                what = "an unmount" if job.kind == "unmount" else f"a {job.kind}"
                 raise SpfsError(
-                    f"cannot unmount {managed.id!r} on {managed.mountpoint}: its {job.kind} is running",
+                    f"cannot unmount {managed.id!r} on {managed.mountpoint}: {what} is running",
                     "wait for it, or abort it",
                     errno.EBUSY,
                 )

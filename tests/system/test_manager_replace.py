@@ -6,6 +6,7 @@ The replace step itself is stood in for: here it hangs, fails or is killed exact
 from __future__ import annotations
 
 import errno
+import json
 import os
 import signal
 import subprocess
@@ -403,7 +404,7 @@ def test_a_mount_that_was_half_made_is_undone(
     record = manager.work / "mount-1.json"
     with manager.raw() as sock:
         sock.send(f"mount;id=a;mode=restore;mountpoint={place}\0".encode())
-        wait_until(record.exists)
+        wait_until(lambda: record.exists() and json.loads(record.read_text())["pid"])
         wait_until(lambda: where == "before" or str(place) in Path("/proc/self/mountinfo").read_text())
         (job,) = jobs_of(manager.pid)
         if job_too:
@@ -426,7 +427,8 @@ def test_a_mount_whose_job_is_ended_is_undone(
     place.mkdir()
     with manager.raw() as sock:
         sock.send(f"mount;id=a;mode=restore;mountpoint={place}\0".encode())
-        wait_until((manager.work / "mount-1.json").exists)
+        record = manager.work / "mount-1.json"
+        wait_until(lambda: record.exists() and json.loads(record.read_text())["pid"])
         wait_until(lambda: where == "before" or str(place) in Path("/proc/self/mountinfo").read_text())
         os.kill(jobs_of(manager.pid)[0], number)
         assert int.from_bytes(sock.recv(4), sys.byteorder, signed=True) < 0
