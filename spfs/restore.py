@@ -23,7 +23,7 @@ PERMISSIONS = 0o777
 """Of what is made without permissions being given, and of parents: whoever is restored must be able to get there."""
 
 START_TIMEOUT = 30.0  # seconds for the manager to start
-_CONTAINED = 0x02 | 0x04 | 0x08  # RESOLVE_NO_MAGICLINKS, NO_SYMLINKS, BENEATH: openat2(2)
+_CONTAINED = syscalls.Resolve.NO_MAGICLINKS | syscalls.Resolve.NO_SYMLINKS | syscalls.Resolve.BENEATH
 _MAX_CACHED = 64  # open parent directories at a time
 _TYPES = {
     stat.S_IFREG: "regular file",

@@ -34,6 +34,7 @@ class Resolve(IntFlag):
     NO_MAGICLINKS = 2
     NO_SYMLINKS = 4
     BENEATH = 8
+    IN_ROOT = 16
 
 
 class MountAttr(IntFlag):
