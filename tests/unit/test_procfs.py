@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import mmap
 import os
+import subprocess
 import tempfile
 from pathlib import Path
 
@@ -104,13 +105,20 @@ def test_flags_of_mappings() -> None:
 
 def test_vm_flags_of_some_mappings() -> None:
     """Up to the last one asked for, wherever it lies; what lies behind is not read."""
-    everything = procfs.parse_vm_flags(procfs.read("/proc/self/smaps"))
-    starts = sorted(everything)
-    for index in (0, len(starts) // 2, len(starts) - 1):
-        some = procfs.read_vm_flags("/proc/self/smaps", [starts[0], starts[index]])
-        assert all(some[start] == everything[start] for start in (starts[0], starts[index]))
-    assert len(procfs.read_vm_flags("/proc/self/smaps", starts[:1])) < len(starts)
-    assert procfs.read_vm_flags("/proc/self/smaps", [1]).keys() == everything.keys()  # gone meanwhile
+    # Another process', one that does nothing: our own mappings change while we look.
+    with subprocess.Popen(["sh", "-c", "echo; read x"], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stdout.readline() == b"\n"
+        path = f"/proc/{process.pid}/smaps"
+        everything = procfs.parse_vm_flags(procfs.read(path))
+        starts = sorted(everything)
+        for index in (0, len(starts) // 2, len(starts) - 1):
+            some = procfs.read_vm_flags(path, [starts[0], starts[index]])
+            assert all(some[start] == everything[start] for start in (starts[0], starts[index]))
+        assert procfs.read_vm_flags(path, [1]).keys() == everything.keys()  # gone meanwhile
+        process.communicate(b"\n")
+    with mmap.mmap(-1, 1 << 16):  # ours are many, more than one read of the file gives
+        ours = procfs.parse_vm_flags(procfs.read("/proc/self/smaps"))
+        assert len(procfs.read_vm_flags("/proc/self/smaps", [min(ours)])) < len(ours)
 
 
 def test_statx_agrees_with_stat(tmp_path: Path) -> None:
