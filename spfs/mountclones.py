@@ -34,8 +34,8 @@ def make_clones(instances: Sequence[Instance], real_fd: int, timeout: Optional[f
     """A detached mount for each of ``instances``, in their order; the descriptors are the caller's.
 
     ``real_fd`` is a detached mount; if it had to be used up, it is a new clone of it afterwards, behind the same
-    number. SpfsError if a subdirectory is
-    missing on the real file system, or it does not answer within ``timeout`` seconds.
+    number. SpfsError if a subdirectory is missing on the real file system, or it does not answer within
+    ``timeout`` seconds.
     """
     fds: List[int] = []
     try:
@@ -65,7 +65,10 @@ def _clones(instances: Sequence[Instance], first: Instance, real_fd: int) -> Lis
     """The clones; after them, if ``real_fd`` had to be used up, another one."""
     groups = _Groups(real_fd)
     fds = [_clone(instance, first, groups) for instance in instances]
-    return [*fds, groups.seed(None, None)] if groups.used_up else fds
+    if groups.used_up:
+        # A clone: the seed itself is unmounted when the namespace that it is attached in ends, with this process.
+        fds.append(mountapi.open_tree(groups.seed(None, None), "", mountapi.OPEN_TREE_CLONE))
+    return fds
 
 
 def _clone(instance: Instance, first: Instance, groups: "_Groups") -> int:

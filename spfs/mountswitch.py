@@ -168,7 +168,7 @@ class PreparedSwitch:
         try:
             self.prepare_nested(max(0.0, deadline - time.monotonic()))
             waves = _waves(self._leaders)
-            for command in ("place", "reveal"):
+            for command in ("place", "reveal", "nest"):
                 for wave in waves:
                     switched.update(self._ask_all(command, wave, deadline))
             gone = [one for one in self._leaders if switched.get(one.mount_id) == "gone"]

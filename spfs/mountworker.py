@@ -27,11 +27,12 @@ class _Place:
     """One old mount, ``old`` a descriptor of its root; ``real`` goes in its place, ``spare`` is a detached copy of the
     old one to give it back with.
 
-    ``late``: nested mounts that could not be attached ahead of time, with their paths beneath the root.
-    ``how``: what was done ("" nothing yet).
+    ``parent``: id of the mount that the old one was on. ``late``: nested mounts that could not be attached ahead of
+    time, with their paths beneath the root. ``how``: what was done ("" nothing yet).
     """
 
     path: str
+    parent: int
     old: int
     real: int
     real_id: int
@@ -53,6 +54,7 @@ class Worker:
             "nested": self.nested,
             "place": self.place,
             "reveal": self.reveal,
+            "nest": self.nest,
             "follow": self.follow,
             "undo": self.undo,
             "check": self.check,
@@ -65,6 +67,7 @@ class Worker:
     def prepare(self, argument: Any, fds: List[int]) -> Answer:
         """[[id, path]] and a detached real mount for each → {id: why it cannot be switched}."""
         refused = {}
+        table = self._table()
         for (number, path), fd in zip(argument, fds):
             try:
                 old = mountapi.open_tree(mountapi.AT_FDCWD, path, _HERE)
@@ -76,7 +79,8 @@ class Worker:
                 # Not a peer of the old one: else the umount of what is nested there would propagate to the copy.
                 mountapi.mount_setattr(spare, flags=mountapi.AT_RECURSIVE, propagation=MS.PRIVATE)
                 real = os.dup(fd)
-                self._places[number] = _Place(path, old, real, mount_id(real, self._proc), spare)
+                parent = table.by_id[number].parent_id
+                self._places[number] = _Place(path, parent, old, real, mount_id(real, self._proc), spare)
             except OSError as error:
                 refused[number] = reason(error)
         return refused, []
@@ -90,11 +94,15 @@ class Worker:
             else:
                 flags = _CLONE_TREE if recursive else mountapi.OPEN_TREE_CLONE
                 copy = mountapi.open_tree(mountapi.AT_FDCWD, path, flags | mountapi.AT_NO_AUTOMOUNT)
+            base, rest = self._base(place, relative)
             try:
-                os.close(os.open(relative, os.O_PATH | os.O_CLOEXEC, dir_fd=place.real))
+                os.close(os.open(rest, os.O_PATH | os.O_CLOEXEC, dir_fd=base))
             except OSError as error:
                 os.close(copy)
                 raise OSError(error.errno, f"{path} has no place on the real file system: {reason(error)}") from error
+            if base != place.real:
+                place.late.append((copy, relative))
+                continue
             try:
                 mountapi.move_mount(copy, place.real, relative)
             except OSError as error:
@@ -107,6 +115,15 @@ class Worker:
                 os.close(copy)
         return None, []
 
+    @staticmethod
+    def _base(place: _Place, relative: str) -> Tuple[int, str]:
+        """The mount on which ``relative`` will be when all is attached, and its path there."""
+        base, rest = place.real, relative
+        for copy, path in place.late:  # an inner one comes after the one that it is on
+            if relative.startswith(path + "/"):
+                base, rest = copy, os.path.relpath(relative, path)
+        return base, rest
+
     def place(self, argument: Any, fds: List[int]) -> Answer:
         """[id] → {id: how}: the real mount beneath the old one, where the kernel allows it."""
         return {number: self._place(number) for number in argument}, []
@@ -115,17 +132,22 @@ class Worker:
         place = self._places[number]
         if self._top(place.path) != number:
             return "gone"
+        self._put_beneath(place, place.old)
+        return place.how
+
+    @staticmethod
+    def _put_beneath(place: _Place, top: int) -> bool:
         try:
             # Since Linux 6.5. Refused for a locked mount, one on the root of the namespace or on our root, and where
             # the parent's propagation would put a copy beneath the very mount (fs/namespace.c,
             # can_move_mount_beneath).
-            mountapi.move_mount(place.real, place.old, flags=MoveMount.BENEATH)
+            mountapi.move_mount(place.real, top, flags=MoveMount.BENEATH)
         except OSError as error:
             if error.errno not in (errno.EINVAL, errno.EPERM, errno.ENOSYS):
                 raise
-        else:
-            place.how = "beneath"
-        return place.how
+            return False
+        place.how = "beneath"
+        return True
 
     def _attach_late(self, place: _Place) -> None:
         # By the descriptor of its root the covered mount is reached: a walk looks for mounts on what it comes to, not
@@ -162,7 +184,10 @@ class Worker:
         return place.how if self._top(place.path) == place.real_id else "gone"
 
     def _exchange(self, number: int, place: _Place) -> None:
-        """Without "beneath": the old one off, then the real one on. Between the two the path is bare."""
+        """Without "beneath": the old one off, then the real one on. Between the two the path is bare.
+
+        What is mounted on it is for ``nest``, when all its peers are in place.
+        """
         try:
             self._unmount(place.path, number)
         except OSError as error:
@@ -179,7 +204,14 @@ class Worker:
                 mountapi.move_mount(place.spare, mountapi.AT_FDCWD, place.path)
                 raise
             place.how = "exchanged"
-        self._attach_late(place)
+
+    def nest(self, argument: Any, fds: List[int]) -> Answer:
+        """[id] → {}: what is to be on the real mounts that were put on their paths put on them, if not yet done."""
+        for number in argument:
+            place = self._places[number]
+            if place.how in ("exchanged", "covered"):
+                self._attach_late(place)
+        return {}, []
 
     def follow(self, argument: Any, fds: List[int]) -> Answer:
         """[[id, keep what propagated?]] → {id: [how or "hidden", index of the new root in the fds or None]}.
@@ -192,9 +224,11 @@ class Worker:
         roots: List[int] = []
         for number, keep in argument:
             place = self._places[number]
-            if self._top(place.path) == number:
+            if self._top(place.path) == number and not self._off_a_copy(number):
                 self._place(number)
                 self._reveal(number)
+                if place.how in ("exchanged", "covered"):
+                    self._attach_late(place)
             table = self._table()
             top = table.top_at(place.path)
             if number in table.by_id and place.how != "covered":
@@ -215,15 +249,37 @@ class Worker:
             answer[number] = [place.how, None]
         return answer, roots
 
+    def _off_a_copy(self, number: int) -> bool:
+        """Take the old mount off if a copy of a peer's real mount is beneath it; False if it stays.
+
+        What propagates to a path comes beneath the mount that is there. Such a one was not unmounted with its peer if
+        a locked mount is on it.
+        """
+        place = self._places[number]
+        if self._table().by_id[number].parent_id == place.parent:
+            return False
+        try:
+            self._unmount(place.path, number)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.EPERM):
+                raise
+            return False
+        return True
+
     def _replace_copy(self, place: _Place) -> None:
         copy = mountapi.open_tree(mountapi.AT_FDCWD, place.path, _HERE)
         try:
-            mountapi.move_mount(place.real, copy, flags=MoveMount.BENEATH)
-            self._attach_late(place)
-            self._unmount(place.path, mount_id(copy, self._proc))
+            number = mount_id(copy, self._proc)
+            if self._put_beneath(place, copy):
+                self._attach_late(place)
+                self._unmount(place.path, number)
+            else:
+                self._unmount(place.path, number)
+                place.how = "exchanged"
+                mountapi.move_mount(place.real, mountapi.AT_FDCWD, place.path)
+                self._attach_late(place)
         finally:
             os.close(copy)
-        place.how = "beneath"
 
     def undo(self, argument: Any, fds: List[int]) -> Answer:
         """[id] → {id: why the old mount could not be given back}."""

@@ -12,11 +12,14 @@ from typing import Iterator, List
 import psutil
 import pytest
 
-from spfs import realmount
+from spfs import features, realmount
 from spfs.linux import mountapi
 from spfs.target import Target
 
 Mount = List[str]
+
+SWITCHED = "beneath" if features.probe("mount_beneath").available else "exchanged"
+"""How a mount is switched on this kernel, where nothing forbids it."""
 
 
 class Places:
