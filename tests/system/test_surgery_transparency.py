@@ -37,7 +37,7 @@ static volatile int handled;
 static void handler(int number) { handled++; }
 static double now(void) { struct timespec t; clock_gettime(CLOCK_MONOTONIC, &t); return t.tv_sec + t.tv_nsec / 1e9; }
 
-/* program FILE CALL RESTART MILLISECONDS: holds FILE, waits in CALL, tells how it ended; a byte on stdin ends endless waits */
+/* program FILE CALL RESTART MILLISECONDS: holds FILE, waits in CALL, tells how it ended; endless waits by stdin */
 int main(int argc, char **argv)
 {
     const char *call = argv[2];
