@@ -45,9 +45,9 @@ class SwitchOutcome:
 class PreparedSwitch:
     """A switch ready to be committed, once. Owns the helpers, the clones and the descriptors in ``roots``.
 
-    ``roots``: old mount id → the new mount's root. For the ids in ``provisional`` the real mount on the path is known
-    only after the commit, which puts it behind the same descriptor number: it comes there as the copy of a shared
-    peer's, so what is opened before would be on a mount that is on no path.
+    ``roots``: old mount id → the new mount's root. For those that the commit reports as "propagated" the real mount on
+    the path is known only after it, behind the same descriptor number: it comes there as the copy of a shared peer's, so
+    what is opened before would be on a mount that is on no path.
     """
 
     def __init__(self, switched: Sequence[Instance], targets: Sequence[Target], timeout: float) -> None:
@@ -60,10 +60,6 @@ class PreparedSwitch:
         self._leaders, self._followers = _leaders(one for one in switched if not one.inside)
         self.roots: Dict[int, MountRoot] = {}
         self.left: List[Tuple[Instance, str]] = []
-
-    @property
-    def provisional(self) -> FrozenSet[int]:
-        return frozenset(one.mount_id for one in self._followers if _keeps_copy(one))
 
     @property
     def helpers(self) -> FrozenSet[int]:

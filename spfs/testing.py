@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import time
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Callable, Dict, FrozenSet, Iterator, List, Optional, TypeVar
@@ -107,20 +106,3 @@ def _own_fds() -> Iterator[str]:
         except OSError:
             continue  # the one that listed the directory
         yield f"{fd} -> {target}"
-
-
-@contextmanager
-def nothing_left(below: str, mark: Optional[str] = None, timeout: float = 5.0) -> Iterator[None]:
-    """AssertionError if the block leaves a process, mount, frozen cgroup or fd that is not gone after ``timeout`` s."""
-    before = snapshot(below, mark)
-    yield
-    left: List[str] = []
-
-    def none_left() -> bool:
-        left[:] = snapshot(below, mark).added_since(before)
-        return not left
-
-    try:
-        wait_until(none_left, timeout)
-    except TimeoutError:
-        raise AssertionError("left behind:\n  " + "\n  ".join(left)) from None

@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import threading
 import time
-from typing import Dict, List, Optional, OrderedDict, Set, Tuple
+from typing import List, Optional, OrderedDict, Set, Tuple
 
 from stubfs.protocol import BODY, READ_IN, Opcode
 from stubfs.request import Request
@@ -102,11 +102,6 @@ class HeldTable:
         now = time.monotonic()
         with self._lock:
             return [(request, now - since) for request, since in self._requests.values()]
-
-    def callers(self) -> Dict[int, int]:
-        """unique -> thread id of all that is held."""
-        with self._lock:
-            return {unique: request.tid for unique, (request, _) in self._requests.items()}
 
     def end(self) -> None:
         """Answer everything with EIO, now and from now on; next() ends."""
