@@ -45,8 +45,8 @@ class SwitchOutcome:
 class PreparedSwitch:
     """A switch ready to be committed, once. Owns the helpers, the clones and the descriptors in ``roots``.
 
-    ``roots``: old mount id → the new mount's root. For those that the commit reports as "propagated" the real mount on
-    the path is known only after it, behind the same descriptor number: it comes there as the copy of a shared peer's, so
+    ``roots``: old mount id → the new mount's root. For those that the commit reports as "propagated" the real mount
+    on the path is known only after it, behind the same descriptor number: it is the copy of a shared peer's, so
     what is opened before would be on a mount that is on no path.
     """
 
