@@ -42,7 +42,8 @@ PAUSES = ("begun", "prepared", "proxy", "frozen", "stopped", "exchanged", "opera
 # point is reached when somebody reads the first fifo, and is left when somebody has written to the second.
 PAUSED = """
 import os, select, sys
-from spfs import freezer, jobs, mountswitch, switch as surgery
+from spfs import freezer, jobs, mountswitch
+from spfs.surgery import scheduler
 
 where, directory = sys.argv.pop(1), sys.argv.pop(1)
 
@@ -81,7 +82,7 @@ after(freezer.FreezerV1, "freeze", "frozen")
 after(freezer.FreezerV2, "freeze", "frozen")
 before(mountswitch.PreparedSwitch, "commit", "stopped")
 after(mountswitch.PreparedSwitch, "commit", "exchanged")
-after(surgery.scheduler, "run", "operated")
+after(scheduler, "run", "operated")
 from spfs.cli import manager
 manager.main()
 """

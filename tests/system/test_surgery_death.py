@@ -15,8 +15,7 @@ import pytest
 from surgery_kit import Mounts, Victim, compile_c, tasks_stopped
 
 from spfs.linux import ptrace
-from spfs.surgery import compare, operation, theatre
-from spfs.switch import Switch
+from spfs.surgery import compare, execution, operation, theatre
 from spfs.testing import process_state, wait_until
 from spfs.tracee import Tracee
 
@@ -157,7 +156,7 @@ def test_killed_surgeon_without_xsave(
 def test_killed_at_random_moments(mounts: Mounts, victim: Victim) -> None:
     """Thirty times while it operates on several processes at once: all of them live on, and the next one completes."""
     others = [Victim() for _ in range(5)]
-    operate = Switch._operate
+    operate = execution.operate
     moments = random.Random(7)
     try:
         for other in others:
@@ -165,16 +164,16 @@ def test_killed_at_random_moments(mounts: Mounts, victim: Victim) -> None:
         for _ in range(30):
             moment = 0.0001 + 0.003 * moments.random()
 
-            def timed(self: Switch, *arguments: Any) -> None:
+            def timed(*arguments: Any) -> None:
                 signal.setitimer(signal.ITIMER_REAL, moment)
-                operate(self, *arguments)
+                operate(*arguments)
 
             pid = os.fork()
             if pid == 0:
                 try:
                     signal.setitimer(signal.ITIMER_REAL, 0)
                     signal.signal(signal.SIGALRM, signal.SIG_DFL)
-                    setattr(Switch, "_operate", timed)
+                    setattr(execution, "operate", timed)
                     mounts.switch()
                     signal.pause()
                 finally:

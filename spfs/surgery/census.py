@@ -1,0 +1,150 @@
+"""The processes that use the mount, with everything they hold and its counterparts; looked at again while they stand.
+
+Owns the records and their descriptors. What is done to the processes is ``spfs.surgery.execution``'s.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import resource
+from typing import Callable, Container, Dict, List, Optional, Union
+
+from spfs.errors import SpfsError, reason
+from spfs.freezer import Freezer
+from spfs.linux import procfs
+from spfs.references import MountRoot, Resolver
+from spfs.surgery import fifos, locks, sockets
+from spfs.surgery.compare import Comparison, take_offsets_over
+from spfs.surgery.counterparts import Counterparts
+from spfs.surgery.examine import Examiner, FdTable, FsContext, Memory, Process
+from spfs.surgery.theatre import Theatre
+
+_log = logging.getLogger(__name__)
+
+
+class Census:
+    """``processes`` by pid: those that use the mount, and those of the freezer. ``exclude``: never to be looked at."""
+
+    def __init__(
+        self,
+        device: int,
+        resolver: Resolver,
+        roots: Callable[[int], MountRoot],
+        freezer: Freezer,
+        exclude: Container[int],
+    ) -> None:
+        self.processes: Dict[int, Process] = {}
+        self.locks: Dict[int, List[bytes]] = {}
+        self._device = device
+        self._freezer = freezer
+        self._exclude = exclude
+        self._examiner = Examiner(device)
+        self._counterparts = Counterparts(resolver, roots)
+
+    def close(self) -> None:
+        """Let go of both sides, the old one and the new one; it can be begun anew with ``find``."""
+        for process in self.processes.values():
+            process.close()
+        self.processes.clear()
+        self._examiner.close()
+        self._counterparts.close()
+
+    def users(self) -> Dict[int, str]:
+        """By pid, the commands of those that hold something of the mount."""
+        return {process.pid: process.command for process in self.processes.values() if process.uses_mount}
+
+    def find(self) -> None:
+        """Examine every process, and open the counterparts of what the users hold."""
+        _raise_descriptor_limit()
+        self.locks = locks.held(self._device)  # before the processes: a lock that comes now is noticed either way
+        frozen = set(self._freezer.pids())
+        pids = sorted(frozen | set(procfs.processes()))
+        self._examiner.sockets = sockets.bound_on(self._device, pids)
+        for pid in pids:
+            if pid == os.getpid() or pid in self._exclude or pid in self.processes:
+                continue
+            process = self._examined(pid)
+            if process is None:
+                continue
+            if process.uses_mount or pid in frozen:
+                self.processes[pid] = process
+            else:
+                process.close()
+        self._counterparts.provide(self.processes.values())
+        self.judge()
+
+    def _examined(self, pid: int) -> Optional[Process]:
+        try:
+            return self._examiner.process(pid)
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                hint = "raise RLIMIT_NOFILE of the one who moves: two descriptors per open file"
+                raise SpfsError(f"cannot examine process {pid}: {reason(error)}", hint, error.errno) from error
+            if error.errno not in (errno.EPERM, errno.EACCES):
+                raise
+            # More privileged than we are, as the first process of a container's host can be.
+            _log.debug("process %d cannot be examined: %s", pid, error)
+            return None
+
+    def judge(self) -> None:
+        """What concerns several references at once: some cannot go if others must stay."""
+        locks.judge(self.processes.values())
+        fifos.judge(self.processes.values())
+
+    def examine_again(self, theatre: Theatre, pids: List[int], comparison: Comparison) -> List[Process]:
+        """Bring the records of stopped processes up to date; those of ``pids`` that are still there."""
+        fresh: List[Process] = []
+        for pid in pids:
+            process = self.processes.get(pid)
+            if process is None or not self._examiner.refresh(process, comparison.locked):
+                process = self._examine_anew(theatre, pid)
+            if process is not None:
+                fresh.append(process)
+        self._counterparts.provide(fresh)
+        take_offsets_over(fresh)
+        return fresh
+
+    def _examine_anew(self, theatre: Theatre, pid: int) -> Optional[Process]:
+        process = self._examiner.process(pid)
+        former = self.processes.pop(pid, None)
+        if former is not None:
+            former.close()
+        if process is not None:
+            if process.traced:
+                process.problem = theatre.problems.get(pid)  # by us, if there is none
+            self.processes[pid] = process
+        return process
+
+    def with_sharers(self, pids: List[int]) -> List[int]:
+        """With those that one of them acts for, or that act for one of them."""
+        wanted = set(pids)
+        grown = True
+        while grown:
+            grown = False
+            of = {id(record): p.pid for p in self.processes.values() for record in shareable(p)}
+            for process in self.processes.values():
+                owners = {of[id(record.owner)] for record in shareable(process) if record.owner is not None}
+                for one, other in ((process.pid, owner) for owner in owners):
+                    if (one in wanted) != (other in wanted):
+                        wanted |= {one, other}
+                        grown = True
+        return sorted(wanted)
+
+    def open_again(self, mounts: Container[int]) -> None:
+        """The counterparts of what was on old ``mounts`` (ids) once more: their new roots are others by now."""
+        for failure in self._counterparts.open_again(self.processes.values(), mounts):
+            _log.warning("its counterpart stays on a mount that is on no path: %s", failure)
+
+
+def shareable(process: Process) -> List[Union[FdTable, FsContext, Memory]]:
+    """What clone(2) can have made several processes share."""
+    return [*process.tables, *process.contexts, *([process.memory] if process.memory else [])]
+
+
+def _raise_descriptor_limit() -> None:
+    """Copies and counterparts of everything are open at once."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
