@@ -1,26 +1,24 @@
-"""The requests that the loop answers itself: what carries a handle, and the frequent ones by path.
+"""The requests about one object, by its handle or its path; what is about names is in ``entries``.
 
-Faster than through libfuse, and right where libfuse 2 is not: files without a name, readdir offsets, exact times.
-What allots or moves node numbers stays with libfuse. Methods raise OSError for the errno to answer with.
+None of them goes through libfuse, which has no path for files without a name, drops readdir offsets and knows no
+fallocate and lseek. Methods raise OSError for the errno to answer with.
 """
 
 from __future__ import annotations
 
 import errno
 import os
-from typing import Callable, Optional, Tuple, TypeVar
+from typing import Optional, Tuple
 
 from stubfs import protocol, syscalls
 from stubfs.backing import Backing, allowed_flags, list_xattrs
 from stubfs.handles import HandleTable, OpenFile
 from stubfs.lanes import Worker
-from stubfs.modes import State
 from stubfs.nodes import NodeTable
+from stubfs.objects import Objects, backing_if_any, backing_of
 from stubfs.protocol import BODY, Opcode, SetattrValid
 from stubfs.request import Request
 
-_T = TypeVar("_T")
-_RETRIES = 5  # of an operation by path that a rename came across
 _BY_FD = (errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.ESTALE)
 # As plain ints: each "&" with an IntFlag costs a microsecond.
 _MODE, _UID, _SIZE, _FH = (
@@ -33,100 +31,64 @@ _CAPABILITY = b"security.capability"
 _FD_LINK = "/proc/self/fd/{}"
 
 
-def _stale() -> OSError:
-    return OSError(errno.ESTALE, os.strerror(errno.ESTALE))
-
-
-def backing_of(request: Request) -> Optional[Backing]:
-    state: Optional[State] = request.state
-    return state.backing if state is not None else None
-
-
 class Answers:
-    def __init__(self, nodes: NodeTable, handles: HandleTable) -> None:
+    def __init__(self, nodes: NodeTable, handles: HandleTable, objects: Objects) -> None:
         self._nodes = nodes
         self._handles = handles
-
-    # --- finding the object
-
-    def _use(self, worker: Worker, request: Request, fh: int) -> OpenFile:
-        backing = backing_of(request)
-        if backing is None:
-            return self._handles.get(fh)
-        return self._handles.use(fh, backing, worker.identity)
-
-    def _by_path(self, request: Request, action: Callable[[Backing, bytes], _T], name: bytes = b"") -> _T:
-        """``action`` on the path of the node, or of ``name`` in it; again if a rename took it away meanwhile.
-
-        ESTALE: it has no path.
-        """
-        backing = backing_of(request)
-        if backing is None:
-            raise _stale()
-        for _ in range(_RETRIES):
-            renames = self._nodes.renames
-            path = self._nodes.child_path(request.node, name) if name else self._nodes.path(request.node)
-            if path is None:
-                break
-            try:
-                return action(backing, path)
-            except OSError as error:
-                if error.errno not in (errno.ENOENT, errno.ENOTDIR) or renames == self._nodes.renames:
-                    raise
-        raise _stale()
-
-    def _own_fd(self, node: int) -> Optional[int]:
-        """An fd that we have of the node anyway: of an open file, or what was kept of a removed name."""
-        file = self._handles.of_node(node)
-        if file is not None:
-            return file.fd
-        known = self._nodes.get(node)
-        return known.orphan.fd if known is not None and known.orphan is not None else None
-
-    def is_nameless(self, node: int) -> bool:
-        """Whether libfuse would have no path for the node."""
-        return self._nodes.path(node) is None
+        self._objects = objects
 
     def _status(self, request: Request) -> os.stat_result:
         try:
-            return self._by_path(request, Backing.stat)
+            return self._objects.by_path(request, Backing.stat)
         except OSError as error:
             # fstat(2) of an open file needs no name and no right to the way there.
-            fd = self._own_fd(request.node) if error.errno in _BY_FD else None
+            fd = self._objects.own_fd(request.node) if error.errno in _BY_FD else None
             if fd is None:
                 raise
             return os.fstat(fd)
 
-    def nameless(self, worker: Worker, request: Request) -> None:
-        """What libfuse has no path for, by the fd that is left of the object. ESTALE without one."""
-        fd = self._own_fd(request.node)
-        if fd is None:
-            raise _stale()
-        link = _FD_LINK.format(fd)
-        opcode = request.opcode
-        if opcode == Opcode.STATFS:
-            status = os.fstatvfs(fd)
-            request.answer(protocol.statfs_out(status))
-        elif opcode == Opcode.ACCESS:
-            (mask,) = protocol.U32.unpack_from(request.buffer, BODY)
+    def statfs(self, worker: Worker, request: Request) -> None:
+        fd = self._objects.own_fd(request.node)
+        status = os.fstatvfs(fd) if fd is not None else self._objects.by_path(request, Backing.statvfs)
+        request.answer(protocol.statfs_out(status))
+
+    def access(self, worker: Worker, request: Request) -> None:
+        (mask,) = protocol.U32.unpack_from(request.buffer, BODY)
+        fd = self._objects.nameless_fd(request.node)
+        if fd is not None:
             syscalls.faccessat2(fd, b"", mask, syscalls.AT_EMPTY_PATH)
-            request.answer()
-        elif opcode == Opcode.SETXATTR:
-            size, flags = protocol.SETXATTR_IN.unpack_from(request.buffer, BODY)
-            name = request.name(BODY + protocol.SETXATTR_IN.size)
-            start = BODY + protocol.SETXATTR_IN.size + len(name) + 1
-            backing = backing_of(request)
-            if backing is not None:
-                backing.may_have_capabilities = True
-            os.setxattr(link, name, bytes(request.buffer[start : start + size]), flags)
-            request.answer()
-        elif opcode == Opcode.REMOVEXATTR:
-            os.removexattr(link, request.name())
-            request.answer()
-        elif opcode == Opcode.READLINK:
+        else:
+            self._objects.by_path(request, lambda backing, path: backing.access(path, mask))
+        request.answer()
+
+    def readlink(self, worker: Worker, request: Request) -> None:
+        fd = self._objects.nameless_fd(request.node)
+        if fd is not None:
             request.answer(os.readlink(b"", dir_fd=fd))
         else:
-            raise OSError(errno.ENOENT, os.strerror(errno.ENOENT))
+            request.answer(self._objects.by_path(request, Backing.readlink))
+
+    def setxattr(self, worker: Worker, request: Request) -> None:
+        size, flags = protocol.SETXATTR_IN.unpack_from(request.buffer, BODY)
+        name = request.name(BODY + protocol.SETXATTR_IN.size)
+        start = BODY + protocol.SETXATTR_IN.size + len(name) + 1
+        value = bytes(request.buffer[start : start + size])
+        fd = self._objects.nameless_fd(request.node)
+        backing_of(request).may_have_capabilities = True
+        if fd is not None:
+            os.setxattr(_FD_LINK.format(fd), name, value, flags)
+        else:
+            self._objects.by_path(request, lambda backing, path: backing.setxattr(path, name, value, flags))
+        request.answer()
+
+    def removexattr(self, worker: Worker, request: Request) -> None:
+        name = request.name()
+        fd = self._objects.nameless_fd(request.node)
+        if fd is not None:
+            os.removexattr(_FD_LINK.format(fd), name)
+        else:
+            self._objects.by_path(request, lambda backing, path: backing.removexattr(path, name))
+        request.answer()
 
     def getxattr(self, worker: Worker, request: Request) -> None:
         """GETXATTR and LISTXATTR: asked before the first write to every file, so not by way of libfuse."""
@@ -134,7 +96,7 @@ class Answers:
         listing = request.opcode == Opcode.LISTXATTR
         name = b"" if listing else request.name(BODY + protocol.GETXATTR_IN.size)
         backing = backing_of(request)
-        if name == _CAPABILITY and backing is not None and not backing.may_have_capabilities:
+        if name == _CAPABILITY and not backing.may_have_capabilities:
             request.fail(errno.ENODATA)  # asked before every truncation
             return
         fd = self._fd_now(request)
@@ -142,20 +104,18 @@ class Answers:
             # By the link, not the fd alone: that may be an O_PATH one.
             value = list_xattrs(_FD_LINK.format(fd)) if listing else os.getxattr(_FD_LINK.format(fd), name)
         elif listing:
-            value = self._by_path(request, Backing.listxattr)
+            value = self._objects.by_path(request, Backing.listxattr)
         else:
-            value = self._by_path(request, lambda backing, path: backing.getxattr(path, name))
+            value = self._objects.by_path(request, lambda backing, path: backing.getxattr(path, name))
         self._answer_sized(request, size, value)
 
     def _fd_now(self, request: Request) -> Optional[int]:
         """An fd of the node in the generation that the request is served from, or the one that a nameless node has."""
-        if self.is_nameless(request.node):
-            fd = self._own_fd(request.node)
-            if fd is None:
-                raise _stale()
+        fd = self._objects.nameless_fd(request.node)
+        if fd is not None:
             return fd
-        file, backing = self._handles.of_node(request.node), backing_of(request)
-        return file.fd if file is not None and backing is not None and file.generation == backing.number else None
+        file = self._handles.of_node(request.node)
+        return file.fd if file is not None and file.generation == backing_of(request).number else None
 
     @staticmethod
     def _answer_sized(request: Request, size: int, value: bytes) -> None:
@@ -169,40 +129,11 @@ class Answers:
 
     # --- by path or by handle
 
-    def lookup(self, worker: Worker, request: Request) -> Optional[os.stat_result]:
-        """None: answered. Else the attributes of what has no number yet: libfuse must allot one.
-
-        Without an entry cache most lookups are of what is known.
-        """
-        name = request.name()
-        status = self._by_path(request, Backing.stat, name)
-        node = self._nodes.look_up(request.node, name, status.st_mode)
-        if node is None:
-            return status
-        if not request.answer(protocol.entry_out(node.number, node.generation, status)):
-            self._nodes.take_back(node.number, from_library=False)
-        return None
-
-    def create(self, worker: Worker, request: Request) -> Tuple[OpenFile, os.stat_result]:
-        """Open a new file, which has no node yet; the caller gives it one and answers."""
-        flags, mode, _, _ = protocol.CREATE_IN.unpack_from(request.buffer, BODY)
-        name = request.name(BODY + protocol.CREATE_IN.size)
-        fd = self._by_path(request, lambda backing, path: backing.create(path, flags, mode), name)
-        backing = backing_of(request)
-        assert backing is not None
-        try:
-            status = os.fstat(fd)
-            credentials = worker.identity.of(request.uid, request.gid, request.tid)
-        except BaseException:
-            os.close(fd)
-            raise
-        return self._handles.add(0, False, flags, backing, fd, credentials, request.tid), status
-
     def getattr(self, worker: Worker, request: Request) -> os.stat_result:
         """Answers; returns what it answered."""
         flags, _, fh = protocol.GETATTR_IN.unpack_from(request.buffer, BODY)
         if flags & protocol.GETATTR_FH:
-            status = os.fstat(self._use(worker, request, fh).fd)
+            status = os.fstat(self._objects.by_handle(worker, request, fh).fd)
         else:
             status = self._status(request)
         request.answer(protocol.attr_out(request.node, status))
@@ -214,27 +145,25 @@ class Answers:
         )
         fd: Optional[int] = None
         if valid & _FH:
-            fd = self._use(worker, request, fh).fd
+            fd = self._objects.by_handle(worker, request, fh).fd
             worker.identity.assume(worker.identity.of(request.uid, request.gid, request.tid))
-        elif self.is_nameless(request.node):
-            fd = self._own_fd(request.node)
-            if fd is None:
-                raise _stale()
+        else:
+            fd = self._objects.nameless_fd(request.node)
         if valid & _MODE:
             if fd is None:
-                self._by_path(request, lambda backing, path: backing.chmod(path, mode & 0o7777))
+                self._objects.by_path(request, lambda backing, path: backing.chmod(path, mode & 0o7777))
             else:
                 os.chmod(_FD_LINK.format(fd), mode & 0o7777)
         if valid & _HAS_OWNER:
             owner = uid if valid & _UID else -1
             group = gid if valid & _GID else -1
             if fd is None:
-                self._by_path(request, lambda backing, path: backing.chown(path, owner, group))
+                self._objects.by_path(request, lambda backing, path: backing.chown(path, owner, group))
             else:
                 os.chown(_FD_LINK.format(fd), owner, group)
         if valid & _SIZE:
             if fd is None:
-                self._by_path(request, lambda backing, path: backing.truncate(path, size))
+                self._objects.by_path(request, lambda backing, path: backing.truncate(path, size))
             elif valid & _FH:
                 os.ftruncate(fd, size)
             else:
@@ -245,7 +174,7 @@ class Answers:
                 _time(valid, _MTIME, _MTIME_NOW, mtime, mtime_nsec),
             )
             if fd is None:
-                self._by_path(request, lambda backing, path: backing.utimens(path, *times))
+                self._objects.by_path(request, lambda backing, path: backing.utimens(path, *times))
             else:
                 # By the link, not futimens: it also takes an O_PATH fd.
                 syscalls.utimensat_following(_FD_LINK.format(fd).encode(), *times)
@@ -261,12 +190,10 @@ class Answers:
 
     def _open(self, worker: Worker, request: Request, flags: int, is_directory: bool) -> None:
         backing = backing_of(request)
-        if backing is None:
-            raise _stale()
         try:
-            fd = self._by_path(request, lambda backing, path: backing.open(path, flags))
+            fd = self._objects.by_path(request, lambda backing, path: backing.open(path, flags))
         except OSError as error:
-            own = self._own_fd(request.node) if error.errno == errno.ESTALE else None
+            own = self._objects.own_fd(request.node) if error.errno == errno.ESTALE else None
             if own is None:
                 raise
             fd = os.open(_FD_LINK.format(own), allowed_flags(flags))
@@ -279,7 +206,7 @@ class Answers:
 
     def read(self, worker: Worker, request: Request) -> None:
         fh, offset, size, _, _, _, _ = protocol.READ_IN.unpack_from(request.buffer, BODY)
-        file = self._use(worker, request, fh)
+        file = self._objects.by_handle(worker, request, fh)
         self._has_pages(request.node)
         length = os.preadv(file.fd, [worker.output[: min(size, len(worker.output))]], offset)
         request.device.reply_data(request.unique, worker.output[:length])
@@ -288,7 +215,7 @@ class Answers:
         fh, offset, size, flags, _, _, _ = protocol.WRITE_IN.unpack_from(request.buffer, BODY)
         start = BODY + protocol.WRITE_IN.size
         data = memoryview(request.buffer)[start : start + size]
-        file = self._use(worker, request, fh)
+        file = self._objects.by_handle(worker, request, fh)
         self._has_pages(request.node)
         fd = file.fd
         if flags & protocol.WRITE_CACHE:
@@ -307,7 +234,7 @@ class Answers:
     def flush(self, worker: Worker, request: Request) -> None:
         """Report what close(2) of the backing file would: a server's errors of writing back."""
         (fh,) = protocol.U64.unpack_from(request.buffer, BODY)
-        backing = backing_of(request)
+        backing = backing_if_any(request)
         if backing is not None and not backing.is_staging:
             file = self._handles.get(fh)
             if file.generation == backing.number and file.flags & os.O_ACCMODE != os.O_RDONLY:
@@ -321,7 +248,7 @@ class Answers:
 
     def fsync(self, worker: Worker, request: Request) -> None:
         fh, flags, _ = protocol.FSYNC_IN.unpack_from(request.buffer, BODY)
-        fd = self._use(worker, request, fh).fd
+        fd = self._objects.by_handle(worker, request, fh).fd
         if flags & protocol.FSYNC_FDATASYNC:
             os.fdatasync(fd)
         else:
@@ -330,16 +257,16 @@ class Answers:
 
     def fallocate(self, worker: Worker, request: Request) -> None:
         fh, offset, length, mode, _ = protocol.FALLOCATE_IN.unpack_from(request.buffer, BODY)
-        syscalls.fallocate(self._use(worker, request, fh).fd, mode, offset, length)
+        syscalls.fallocate(self._objects.by_handle(worker, request, fh).fd, mode, offset, length)
         request.answer()
 
     def lseek(self, worker: Worker, request: Request) -> None:
         fh, offset, whence, _ = protocol.LSEEK_IN.unpack_from(request.buffer, BODY)
-        request.answer(protocol.U64.pack(os.lseek(self._use(worker, request, fh).fd, offset, whence)))
+        request.answer(protocol.U64.pack(os.lseek(self._objects.by_handle(worker, request, fh).fd, offset, whence)))
 
     def readdir(self, worker: Worker, request: Request) -> None:
         fh, offset, size, _, _, _, _ = protocol.READ_IN.unpack_from(request.buffer, BODY)
-        file = self._use(worker, request, fh)
+        file = self._objects.by_handle(worker, request, fh)
         entries = []
         with file.lock:
             if file.position != offset:
@@ -347,7 +274,7 @@ class Answers:
                 file.position = offset
             data = syscalls.getdents64(file.fd, size)
             following = file.position
-            for following, entry in self._dirents(request.node, data):
+            for following, entry in self._dirents(request.node, file, data):
                 if size < len(entry):
                     # FUSE's entries are a little larger than the system's: the rest is read again next time.
                     following = -1
@@ -357,13 +284,24 @@ class Answers:
             file.position = following & 0xFFFFFFFFFFFFFFFF if following != -1 else -1
         request.answer(b"".join(entries))
 
-    def _dirents(self, parent: int, data: bytes) -> "list[Tuple[int, bytes]]":
+    def _dirents(self, parent: int, directory: OpenFile, data: bytes) -> "list[Tuple[int, bytes]]":
         entries = []
-        for offset, kind, name in protocol.native_dirents(data, len(data)):
-            known = self._nodes.child(parent, name)
-            number = known.number if known is not None else protocol.UNKNOWN_INO
+        device = os.fstat(directory.fd).st_dev
+        for offset, inode, kind, name in protocol.native_dirents(data, len(data)):
+            number = self._entry_number(parent, name)
+            if number is None:
+                number = self._nodes.entry_number(directory.generation, device, inode)
             entries.append((offset, protocol.dirent(number, offset, kind, name)))
         return entries
+
+    def _entry_number(self, parent: int, name: bytes) -> Optional[int]:
+        if name == b".":
+            return parent
+        if name == b"..":
+            node = self._nodes.get(parent)
+            return node.names[0][0].number if node is not None and node.names else parent
+        known = self._nodes.child(parent, name)
+        return known.number if known is not None else None
 
 
 def _time(valid: int, given: int, now: int, seconds: int, nanoseconds: int) -> Tuple[int, int]:

@@ -89,6 +89,11 @@ class Backing:
             return os.open(path, allowed | os.O_NOFOLLOW | os.O_CLOEXEC, stat.S_IMODE(mode), dir_fd=self.fd)
         return syscalls.openat2(self.fd, path, allowed, stat.S_IMODE(mode), _INSIDE)
 
+    def tmpfile(self, path: bytes, flags: int, mode: int) -> int:
+        """A file without a name in the directory; the caller closes the fd."""
+        allowed = flags & (_OPEN_FLAGS | os.O_EXCL) & ~os.O_TRUNC | os.O_TMPFILE
+        return syscalls.openat2(self.fd, path or b".", allowed, stat.S_IMODE(mode), _INSIDE)
+
     def pin(self, path: bytes) -> int:
         """An O_PATH fd of the object, of whatever type; the caller closes it."""
         parent, name = self._parent(path)
@@ -164,6 +169,14 @@ class Backing:
         finally:
             self._done(old_parent)
 
+    def link_fd(self, fd: int, path: bytes) -> None:
+        """A name for an open file without one: what open(2) says of O_TMPFILE."""
+        parent, name = self._parent(path)
+        try:
+            os.link(f"/proc/self/fd/{fd}", name, dst_dir_fd=parent, follow_symlinks=True)
+        finally:
+            self._done(parent)
+
     def chmod(self, path: bytes, mode: int) -> None:
         parent, name = self._parent(path)
         try:
@@ -199,8 +212,13 @@ class Backing:
         finally:
             self._done(parent)
 
-    def statvfs(self) -> os.statvfs_result:
-        return os.fstatvfs(self.fd)
+    def statvfs(self, path: bytes) -> os.statvfs_result:
+        """Of the file system that the object is in, which may be one that is mounted beneath the directory."""
+        fd = self.pin(path)
+        try:
+            return os.fstatvfs(fd)
+        finally:
+            os.close(fd)
 
     # There is no getxattrat before Linux 6.13: go by the magic link of an O_PATH fd, which names the object itself.
 

@@ -11,11 +11,10 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from typing import Callable, List, Optional, Tuple
+from typing import Callable, List, Optional
 
-from stubfs import libfuse
 from stubfs.credentials import ThreadIdentity
-from stubfs.nodes import Orphan
+from stubfs.protocol import BUFFER_SIZE
 from stubfs.request import Device, Request
 
 _log = logging.getLogger(__name__)
@@ -28,21 +27,18 @@ class Worker:
     """What one serving thread has of its own. ``state`` is the one its request is served under, None between two."""
 
     def __init__(self, device: Device) -> None:
-        self.buffer, native = libfuse.make_buffer()
+        self.buffer = memoryview(bytearray(BUFFER_SIZE))
         self.buffers = [self.buffer]
-        self.output, _ = libfuse.make_buffer()
-        self.read_request = Request(device, self.buffer, native)
+        self.output = memoryview(bytearray(BUFFER_SIZE))
+        self.read_request = Request(device, self.buffer)
         self.request: Request = self.read_request  # the one being served
         self.identity = ThreadIdentity()
         self.state: Optional[object] = None
         self.count = 0  # requests begun
         self.busy = False
-        self.status: Optional[os.stat_result] = None  # what getattr saw last, for the reply that libfuse makes
-        self.allotting = False  # libfuse is being asked for a node's number
-        self.allotted: Optional[Tuple[int, int]] = None  # (number, generation) that it gave
+        # What libfuse has no place for:
+        self.status: Optional[os.stat_result] = None  # attributes of what was just made
         self.rename_flags = 0
-        self.rename: Tuple[int, bytes, bytes] = (0, b"", b"")  # new parent, old and new name of a RENAME under way
-        self.orphan: Optional[Orphan] = None  # of the name that is being removed
         self.wake = threading.Semaphore(0)
 
 

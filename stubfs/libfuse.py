@@ -11,7 +11,8 @@ import ctypes
 import errno
 import logging
 import os
-from typing import Any, Callable, Tuple
+import threading
+from typing import Any
 
 from stubfs.errors import MissingFeatureError, reason
 from stubfs.protocol import BUFFER_SIZE
@@ -66,18 +67,8 @@ def load() -> Any:
     return fuse
 
 
-def make_buffer() -> Tuple[memoryview, Any]:
-    """(writable view, what Session.process takes) of a new buffer that holds any request."""
-    native = ctypes.create_string_buffer(BUFFER_SIZE)
-    return memoryview(native).cast("B"), native
-
-
 class Session:
-    """One libfuse instance on a /dev/fuse fd that it neither reads, writes nor closes.
-
-    ``on_reply`` is called, in the thread that is inside process(), with each whole reply and returns 0 or a
-    negative errno, which libfuse takes as the result of sending it.
-    """
+    """One libfuse instance on a /dev/fuse fd that it neither reads, writes nor closes; for any thread."""
 
     OPTIONS = {
         "hard_remove": True,  # else an unlinked open file is renamed to .fuse_hidden, for all to see
@@ -88,10 +79,10 @@ class Session:
         "big_writes": True,
     }
 
-    def __init__(self, device_fd: int, operations: Any, on_reply: Callable[[bytes], int]) -> None:
+    def __init__(self, device_fd: int, operations: Any) -> None:
         module = load()
         library = ctypes.CDLL(module._libfuse._name)
-        self._on_reply = on_reply
+        self._replies = _Replies()
         # The channel's callbacks must live as long as libfuse may call them.
         self._send_callback = _SEND(self._send)
         self._channel_operations = _ChannelOperations(
@@ -137,9 +128,11 @@ class Session:
         self._fuse = self._new(self._channel, ctypes.byref(arguments), operations, size, None)
         return 0 if self._fuse else 1
 
-    def process(self, request: Any, length: int) -> None:
-        """Have libfuse serve one request: bytes, or what make_buffer() gave."""
-        self._process(self._session, request, length, self._channel)
+    def process(self, request: bytes) -> bytes:
+        """libfuse's reply to a request, which nobody but the caller gets; b"" for none."""
+        self._replies.last = b""
+        self._process(self._session, request, len(request), self._channel)
+        return self._replies.last
 
     def _send(self, channel: int, vectors: int, count: int) -> int:
         if not count:
@@ -149,10 +142,17 @@ class Session:
             reply = ctypes.string_at(raw[0], raw[1])
             for i in range(2, 2 * count, 2):
                 reply += ctypes.string_at(raw[i], raw[i + 1])
-            return self._on_reply(reply)
+            self._replies.last = reply
+            return 0
         except Exception:  # it would be printed by ctypes, and libfuse told that the reply was sent
-            _log.exception("cannot send a reply of libfuse")
+            _log.exception("cannot take a reply of libfuse")
             return -errno.EIO
+
+
+class _Replies(threading.local):
+    """What libfuse last wanted to send in this thread."""
+
+    last = b""
 
 
 _dlvsym = ctypes.CDLL(None).dlvsym

@@ -1,7 +1,8 @@
-"""What the kernel's node numbers stand for: a mirror of libfuse's tree, kept from the replies that go by.
+"""What the kernel's node numbers stand for: one node per file, with all its names; one per name across generations.
 
-libfuse allots the numbers and tells nobody their names; who asks what an inode number in /proc means needs both.
-Pure bookkeeping, guarded by one lock. A node owns the O_PATH fd it keeps of an object whose name was removed.
+A node's number is the inode number of what it stands for where that is free, so that it stays the same for as long as
+the file does. Pure bookkeeping, guarded by one lock. A node owns the O_PATH fd it keeps of an object whose last name
+was removed.
 """
 
 from __future__ import annotations
@@ -11,7 +12,10 @@ import stat
 import threading
 from typing import Dict, List, NamedTuple, Optional, Tuple
 
-from stubfs.protocol import ROOT_NODE
+from stubfs.protocol import ROOT_NODE, UNKNOWN_INO
+
+# For numbers that are taken: by what had it in a former generation, on another device beneath the backing directory.
+_FIRST_ALTERNATIVE = 1 << 48
 
 
 class Orphan(NamedTuple):
@@ -21,21 +25,21 @@ class Orphan(NamedTuple):
     generation: int
 
 
-class Node:
-    __slots__ = (
-        "number", "generation", "parent", "name", "kind", "lookups", "library_lookups", "children", "has_pages",
-        "orphan",
-    )  # fmt: skip
+Identity = Tuple[int, int, int]
+"""Which file it is: number of the generation, st_dev and st_ino beneath its backing directory."""
 
-    def __init__(self, number: int, generation: int, parent: Optional["Node"], name: Optional[bytes]) -> None:
+
+class Node:
+    __slots__ = ("number", "names", "identity", "kind", "lookups", "children", "has_pages", "orphan")
+
+    def __init__(self, number: int, kind: int) -> None:
         self.number = number
-        self.generation = generation  # of the node number, as libfuse counts them; not one of ours
-        self.parent = parent
-        self.name = name  # None: it has no name any more
-        self.kind = 0  # S_IFMT bits
+        # Parent and name of each known name, the latest first. A new tuple at each change: it is read without the lock.
+        self.names: Tuple[Tuple["Node", bytes], ...] = ()
+        self.identity: Optional[Identity] = None
+        self.kind = kind  # S_IFMT bits
         self.lookups = 0  # references that the kernel has
-        self.library_lookups = 0  # references that libfuse believes the kernel has
-        self.children = 0
+        self.children = 0  # names whose parent it is
         self.has_pages = False  # the kernel may have cached contents of it
         self.orphan: Optional[Orphan] = None
 
@@ -43,13 +47,15 @@ class Node:
 class NodeTable:
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        root = Node(ROOT_NODE, 0, None, b"")
-        root.kind = stat.S_IFDIR
-        root.lookups = root.library_lookups = 1
+        root = Node(ROOT_NODE, stat.S_IFDIR)
+        root.lookups = 1
         self._nodes: Dict[int, Node] = {ROOT_NODE: root}
         self._names: Dict[Tuple[int, bytes], Node] = {}
-        # Counts renames begun and ended: a path that was put together in between may be of no use.
-        self.renames = 0
+        self._objects: Dict[Identity, Node] = {}
+        self._next = _FIRST_ALTERNATIVE
+        # How often names began and ended to change: what was found out in between may be of no use.
+        self.changes = 0
+        self.renames = 0  # those alone that can change the path of what they do not name
 
     def __len__(self) -> int:
         return len(self._nodes)
@@ -67,11 +73,11 @@ class NodeTable:
             return None
         parts: List[bytes] = []
         while node.number != ROOT_NODE:
-            parent, name = node.parent, node.name
-            if parent is None or name is None:
+            names = node.names
+            if not names:
                 return None
+            node, name = names[0]
             parts.append(name)
-            node = parent
         parts.reverse()
         return b"/".join(parts)
 
@@ -81,92 +87,170 @@ class NodeTable:
             return above if above is None else name
         return above + b"/" + name
 
-    def add(self, parent: int, name: bytes, number: int, generation: int, mode: int) -> None:
-        """libfuse has told the kernel that ``name`` in ``parent`` is ``number``: one reference more on both sides."""
-        with self._lock:
-            node = self._nodes.get(number)
-            if node is None:
-                above = self._nodes.get(parent)
-                node = Node(number, generation, above, name)
-                self._nodes[number] = node
-                self._names[parent, name] = node
-                if above is not None:
-                    above.children += 1
-            node.generation = generation
-            node.kind = stat.S_IFMT(mode)
-            node.lookups += 1
-            node.library_lookups += 1
+    def entry_number(self, generation: int, device: int, inode: int) -> int:
+        """The number that a directory entry has, or will most probably get when it is looked up."""
+        node = self._objects.get((generation, device, inode))
+        if node is not None:
+            return node.number
+        return inode if self._is_free(inode) else UNKNOWN_INO
 
-    def look_up(self, parent: int, name: bytes, mode: int) -> Optional[Node]:
-        """The known node of this name, with one kernel reference more; None if only libfuse can tell its number."""
+    # --- references of the kernel
+
+    def enter(
+        self, parent: int, name: bytes, status: os.stat_result, generation: int, seen: Optional[int] = None
+    ) -> Optional[Node]:
+        """The node of what ``name`` in ``parent`` is now, by ``status``, with one kernel reference more.
+
+        None: names have changed since ``changes`` was ``seen``, so that the status may be of something else; the
+        caller looks again.
+        """
+        identity = (generation, status.st_dev, status.st_ino)
+        kind = stat.S_IFMT(status.st_mode)
         with self._lock:
             node = self._names.get((parent, name))
-            if node is None or not node.library_lookups:
-                return None
-            node.kind = stat.S_IFMT(mode)
+            if node is None or node.identity != identity or node.kind != kind:
+                if seen is not None and seen != self.changes:
+                    return None
+                node = self._find(node, parent, name, identity, kind)
             node.lookups += 1
             return node
 
-    def forget(self, number: int, count: int) -> int:
-        """The kernel drops ``count`` references. Returns how many libfuse is to be told of: none before the last."""
+    def enter_nameless(self, status: os.stat_result, generation: int) -> Node:
+        """As enter(), of a file that was opened without a name (O_TMPFILE)."""
         with self._lock:
-            node = self._nodes.get(number)
-            if node is None or number == ROOT_NODE:
-                return 0
-            node.lookups = max(0, node.lookups - count)
-            if node.lookups:
-                return 0
-            told, node.library_lookups = node.library_lookups, 0
-            self._drop(node)
-            return told
+            node = self._new((generation, status.st_dev, status.st_ino), stat.S_IFMT(status.st_mode))
+            node.lookups += 1
+            return node
 
-    def take_back(self, number: int, from_library: bool) -> None:
-        """A reply that gave a reference did not reach the kernel; libfuse forgets its own by itself."""
+    def _find(self, named: Optional[Node], parent: int, name: bytes, identity: Identity, kind: int) -> Node:
+        if named is not None:
+            former = named.identity
+            if named.kind == kind and (kind == stat.S_IFDIR or former is None or former[0] != identity[0]):
+                # Of another generation the name tells which file it is. Of directories always: whoever is in one asks
+                # by its path, and file systems without inode numbers of their own give it new ones.
+                self._identify(named, identity)
+                # Its other names may be other files there. Those that are not come back when they are looked up.
+                others = [(above.number, also) for above, also in named.names if (above.number, also) != (parent, name)]
+                self._drop(*(self._unname(named, *other) for other in others))
+                return named
+            former_parent = self._unname(named, parent, name)  # somebody else has put another file in its place
+            self._drop(named, former_parent)
+        # Another name of a known file. A directory has one name alone, in the kernel too: where two lead to it, by a
+        # bind mount, they are two nodes.
+        node = None if kind == stat.S_IFDIR else self._objects.get(identity)
+        if node is None or node.kind != kind:
+            node = self._new(identity, kind)
+        self._name(node, parent, name)
+        return node
+
+    def _new(self, identity: Identity, kind: int) -> Node:
+        number = identity[2]
+        while not self._is_free(number):
+            number = self._next
+            self._next += 1
+        node = self._nodes[number] = Node(number, kind)
+        self._identify(node, identity)
+        return node
+
+    def _is_free(self, number: int) -> bool:
+        return number > ROOT_NODE and number != UNKNOWN_INO and number not in self._nodes
+
+    def _identify(self, node: Node, identity: Optional[Identity]) -> None:
+        if node.identity is not None and self._objects.get(node.identity) is node:
+            del self._objects[node.identity]
+        # Two names that were two files in a former generation may be one now: open files keep theirs apart.
+        node.identity = None if identity is None or identity in self._objects else identity
+        if node.identity is not None:
+            self._objects[node.identity] = node
+
+    def forget(self, number: int, count: int) -> None:
+        """The kernel drops ``count`` references."""
         with self._lock:
             node = self._nodes.get(number)
-            if node is None:
-                return
-            node.lookups -= 1
-            if from_library:
-                node.library_lookups -= 1
-            if not node.lookups and not node.library_lookups:
+            if node is not None and number != ROOT_NODE:
+                node.lookups = max(0, node.lookups - count)
                 self._drop(node)
 
-    def _drop(self, node: Optional[Node]) -> None:
-        # As libfuse: a directory stays, without references, as long as one of its children is known.
-        while node is not None and not node.lookups and not node.children and node.number != ROOT_NODE:
-            self._nodes.pop(node.number, None)
-            above = self._unname(node)
+    def _drop(self, *nodes: Optional[Node]) -> None:
+        """Those of them that nobody needs any more. Not by recursion: a path may have 2,000 directories."""
+        left = list(nodes)
+        while left:
+            node = left.pop()
+            # A directory stays, without references, as long as one of its children is known.
+            if node is None or node.lookups or node.children or self._nodes.get(node.number) is not node:
+                continue
+            del self._nodes[node.number]
+            left += [self._unname(node, parent.number, name) for parent, name in node.names]
+            self._identify(node, None)
             if node.orphan is not None:
                 os.close(node.orphan.fd)
                 node.orphan = None
-            node = above
 
-    def _unname(self, node: Node) -> Optional[Node]:
-        above, name = node.parent, node.name
-        node.parent = node.name = None
-        if above is not None and name is not None:
-            if self._names.get((above.number, name)) is node:
-                del self._names[above.number, name]
-            above.children -= 1
-        return above
+    # --- names
+
+    def _name(self, node: Node, parent: int, name: bytes) -> None:
+        above = self._nodes.get(parent)
+        if above is not None:
+            node.names = ((above, name), *node.names)
+            above.children += 1
+            self._names[parent, name] = node
+
+    def _unname(self, node: Node, parent: int, name: bytes) -> Optional[Node]:
+        """The parent, which may be dropped now."""
+        for above, known in node.names:
+            if above.number == parent and known == name:
+                node.names = tuple(one for one in node.names if one != (above, name))
+                if self._names.get((parent, name)) is node:
+                    del self._names[parent, name]
+                above.children -= 1
+                return above
+        return None
+
+    def change(self, renames: bool = False) -> None:
+        """To be called before and after names are changed in the backing directory."""
+        with self._lock:
+            self.changes += 1
+            self.renames += renames
+
+    def link(self, number: int, parent: int, name: bytes, generation: int, status: os.stat_result) -> Optional[Node]:
+        """The node, with a new name and one kernel reference more. None: it is not the file of ``status``."""
+        with self._lock:
+            node = self._nodes.get(number)
+            if node is None or node.identity != (generation, status.st_dev, status.st_ino):
+                return None
+            former = self._names.get((parent, name))
+            if former is not node:
+                if former is not None:
+                    self._remove(former, parent, name, None)
+                self._name(node, parent, name)
+            node.lookups += 1
+            return node
 
     def remove(self, parent: int, name: bytes, orphan: Optional[Orphan]) -> bool:
         """The name is gone. Takes over ``orphan``'s fd if there is a node to keep it; False: the caller closes it."""
         with self._lock:
             node = self._names.get((parent, name))
-            if node is None:
-                return False
-            return self._remove(node, orphan)
+            return node is not None and self._remove(node, parent, name, orphan)
 
-    def _remove(self, node: Node, orphan: Optional[Orphan]) -> bool:
-        above = self._unname(node)
-        kept = orphan is not None and bool(node.lookups) and node.orphan is None
+    def _remove(self, node: Node, parent: int, name: bytes, orphan: Optional[Orphan]) -> bool:
+        above = self._unname(node, parent, name)
+        kept = orphan is not None and bool(node.lookups) and not node.names and node.orphan is None
         if kept:
             node.orphan = orphan
-        self._drop(node)
-        self._drop(above)
+        elif not node.names and node.orphan is None:
+            self._identify(node, None)  # its inode number may be another file's by now
+        self._drop(node, above)
         return kept
+
+    def lose(self, number: int) -> bool:
+        """The name that path() gives was not there: somebody else has removed it. False: the node has no other."""
+        with self._lock:
+            node = self._nodes.get(number)
+            if node is None or len(node.names) < 2:
+                return False
+            parent, name = node.names[0]
+            self._drop(self._unname(node, parent.number, name))
+            return True
 
     def rename(self, old_parent: int, old: bytes, parent: int, name: bytes, orphan: Optional[Orphan]) -> bool:
         """As remove() for what had the new name before."""
@@ -174,16 +258,27 @@ class NodeTable:
             kept = False
             node = self._names.get((old_parent, old))
             replaced = self._names.get((parent, name))
-            if replaced is not None and replaced is not node:
-                kept = self._remove(replaced, orphan)
-            above = self._nodes.get(parent)
-            if node is not None and above is not None:
-                former = self._unname(node)
-                node.parent, node.name = above, name
-                above.children += 1
-                self._names[parent, name] = node
+            if node is not None and node is replaced:
+                return False  # two names of one file: rename(2) does nothing
+            if replaced is not None:
+                kept = self._remove(replaced, parent, name, orphan)
+            if node is not None:
+                former = self._unname(node, old_parent, old)
+                self._name(node, parent, name)
                 self._drop(former)
             return kept
+
+    def exchange(self, old_parent: int, old: bytes, parent: int, name: bytes) -> None:
+        with self._lock:
+            nodes = self._names.get((old_parent, old)), self._names.get((parent, name))
+            places = (old_parent, old), (parent, name)
+            # Nothing is dropped in between: both parents have a reference of the kernel, which names them.
+            for node, place in zip(nodes, places):
+                if node is not None:
+                    self._unname(node, *place)
+            for node, place in zip(nodes, reversed(places)):
+                if node is not None:
+                    self._name(node, *place)
 
     def cached(self) -> List[int]:
         """The nodes whose contents the kernel may have in its page cache."""

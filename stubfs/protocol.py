@@ -226,11 +226,11 @@ def dirent(node: int, offset: int, kind: int, name: bytes) -> bytes:
     )
 
 
-def native_dirents(data: bytes, length: int) -> Iterator[Tuple[int, int, bytes]]:
-    """(offset of the next entry, type, name) of each entry in a getdents64 buffer."""
+def native_dirents(data: bytes, length: int) -> Iterator[Tuple[int, int, int, bytes]]:
+    """(offset of the next entry, inode number, type, name) of each entry in a getdents64 buffer."""
     position = 0
     while position < length:
-        _, offset, size, kind = NATIVE_DIRENT.unpack_from(data, position)
+        inode, offset, size, kind = NATIVE_DIRENT.unpack_from(data, position)
         name = data[position + NATIVE_DIRENT.size : position + size]
-        yield offset, kind, name[: name.index(0)]
+        yield offset, inode, kind, name[: name.index(0)]
         position += size

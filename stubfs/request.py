@@ -37,14 +37,12 @@ class Device:
             return self._lost(unique, failure)
         return True
 
-    def write_raw(self, data: bytes) -> int:
-        """A whole reply as libfuse has made it: 0, or a negative errno as libfuse wants it back."""
+    def write_raw(self, data: bytes) -> None:
+        """A whole reply as libfuse has made it."""
         try:
             os.write(self.fd, data)
         except OSError as failure:
             self._lost(OUT_HEADER.unpack_from(data)[2], failure)
-            return -(failure.errno or errno.EIO)
-        return 0
 
     @staticmethod
     def _lost(unique: int, failure: OSError) -> bool:
@@ -76,12 +74,11 @@ class Request:
     A worker uses one object over and over for what it reads; what is held is a copy.
     """
 
-    __slots__ = ("device", "opcode", "unique", "node", "uid", "gid", "tid", "buffer", "native", "length", "state")
+    __slots__ = ("device", "opcode", "unique", "node", "uid", "gid", "tid", "buffer", "length", "state")
 
-    def __init__(self, device: Device, buffer: Union[bytes, memoryview], native: object) -> None:
+    def __init__(self, device: Device, buffer: Union[bytes, memoryview]) -> None:
         self.device = device
         self.buffer = buffer
-        self.native = native  # the same bytes in the form that libfuse takes
         self.length = 0
         self.opcode = self.unique = self.node = self.uid = self.gid = self.tid = 0
         self.state: Optional["State"] = None
@@ -96,7 +93,7 @@ class Request:
     def copy(self) -> "Request":
         """A request that lives on when the worker's buffer takes the next one; as small as possible."""
         data = bytes(self.buffer[: self.length])
-        kept = Request(self.device, data, data)
+        kept = Request(self.device, data)
         kept.parse(self.length)
         return kept
 

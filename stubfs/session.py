@@ -18,13 +18,15 @@ from stubfs import caches, protocol
 from stubfs.answers import Answers
 from stubfs.backing import Staging
 from stubfs.credentials import ROOT
+from stubfs.entries import Entries
 from stubfs.handles import HandleTable
 from stubfs.held import HeldTable
 from stubfs.interrupts import Interrupts
 from stubfs.lanes import CurrentWorker, Lane, Monitor, Worker
 from stubfs.libfuse import Session as LibfuseSession
 from stubfs.modes import Mode, ModeSwitch, State
-from stubfs.nodes import NodeTable, Orphan
+from stubfs.nodes import NodeTable
+from stubfs.objects import Objects
 from stubfs.operations import Operations
 from stubfs.protocol import BODY, ROOT_NODE, InitFlags, Opcode, opcode_name
 from stubfs.request import Device, Request
@@ -44,13 +46,6 @@ _ADDED_FLAGS = (
 # Locks stay with the kernel: /proc shows them, and whoever moves the files to another mount finds them there.
 _REMOVED_FLAGS = InitFlags.POSIX_LOCKS | InitFlags.FLOCK_LOCKS
 _MAX_BACKGROUND = 65535  # with the default of 12, twelve held readaheads would keep all others from reaching us
-_ENTRY_MAKERS = frozenset(
-    (Opcode.MKNOD, Opcode.MKDIR, Opcode.SYMLINK, Opcode.LINK)
-)
-_RENAME_NOREPLACE = 1
-_ENTRY_ATTR = protocol.OUT_HEADER.size + protocol.ENTRY.size  # where a reply with an entry has its attributes
-_CREATE_NAME = protocol.NAME_OFFSETS[Opcode.CREATE]
-
 _Handler = Callable[[Worker, Request], object]
 
 
@@ -67,12 +62,11 @@ class Session:
         self._ended = threading.Event()
         self._on_end: Callable[[], None] = lambda: None
         self._current = CurrentWorker()
-        self._answers = Answers(self.nodes, self.handles)
         self._root_status = os.fstat(self.staging.fd)
         self.switch = ModeSwitch(self, self.held, self.staging)
         self.state: State = self.switch.initial(mode, directory)
         self.held.let_go(self.state.backing is not None)
-        self._libfuse = LibfuseSession(device_fd, Operations(self._current), self._on_reply)
+        self._libfuse = LibfuseSession(device_fd, Operations(self._current))
         self._interrupts = Interrupts(self._still_waits, self._end_wait)
         self._monitor = Monitor()
         self._reading = Lane("reader", self.device, self._monitor, self._current, self._read, self._serve, self._end)
@@ -81,29 +75,32 @@ class Session:
         )
         self._drained = threading.Condition()
         self._draining = 0
-        answers = self._answers
+        objects = Objects(self.nodes, self.handles)
+        self._answers = answers = Answers(self.nodes, self.handles, objects)
+        entries = Entries(self.nodes, self.handles, objects, self._libfuse)
         # Served with the caller's credentials.
         self._by_caller: Dict[int, _Handler] = {
-            Opcode.LOOKUP: self._lookup,
+            Opcode.LOOKUP: entries.lookup,
             Opcode.GETATTR: self._getattr,
             Opcode.SETATTR: answers.setattr,
             Opcode.OPEN: answers.open,
             Opcode.OPENDIR: answers.opendir,
-            Opcode.READLINK: self._through_libfuse,
-            Opcode.SYMLINK: self._through_libfuse,
-            Opcode.MKNOD: self._through_libfuse,
-            Opcode.MKDIR: self._through_libfuse,
-            Opcode.LINK: self._through_libfuse,
-            Opcode.CREATE: self._create,
-            Opcode.UNLINK: self._through_libfuse,
-            Opcode.RMDIR: self._through_libfuse,
-            Opcode.RENAME: self._rename,
-            Opcode.RENAME2: self._rename,
-            Opcode.STATFS: self._through_libfuse,
-            Opcode.SETXATTR: self._through_libfuse,
+            Opcode.READLINK: answers.readlink,
+            Opcode.SYMLINK: entries.make,
+            Opcode.MKNOD: entries.make,
+            Opcode.MKDIR: entries.make,
+            Opcode.LINK: entries.link,
+            Opcode.CREATE: entries.create,
+            Opcode.TMPFILE: entries.tmpfile,
+            Opcode.UNLINK: entries.remove,
+            Opcode.RMDIR: entries.remove,
+            Opcode.RENAME: entries.rename,
+            Opcode.RENAME2: entries.rename,
+            Opcode.STATFS: answers.statfs,
+            Opcode.SETXATTR: answers.setxattr,
             Opcode.GETXATTR: self._getxattr,
             Opcode.LISTXATTR: self._getxattr,
-            Opcode.REMOVEXATTR: self._through_libfuse,
+            Opcode.REMOVEXATTR: answers.removexattr,
             Opcode.ACCESS: self._access,
         }
         # What an open file may do was decided when it was opened.
@@ -125,13 +122,13 @@ class Session:
             Opcode.FORGET: self._forget,
             Opcode.BATCH_FORGET: self._batch_forget,
             Opcode.INTERRUPT: self._interrupt,
-            Opcode.INIT: self._through_libfuse,
+            Opcode.INIT: self._init,
             Opcode.DESTROY: lambda worker, request: request.answer(),
             Opcode.NOTIFY_REPLY: lambda worker, request: None,
         }
         # The kernel does without them from then on, also where it could not wait.
         for opcode in (
-            Opcode.POLL, Opcode.BMAP, Opcode.TMPFILE, Opcode.STATX, Opcode.COPY_FILE_RANGE, Opcode.COPY_FILE_RANGE_64,
+            Opcode.POLL, Opcode.BMAP, Opcode.STATX, Opcode.COPY_FILE_RANGE, Opcode.COPY_FILE_RANGE_64,
         ):  # fmt: skip
             self._at_once[opcode] = self._unknown
 
@@ -229,76 +226,6 @@ class Session:
     def _unknown(self, worker: Worker, request: Request) -> None:
         request.fail(errno.ENOSYS)
 
-    def _through_libfuse(self, worker: Worker, request: Request) -> None:
-        if request.node != ROOT_NODE and self._answers.is_nameless(request.node) and request.node:
-            self._answers.nameless(worker, request)
-            return
-        if request.opcode in (Opcode.UNLINK, Opcode.RMDIR):
-            worker.orphan = self._pin(request, request.node, request.name())
-            try:
-                self._libfuse.process(request.native, request.length)
-            finally:
-                self._unpin(worker)
-        else:
-            self._libfuse.process(request.native, request.length)
-
-    def _pin(self, request: Request, parent: int, name: bytes) -> Optional[Orphan]:
-        """Hold on to what is about to lose its name, if the kernel knows it: it may be in use."""
-        state = request.state
-        if state is None or state.backing is None or self.nodes.child(parent, name) is None:
-            return None
-        path = self.nodes.child_path(parent, name)
-        try:
-            return Orphan(state.backing.pin(path), state.backing.number) if path is not None else None
-        except OSError:
-            return None  # the operation itself will say why
-
-    def _unpin(self, worker: Worker) -> None:
-        orphan, worker.orphan = worker.orphan, None
-        if orphan is not None:
-            os.close(orphan.fd)
-
-    def _lookup(self, worker: Worker, request: Request) -> None:
-        status = self._answers.lookup(worker, request)
-        if status is None:
-            return
-        node, generation = self._allot(worker, request, request.name(), status)
-        if not request.answer(protocol.entry_out(node, generation, status)):
-            self._forget_one(node, 1)
-
-    def _create(self, worker: Worker, request: Request) -> None:
-        file, status = self._answers.create(worker, request)
-        try:
-            node, generation = self._allot(worker, request, request.name(_CREATE_NAME), status)
-        except OSError:
-            self.handles.release(file.fh)
-            raise
-        self.handles.created(file, node)
-        opened = protocol.OPEN_OUT.pack(file.fh, file.open_flags(), 0)
-        if not request.answer(protocol.entry_out(node, generation, status) + opened):
-            self.handles.release(file.fh)
-            self._forget_one(node, 1)
-
-    def _allot(self, worker: Worker, request: Request, name: bytes, status: os.stat_result) -> Tuple[int, int]:
-        """(number, generation) of the node for ``name`` in the request's node, with one kernel reference more.
-
-        libfuse allots it, by way of a lookup whose answer it gets from ``status``, and whose reply ends here.
-        """
-        data = protocol.IN_HEADER.pack(
-            BODY + len(name) + 1, Opcode.LOOKUP, request.unique, request.node, 0, 0, 0, 0, 0
-        )
-        worker.status = status
-        worker.allotting, worker.allotted = True, None
-        try:
-            self._libfuse.process(data + name + b"\0", BODY + len(name) + 1)
-        finally:
-            worker.allotting = False
-        if worker.allotted is None:
-            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
-        node, generation = worker.allotted
-        self.nodes.add(request.node, name, node, generation, status.st_mode)
-        return node, generation
-
     def _getattr(self, worker: Worker, request: Request) -> None:
         if request.node == ROOT_NODE and request.state is not None and request.state.backing is None:
             request.answer(protocol.attr_out(ROOT_NODE, self._root_status))
@@ -312,7 +239,7 @@ class Session:
             self.staging.access(b"", int.from_bytes(request.buffer[BODY : BODY + 4], "little"))
             request.answer()
             return
-        self._through_libfuse(worker, request)
+        self._answers.access(worker, request)
 
     def _getxattr(self, worker: Worker, request: Request) -> None:
         if request.state is None or request.state.backing is not None:
@@ -323,74 +250,11 @@ class Session:
             (size, _) = protocol.GETXATTR_IN.unpack_from(request.buffer, BODY)
             request.answer(b"" if size else protocol.GETXATTR_OUT.pack(0, 0))
 
-    def _rename(self, worker: Worker, request: Request) -> None:
-        flags = 0
-        data = bytes(request.buffer[: request.length])
-        if request.opcode == Opcode.RENAME2:
-            new_parent, flags, _ = protocol.RENAME2_IN.unpack_from(data, BODY)
-            if flags & ~_RENAME_NOREPLACE:
-                request.fail(errno.EINVAL)  # libfuse's tree cannot exchange two names
-                return
-            names = data[BODY + protocol.RENAME2_IN.size :]
-        else:
-            (new_parent,) = protocol.RENAME_IN.unpack_from(data, BODY)
-            names = data[BODY + protocol.RENAME_IN.size :]
-        worker.rename = (new_parent, *names.split(b"\0")[:2])
-        header = protocol.IN_HEADER.pack(
-            BODY + protocol.RENAME_IN.size + len(names),
-            Opcode.RENAME, request.unique, request.node, request.uid, request.gid, request.tid, 0, 0,
-        )  # fmt: skip
-        worker.rename_flags = flags
-        worker.orphan = self._pin(request, new_parent, worker.rename[2])
-        self.nodes.renames += 1
-        try:
-            data = header + protocol.RENAME_IN.pack(new_parent) + names
-            self._libfuse.process(data, len(data))
-        finally:
-            self.nodes.renames += 1
-            worker.rename_flags = 0
-            self._unpin(worker)
-
-    # --- libfuse's replies
-
-    def _on_reply(self, reply: bytes) -> int:
-        worker = self._current.worker
-        request = worker.request
-        _, error, unique = protocol.OUT_HEADER.unpack_from(reply)
-        if worker.allotting:
-            if error == 0:
-                worker.allotted = protocol.ENTRY.unpack_from(reply, protocol.OUT_HEADER.size)[:2]
-            return 0
-        opcode = request.opcode
-        added: Optional[int] = None
-        if error == 0 and unique == request.unique:
-            if opcode in _ENTRY_MAKERS:
-                added, reply = self._entry_made(worker, request, reply)
-            elif opcode in (Opcode.UNLINK, Opcode.RMDIR):
-                if self.nodes.remove(request.node, request.name(), worker.orphan):
-                    worker.orphan = None
-            elif opcode in (Opcode.RENAME, Opcode.RENAME2):
-                new_parent, old, new = worker.rename
-                if self.nodes.rename(request.node, old, new_parent, new, worker.orphan):
-                    worker.orphan = None
-            elif opcode == Opcode.INIT:
-                reply = self._init_reply(request, reply)
-        result = self.device.write_raw(reply)
-        if result < 0 and added is not None:
-            self.nodes.take_back(added, from_library=True)
-        if opcode == Opcode.INIT:
-            self.ready.set()
-        return result
-
-    def _entry_made(self, worker: Worker, request: Request, reply: bytes) -> Tuple[Optional[int], bytes]:
-        """(node, or None for a negative entry; the reply with the attributes that libfuse was not told)."""
-        node, generation = protocol.ENTRY.unpack_from(reply, protocol.OUT_HEADER.size)[:2]
-        status = worker.status
-        if not node or status is None:
-            return None, reply
-        name = request.name(protocol.NAME_OFFSETS[request.opcode])
-        self.nodes.add(request.node, name, node, generation, status.st_mode)
-        return node, reply[:_ENTRY_ATTR] + protocol.attr(node, status)
+    def _init(self, worker: Worker, request: Request) -> None:
+        """libfuse must know of it, and what it does not know of is added to its answer."""
+        reply = self._libfuse.process(bytes(request.buffer[: request.length]))
+        self.device.write_raw(self._init_reply(request, reply))
+        self.ready.set()
 
     def _init_reply(self, request: Request, reply: bytes) -> bytes:
         major, minor, readahead, offered = (
@@ -410,20 +274,12 @@ class Session:
 
     def _forget(self, worker: Worker, request: Request) -> None:
         (count,) = protocol.U64.unpack_from(request.buffer, BODY)
-        self._forget_one(request.node, count)
+        self.nodes.forget(request.node, count)
 
     def _batch_forget(self, worker: Worker, request: Request) -> None:
-        count = int.from_bytes(request.buffer[BODY : BODY + 4], "little")
+        (count,) = protocol.U32.unpack_from(request.buffer, BODY)
         for i in range(count):
-            self._forget_one(*protocol.FORGET_ONE.unpack_from(request.buffer, BODY + 8 + i * protocol.FORGET_ONE.size))
-
-    def _forget_one(self, node: int, count: int) -> None:
-        told = self.nodes.forget(node, count)
-        if told:
-            # libfuse counts on its own: it has not seen the lookups that were answered without it.
-            length = BODY + protocol.U64.size
-            header = protocol.IN_HEADER.pack(length, Opcode.FORGET, 0, node, 0, 0, 0, 0, 0)
-            self._libfuse.process(header + protocol.U64.pack(told), length)
+            self.nodes.forget(*protocol.FORGET_ONE.unpack_from(request.buffer, BODY + 8 + i * protocol.FORGET_ONE.size))
 
     def _interrupt(self, worker: Worker, request: Request) -> None:
         (unique,) = protocol.U64.unpack_from(request.buffer, BODY)

@@ -54,7 +54,7 @@ def test_as_before(staging: Staging, mode: Mode) -> None:
     ended.start()
     try:
         data = IN_HEADER.pack(IN_HEADER.size, Opcode.READ, 7, 2, 0, 0, 0, 0, 0)
-        request = Request(Device(-1), data, data)
+        request = Request(Device(-1), data)
         request.parse(len(data))
         held.add(request)
         assert held.next() is request

@@ -15,8 +15,8 @@ from stubfs import protocol
 from stubfs.caches import spared
 from stubfs.held import HeldTable
 from stubfs.interrupts import Interrupts, is_fatal
-from stubfs.nodes import NodeTable, Orphan
-from stubfs.protocol import Opcode
+from stubfs.nodes import Node, NodeTable, Orphan
+from stubfs.protocol import UNKNOWN_INO, Opcode
 from stubfs.request import Device, Request
 
 DIRECTORY, FILE = stat.S_IFDIR, stat.S_IFREG
@@ -35,80 +35,158 @@ class RecordingDevice(Device):
 def request(unique: int, tid: int = 0, opcode: int = Opcode.LOOKUP, node: int = 1, body: bytes = b"name\0",
             device: Device = RecordingDevice()) -> Request:  # fmt: skip
     data = protocol.IN_HEADER.pack(40 + len(body), opcode, unique, node, 0, 0, tid, 0, 0) + body
-    result = Request(device, data, data)
+    result = Request(device, data)
     result.parse(len(data))
     return result
+
+
+def status_of(inode: int, kind: int = FILE, device: int = 9) -> os.stat_result:
+    return os.stat_result((kind | 0o644, inode, device, 1, 0, 0, 0, 0, 0, 0))
+
+
+def enter(nodes: NodeTable, parent: int, name: bytes, inode: int, kind: int = FILE, generation: int = 1) -> Node:
+    node = nodes.enter(parent, name, status_of(inode, kind), generation)
+    assert node is not None
+    return node
 
 
 class TestNodes:
     def test_paths(self) -> None:
         nodes = NodeTable()
-        nodes.add(1, b"a", 2, 0, DIRECTORY)
-        nodes.add(2, b"b", 3, 0, FILE)
-        assert [nodes.path(number) for number in (1, 2, 3, 4)] == [b"", b"a", b"a/b", None]
-        assert nodes.child_path(2, b"x") == b"a/x" and nodes.child_path(1, b"x") == b"x"
+        enter(nodes, 1, b"a", 20, DIRECTORY)
+        enter(nodes, 20, b"b", 30)
+        assert [nodes.path(number) for number in (1, 20, 30, 4)] == [b"", b"a", b"a/b", None]
+        assert nodes.child_path(20, b"x") == b"a/x" and nodes.child_path(1, b"x") == b"x"
         assert nodes.child_path(99, b"x") is None
         nodes.rename(1, b"a", 1, b"z", None)
-        assert nodes.path(3) == b"z/b"
-        nodes.rename(2, b"b", 1, b"top", None)
-        assert nodes.path(3) == b"top"
+        assert nodes.path(30) == b"z/b"
+        nodes.rename(20, b"b", 1, b"top", None)
+        assert nodes.path(30) == b"top"
 
-    def test_a_known_name_needs_no_library(self) -> None:
+    def test_the_number_is_the_inode_number_where_that_is_free(self) -> None:
         nodes = NodeTable()
-        assert nodes.look_up(1, b"a", FILE) is None
-        nodes.add(1, b"a", 2, 5, FILE)
-        node = nodes.look_up(1, b"a", FILE)
-        assert node is not None and (node.number, node.generation, node.lookups, node.library_lookups) == (2, 5, 2, 1)
-        assert nodes.forget(2, 1) == 0
-        assert nodes.forget(2, 1) == 1  # the last one: libfuse is told of all that it knows
-        assert nodes.get(2) is None and nodes.look_up(1, b"a", FILE) is None
+        assert enter(nodes, 1, b"a", 20).number == 20
+        taken = [enter(nodes, 1, b"b", 20, generation=2), enter(nodes, 1, b"c", 1), enter(nodes, 1, b"d", UNKNOWN_INO)]
+        assert len({20, 1, UNKNOWN_INO, *(node.number for node in taken)}) == 6
+        assert nodes.entry_number(1, 9, 20) == 20 and nodes.entry_number(2, 9, 20) == taken[0].number
+        assert nodes.entry_number(1, 9, 77) == 77 and nodes.entry_number(1, 8, 20) == UNKNOWN_INO
+
+    def test_a_hard_link_is_the_same_node(self) -> None:
+        nodes = NodeTable()
+        node = enter(nodes, 1, b"a", 20)
+        assert enter(nodes, 1, b"b", 20) is node and node.lookups == 2
+        assert nodes.path(20) == b"b"  # the latest
+        assert nodes.lose(20) and nodes.path(20) == b"a" and not nodes.lose(20)
+        assert nodes.link(20, 1, b"c", 1, status_of(20)) is node and node.lookups == 3
+        assert nodes.link(20, 1, b"d", 1, status_of(21)) is None
+        nodes.remove(1, b"c", None)
+        assert nodes.path(20) == b"a"
+        nodes.forget(20, 3)
+        assert len(nodes) == 1 and nodes.child(1, b"a") is None
+
+    def test_two_names_of_one_file_are_not_renamed(self) -> None:
+        nodes = NodeTable()
+        enter(nodes, 1, b"a", 20)
+        enter(nodes, 1, b"b", 20)
+        assert not nodes.rename(1, b"a", 1, b"b", None)
+        assert nodes.child(1, b"a") is nodes.child(1, b"b") is nodes.get(20)
+
+    def test_another_file_in_its_place_is_another_node(self) -> None:
+        nodes = NodeTable()
+        node = enter(nodes, 1, b"a", 20)
+        other = enter(nodes, 1, b"a", 21)
+        assert other is not node and nodes.path(20) is None and nodes.path(21) == b"a"
+        assert enter(nodes, 1, b"a", 21, stat.S_IFIFO) is not other
+
+    def test_a_directory_is_known_by_its_name(self) -> None:
+        nodes = NodeTable()
+        node = enter(nodes, 1, b"a", 20, DIRECTORY)
+        assert enter(nodes, 1, b"a", 21, DIRECTORY) is node and node.number == 20
+        assert enter(nodes, 1, b"mounted-here-too", 21, DIRECTORY) is not node
+
+    def test_in_another_generation_the_name_tells(self) -> None:
+        nodes = NodeTable()
+        first, second = enter(nodes, 1, b"a", 20), enter(nodes, 1, b"b", 21)
+        assert enter(nodes, 1, b"a", 70, generation=2) is first
+        assert enter(nodes, 1, b"b", 70, generation=2) is second  # two files have become one: both are in use
+        assert enter(nodes, 1, b"c", 70, generation=2) is first
+
+    def test_what_changed_meanwhile_is_looked_at_again(self) -> None:
+        nodes = NodeTable()
+        seen = nodes.changes
+        nodes.change()
+        assert nodes.enter(1, b"a", status_of(20), 1, seen) is None
+        enter(nodes, 1, b"a", 20)
+        assert nodes.enter(1, b"a", status_of(20), 1, seen) is not None  # as it is known: nothing can be wrong
+        assert nodes.enter(1, b"a", status_of(21), 1, seen) is None and nodes.path(20) == b"a"
 
     def test_a_directory_stays_for_its_children(self) -> None:
         nodes = NodeTable()
-        nodes.add(1, b"a", 2, 0, DIRECTORY)
-        nodes.add(2, b"b", 3, 0, FILE)
-        assert nodes.forget(2, 1) == 1
-        assert nodes.path(3) == b"a/b"
-        assert nodes.look_up(1, b"a", DIRECTORY) is None  # libfuse has to count it again
-        assert nodes.forget(3, 1) == 1
+        enter(nodes, 1, b"a", 20, DIRECTORY)
+        enter(nodes, 20, b"b", 30)
+        nodes.forget(20, 1)
+        assert nodes.path(30) == b"a/b"
+        assert enter(nodes, 1, b"a", 20, DIRECTORY).lookups == 1
+        nodes.forget(20, 1)
+        nodes.forget(30, 1)
+        assert len(nodes) == 1
+
+    def test_the_deepest_path_goes_away_at_once(self) -> None:
+        nodes = NodeTable()
+        depth = 2048
+        for number in range(2, depth):
+            enter(nodes, number - 1, b"d", number, DIRECTORY)
+        for number in range(2, depth):
+            nodes.forget(number, 1)
         assert len(nodes) == 1
 
     def test_a_removed_name(self) -> None:
         nodes = NodeTable()
-        nodes.add(1, b"a", 2, 0, FILE)
+        enter(nodes, 1, b"a", 20)
         fd = os.open("/", os.O_PATH)
         assert nodes.remove(1, b"a", Orphan(fd, 1))
-        assert nodes.path(2) is None and len(nodes) == 2
-        nodes.forget(2, 1)
+        assert nodes.path(20) is None and len(nodes) == 2
+        nodes.forget(20, 1)
         with pytest.raises(OSError):
             os.fstat(fd)  # closed with the node that owned it
         assert not nodes.remove(1, b"a", None)
 
+    def test_the_number_of_a_removed_file_that_nothing_keeps_may_be_another_ones(self) -> None:
+        nodes = NodeTable()
+        node = enter(nodes, 1, b"a", 20)
+        assert not nodes.remove(1, b"a", None)
+        assert enter(nodes, 1, b"b", 20) is not node
+
     def test_a_replaced_name(self) -> None:
         nodes = NodeTable()
-        nodes.add(1, b"a", 2, 0, FILE)
-        nodes.add(1, b"b", 3, 0, FILE)
+        enter(nodes, 1, b"a", 20)
+        enter(nodes, 1, b"b", 30)
         nodes.rename(1, b"a", 1, b"b", None)
-        assert (nodes.path(2), nodes.path(3)) == (b"b", None)
+        assert (nodes.path(20), nodes.path(30)) == (b"b", None)
         found = nodes.child(1, b"b")
-        assert found is not None and found.number == 2 and nodes.child(1, b"a") is None
+        assert found is not None and found.number == 20 and nodes.child(1, b"a") is None
 
-    def test_a_reply_that_was_not_taken(self) -> None:
+    def test_exchanged_names(self) -> None:
         nodes = NodeTable()
-        nodes.add(1, b"a", 2, 0, FILE)
-        nodes.look_up(1, b"a", FILE)
-        nodes.take_back(2, from_library=False)
-        nodes.take_back(2, from_library=True)
-        assert nodes.get(2) is None
+        enter(nodes, 1, b"d", 20, DIRECTORY)
+        enter(nodes, 20, b"in", 21)
+        enter(nodes, 1, b"f", 30)
+        nodes.exchange(1, b"d", 1, b"f")
+        assert (nodes.path(20), nodes.path(21), nodes.path(30)) == (b"f", b"f/in", b"d")
+        nodes.exchange(1, b"f", 1, b"unknown")
+        assert nodes.path(21) == b"unknown/in" and nodes.child(1, b"f") is None
+
+    def test_without_a_name_from_the_start(self) -> None:
+        nodes = NodeTable()
+        node = nodes.enter_nameless(status_of(20), 1)
+        assert nodes.path(20) is None and node.lookups == 1
+        assert nodes.link(20, 1, b"a", 1, status_of(20)) is node and nodes.path(20) == b"a"
 
     def test_only_what_was_read_is_cached(self) -> None:
         nodes = NodeTable()
-        nodes.add(1, b"a", 2, 0, FILE)
-        nodes.add(1, b"b", 3, 0, FILE)
-        node = nodes.get(3)
-        assert node is not None
-        node.has_pages = True
-        assert nodes.cached() == [3]
+        enter(nodes, 1, b"a", 20)
+        enter(nodes, 1, b"b", 30).has_pages = True
+        assert nodes.cached() == [30]
 
 
 class TestHeld:

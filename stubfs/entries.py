@@ -1,0 +1,227 @@
+"""The requests that find, make, move and remove names.
+
+What makes, moves and removes them goes by libfuse and fusepy, one request at a time and as if the root held every
+name, slashes and all: so libfuse has no tree of its own, in which a hard link would be two files, and in which one
+that hangs would stop others. Methods raise OSError for the errno to answer with.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Optional, Tuple
+
+from stubfs import protocol
+from stubfs.backing import Backing
+from stubfs.handles import HandleTable, OpenFile
+from stubfs.lanes import Worker
+from stubfs.libfuse import Session as LibfuseSession
+from stubfs.nodes import Node, NodeTable, Orphan
+from stubfs.objects import Objects, backing_of, stale
+from stubfs.protocol import BODY, ROOT_NODE, Opcode
+from stubfs.request import Request
+
+_RETRIES = 5  # of a lookup that changes of names came across
+_RENAME_EXCHANGE = 2
+
+
+class Entries:
+    def __init__(self, nodes: NodeTable, handles: HandleTable, objects: Objects, library: LibfuseSession) -> None:
+        self._nodes = nodes
+        self._handles = handles
+        self._objects = objects
+        self._library = library
+
+    # --- find
+
+    def lookup(self, worker: Worker, request: Request) -> None:
+        name = request.name()
+        backing = backing_of(request)
+        node: Optional[Node] = None
+        tries = 0
+        while node is None:
+            seen = self._nodes.changes
+            status = self._objects.by_path(request, Backing.stat, name)
+            # In the end an answer that was true a moment ago will do: the kernel asks again before it uses it.
+            node = self._nodes.enter(request.node, name, status, backing.number, seen if tries < _RETRIES else None)
+            tries += 1
+        self._answer(request, node, status)
+
+    def _answer(self, request: Request, node: Node, status: os.stat_result, opened: bytes = b"") -> bool:
+        if request.answer(protocol.entry_out(node.number, 0, status) + opened):
+            return True
+        self._nodes.forget(node.number, 1)  # nobody took the reference
+        return False
+
+    def _entered(self, request: Request, name: bytes, status: os.stat_result) -> Node:
+        node = self._nodes.enter(request.node, name, status, backing_of(request).number)
+        assert node is not None
+        return node
+
+    # --- make
+
+    def create(self, worker: Worker, request: Request) -> None:
+        flags, mode, _, _ = protocol.CREATE_IN.unpack_from(request.buffer, BODY)
+        name = request.name(BODY + protocol.CREATE_IN.size)
+        self._nodes.change()
+        try:
+            fd = self._objects.by_path(request, lambda backing, path: backing.create(path, flags, mode), name)
+            file, status = self._opened(worker, request, fd, flags)
+            node = self._entered(request, name, status)
+        finally:
+            self._nodes.change()
+        self._answer_open(request, node, status, file)
+
+    def tmpfile(self, worker: Worker, request: Request) -> None:
+        flags, mode, _, _ = protocol.CREATE_IN.unpack_from(request.buffer, BODY)
+        fd = self._objects.by_path(request, lambda backing, path: backing.tmpfile(path, flags, mode))
+        file, status = self._opened(worker, request, fd, flags)
+        self._answer_open(request, self._nodes.enter_nameless(status, file.generation), status, file)
+
+    def _opened(self, worker: Worker, request: Request, fd: int, flags: int) -> Tuple[OpenFile, os.stat_result]:
+        """The handle of a new file, which has no node yet; takes ``fd`` over."""
+        try:
+            status = os.fstat(fd)
+            credentials = worker.identity.of(request.uid, request.gid, request.tid)
+        except BaseException:
+            os.close(fd)
+            raise
+        return self._handles.add(0, False, flags, backing_of(request), fd, credentials, request.tid), status
+
+    def _answer_open(self, request: Request, node: Node, status: os.stat_result, file: OpenFile) -> None:
+        self._handles.created(file, node.number)
+        if not self._answer(request, node, status, protocol.OPEN_OUT.pack(file.fh, file.open_flags(), 0)):
+            self._handles.release(file.fh)
+
+    def make(self, worker: Worker, request: Request) -> None:
+        """MKNOD, MKDIR, SYMLINK."""
+        name_at = protocol.NAME_OFFSETS[request.opcode]
+        name = request.name(name_at)
+        head = bytes(request.buffer[BODY:name_at])
+        tail = bytes(request.buffer[name_at + len(name) : request.length])  # its NUL, and a link's target
+        worker.status = None
+        self._nodes.change()
+        try:
+            reply = self._objects.by_path(
+                request, lambda backing, path: self._ask(worker, request, request.opcode, head + path + tail), name
+            )
+            self._forget_in_library(reply)
+            status: Optional[os.stat_result] = worker.status
+            if status is None:
+                raise stale()
+            node = self._entered(request, name, status)
+        finally:
+            self._nodes.change()
+        self._answer(request, node, status)
+
+    def link(self, worker: Worker, request: Request) -> None:
+        (number,) = protocol.U64.unpack_from(request.buffer, BODY)
+        name = request.name(protocol.NAME_OFFSETS[Opcode.LINK])
+        backing = backing_of(request)
+
+        def link(backing: Backing, path: bytes) -> os.stat_result:
+            old = self._nodes.path(number)
+            if old is not None:
+                backing.link(old, path)
+            else:
+                fd = self._objects.own_fd(number)
+                if fd is None:
+                    raise stale()
+                backing.link_fd(fd, path)
+            return backing.stat(path)
+
+        self._nodes.change()
+        try:
+            status = self._objects.by_path(request, link, name)
+            node = self._nodes.link(number, request.node, name, backing.number, status)
+            if node is None:
+                node = self._entered(request, name, status)
+        finally:
+            self._nodes.change()
+        self._answer(request, node, status)
+
+    # --- remove and move
+
+    def remove(self, worker: Worker, request: Request) -> None:
+        """UNLINK, RMDIR."""
+        name = request.name()
+        orphan = self._pin(request, request.node, name)
+        self._nodes.change()
+        try:
+            self._objects.by_path(
+                request, lambda backing, path: self._ask(worker, request, request.opcode, path + b"\0"), name
+            )
+            if self._nodes.remove(request.node, name, orphan):
+                orphan = None
+        finally:
+            self._nodes.change()
+            _close(orphan)
+        request.answer()
+
+    def rename(self, worker: Worker, request: Request) -> None:
+        layout = protocol.RENAME2_IN if request.opcode == Opcode.RENAME2 else protocol.RENAME_IN
+        parent, *more = layout.unpack_from(request.buffer, BODY)
+        flags = more[0] if more else 0
+        old, new = bytes(request.buffer[BODY + layout.size : request.length]).split(b"\0")[:2]
+        orphan = self._pin(request, parent, new) if not flags & _RENAME_EXCHANGE else None
+
+        def rename(backing: Backing, path: bytes) -> None:
+            target = self._nodes.child_path(parent, new)
+            if target is None:
+                raise stale()
+            head = protocol.RENAME_IN.pack(ROOT_NODE)
+            worker.rename_flags = flags
+            try:
+                self._ask(worker, request, Opcode.RENAME, head + path + b"\0" + target + b"\0")
+            finally:
+                worker.rename_flags = 0
+
+        self._nodes.change(renames=True)
+        try:
+            self._objects.by_path(request, rename, old)
+            if flags & _RENAME_EXCHANGE:
+                self._nodes.exchange(request.node, old, parent, new)
+            elif self._nodes.rename(request.node, old, parent, new, orphan):
+                orphan = None
+        finally:
+            self._nodes.change(renames=True)
+            _close(orphan)
+        request.answer()
+
+    def _pin(self, request: Request, parent: int, name: bytes) -> Optional[Orphan]:
+        """Hold on to what is about to lose its last name, if the kernel knows it: it may be in use."""
+        node = self._nodes.child(parent, name)
+        if node is None or len(node.names) > 1:
+            return None
+        path = self._nodes.child_path(parent, name)
+        backing = backing_of(request)
+        try:
+            return Orphan(backing.pin(path), backing.number) if path is not None else None
+        except OSError:
+            return None  # the operation itself will say why
+
+    # --- libfuse
+
+    def _ask(self, worker: Worker, request: Request, opcode: int, body: bytes) -> bytes:
+        """libfuse's reply to the request as if it were about the root; an error is raised."""
+        header = protocol.IN_HEADER.pack(
+            BODY + len(body), opcode, request.unique, ROOT_NODE, request.uid, request.gid, request.tid, 0, 0
+        )
+        reply = self._library.process(header + body)
+        error = -protocol.OUT_HEADER.unpack_from(reply)[1]
+        if error:
+            raise OSError(error, os.strerror(error))
+        return reply
+
+    def _forget_in_library(self, reply: bytes) -> None:
+        """libfuse has allotted a number to what was made; it is to know nothing but its root."""
+        number = protocol.ENTRY.unpack_from(reply, protocol.OUT_HEADER.size)[0]
+        if number:
+            length = BODY + protocol.U64.size
+            self._library.process(
+                protocol.IN_HEADER.pack(length, Opcode.FORGET, 0, number, 0, 0, 0, 0, 0) + protocol.U64.pack(1)
+            )
+
+
+def _close(orphan: Optional[Orphan]) -> None:
+    if orphan is not None:
+        os.close(orphan.fd)

@@ -1,0 +1,91 @@
+"""What a request is about: the path of its node, or the fd that is left of one without a name.
+
+Methods raise OSError for the errno to answer with; ESTALE for what has neither.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from typing import Callable, Optional, TypeVar
+
+from stubfs.backing import Backing
+from stubfs.handles import HandleTable, OpenFile
+from stubfs.lanes import Worker
+from stubfs.modes import State
+from stubfs.nodes import NodeTable
+from stubfs.request import Request
+
+_T = TypeVar("_T")
+_RETRIES = 5  # of an operation by path that a rename came across
+_NOT_THERE = (errno.ENOENT, errno.ENOTDIR)
+
+
+def stale() -> OSError:
+    return OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+
+def backing_if_any(request: Request) -> Optional[Backing]:
+    """Of the state that the request is served under; None in stub mode."""
+    state: Optional[State] = request.state
+    return state.backing if state is not None else None
+
+
+def backing_of(request: Request) -> Backing:
+    backing = backing_if_any(request)
+    if backing is None:
+        raise stale()
+    return backing
+
+
+class Objects:
+    def __init__(self, nodes: NodeTable, handles: HandleTable) -> None:
+        self._nodes = nodes
+        self._handles = handles
+
+    def by_handle(self, worker: Worker, request: Request, fh: int) -> OpenFile:
+        """The open file, with its fd in the request's generation where that is possible."""
+        backing = backing_if_any(request)
+        if backing is None:
+            return self._handles.get(fh)
+        return self._handles.use(fh, backing, worker.identity)
+
+    def by_path(self, request: Request, action: Callable[[Backing, bytes], _T], name: bytes = b"") -> _T:
+        """``action`` on the path of the node, or of ``name`` in it; again if a rename took it away meanwhile.
+
+        Of a file with several names, one that somebody else has removed is left for another.
+        """
+        backing = backing_of(request)
+        tries = 0
+        while tries < _RETRIES:
+            renames = self._nodes.renames
+            path = self._nodes.child_path(request.node, name) if name else self._nodes.path(request.node)
+            if path is None:
+                break
+            try:
+                return action(backing, path)
+            except OSError as error:
+                if error.errno not in _NOT_THERE:
+                    raise
+                if renames != self._nodes.renames:
+                    tries += 1
+                elif name or not self._nodes.lose(request.node):
+                    raise
+        raise stale()
+
+    def own_fd(self, node: int) -> Optional[int]:
+        """An fd that we have of the node anyway: of an open file, or what was kept of a removed name."""
+        file = self._handles.of_node(node)
+        if file is not None:
+            return file.fd
+        known = self._nodes.get(node)
+        return known.orphan.fd if known is not None and known.orphan is not None else None
+
+    def nameless_fd(self, node: int) -> Optional[int]:
+        """own_fd() of a node that has no path any more; None for one that has."""
+        if self._nodes.path(node) is not None:
+            return None
+        fd = self.own_fd(node)
+        if fd is None:
+            raise stale()
+        return fd
