@@ -26,6 +26,9 @@ class Freezer(Protocol):
 
     path: Optional[str]
 
+    def remember(self) -> None:
+        """Take note of what the cgroup is now, for ``restore``; ``freeze`` does so by itself."""
+
     def freeze(self, timeout: float = TIMEOUT) -> None:
         """All tasks frozen when it returns. SpfsError ETIMEDOUT, the cgroup as it was, if that takes longer."""
 
@@ -33,7 +36,7 @@ class Freezer(Protocol):
         """Let the tasks run, also those of a cgroup that somebody else had frozen before (see ``restore``)."""
 
     def restore(self) -> None:
-        """As it was before the first ``freeze``; does nothing without one. Meant for cleaning up: may be repeated."""
+        """As it was before the first ``freeze`` or ``remember``; nothing without one. May be repeated."""
 
     def pids(self) -> List[int]:
         """The processes (thread group leaders) in the cgroup and in all beneath it."""
@@ -49,6 +52,9 @@ class NoFreezer:
     """Without a cgroup nothing is frozen: the processes are found by what they hold, and stopped one by one."""
 
     path: Optional[str] = None
+
+    def remember(self) -> None:
+        pass
 
     def freeze(self, timeout: float = TIMEOUT) -> None:
         pass
@@ -81,6 +87,13 @@ class _CgroupFreezer:
         self._directory = path
         self._was_frozen: Optional[bool] = None
 
+    def remember(self) -> None:
+        if self._was_frozen is None:
+            try:
+                self._was_frozen = self._asked_to_freeze()
+            except OSError as error:
+                raise self._failed("look at", error) from error
+
     def freeze(self, timeout: float = TIMEOUT) -> None:
         try:
             if self._ancestor_frozen():
@@ -89,8 +102,7 @@ class _CgroupFreezer:
                     "thaw that one first",
                     errno.EBUSY,
                 )
-            if self._was_frozen is None:
-                self._was_frozen = self._asked_to_freeze()
+            self.remember()
             self._write(True)
             if self._wait(True, timeout):
                 return

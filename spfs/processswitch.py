@@ -1,25 +1,26 @@
 """The process part alone: from one mount that exists to another one, neither of which is ours.
 
-For who has mounted the real file system by other means (command ``switch``). Runs in a process by itself, like
-``spfs.replace``.
+For who moves a program's files to another disk, or has mounted the real file system by other means (command
+``switch``). Runs in a process by itself, like ``spfs.replace``; needs neither a manager nor FUSE.
 """
 
 from __future__ import annotations
 
 import errno
 import os
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Callable, Dict, List, Optional
+from typing import Callable, Container, Dict, Iterator, List, Optional, Sequence, Tuple
 
 from spfs import nschild
 from spfs.errors import SpfsError, reason
-from spfs.freezer import open_freezer
+from spfs.freezer import Freezer, open_freezer
 from spfs.instances import Instance, instances, pin_namespace
 from spfs.linknames import LinkNames
 from spfs.linux import mountapi, statx
 from spfs.nschild import Answer
-from spfs.references import MountRoot
+from spfs.references import HeldReference, MountRoot
+from spfs.surgery.selection import Everybody, Family, Members
 from spfs.switch import Switch
 from spfs.target import Target
 
@@ -30,65 +31,117 @@ TIMEOUT = 30.0  # seconds for a path to be resolved, which may lead over file sy
 
 @dataclass(frozen=True)
 class SwitchRequest:
-    """From the mount at ``source``, or every mount of ``device`` (st_dev), to the one that directory ``target`` is on.
+    """What is beneath directory ``source``, or on any mount of ``device`` (st_dev), goes to the same place beneath
+    directory ``target`` of another file system.
 
-    Paths are as process ``ns_pid`` sees them (None: as we do).
+    Paths are as process ``ns_pid`` sees them (None: as we do). Moved are the processes ``pids`` with what they fork
+    meanwhile; without any those of ``freeze_cgroup`` if ``only_cgroup``, else all on this machine.
     """
 
     target: str
-    freeze_cgroup: Optional[str]
+    freeze_cgroup: Optional[str] = None
     source: Optional[str] = None
     device: Optional[int] = None
     ns_pid: Optional[int] = None
+    pids: Tuple[int, ...] = ()
+    only_cgroup: bool = False
+    strict: bool = False
 
 
-def switch(request: SwitchRequest, progress: Progress) -> Dict[str, object]:
-    """Move what the processes hold; the mounts stay as they are. The report; SpfsError if nothing could be done."""
-    protect = (os.getppid(),)
+def switch(request: SwitchRequest, progress: Progress, protect: Sequence[int] = ()) -> Dict[str, object]:
+    """Move what the processes hold; the mounts stay as they are. The report; SpfsError if nothing could be done.
+
+    ``protect``: processes that are needed for it, and must neither be stopped nor frozen.
+    """
+    with _prepared(request, protect) as step:
+        preparation = step.prepare()
+        progress("prepared", {"processes": len(preparation.processes), "references": dict(preparation.references)})
+        return step.execute(lambda: None).data()
+
+
+def examine(request: SwitchRequest, protect: Sequence[int] = ()) -> List[HeldReference]:
+    """What would be moved, and what would stay and why; nothing is stopped and nothing is changed."""
+    with _prepared(request, protect) as step:
+        step.prepare()
+        return list(step.references())
+
+
+@contextmanager
+def _prepared(request: SwitchRequest, protect: Sequence[int]) -> Iterator[Switch]:
     with ExitStack() as stack:
         freezer = stack.enter_context(open_freezer(request.freeze_cgroup, protect))
         place = stack.enter_context(Target.pin(request.ns_pid))
-        new = _open_root(place, request.target)
+        new = _open(place, request.target)
         stack.callback(os.close, new)
-        device = request.device if request.device is not None else _device(place, request.source or "/")
+        if request.device is not None:
+            device, found, prefix = request.device, instances(request.device, [place]), ""
+        else:
+            device, found, prefix = _source(place, request.source or "/")
         if statx.examine("", new, statx.AT_EMPTY_PATH).device == device:
-            raise SpfsError(f"cannot switch to {request.target}: it is on the file system that is left", "give another")
-        found = instances(device, [place])
-        root = MountRoot(new)
+            raise SpfsError(
+                f"cannot switch to {request.target}: it is on the file system that is left",
+                "give a directory on another one",
+            )
+        root = MountRoot(new, prefix)
 
         def look_up(instance: Instance, paths: List[str]) -> List[Optional[int]]:
             with pin_namespace(instance, [place]) as there:
                 with nschild.run(lambda: _inodes(instance, paths), there, ("mnt",), TIMEOUT, root=False) as result:
                     return list(result.value)
 
-        step = stack.enter_context(
-            Switch(device, LinkNames(device, found, look_up), lambda _: root, freezer, exclude=protect)
+        yield stack.enter_context(
+            Switch(
+                device,
+                LinkNames(device, found, look_up),
+                lambda _: root,
+                freezer,
+                strict=request.strict,
+                chosen=_chosen(request, freezer),
+                exclude=protect,
+                # Without a name it cannot be told where it is: better reported than passed over.
+                within=lambda path: path is None or root.relative(path) is not None,
+            )
         )
-        preparation = step.prepare()
-        progress("prepared", {"processes": len(preparation.processes), "references": dict(preparation.references)})
-        return step.execute(lambda: None).data()
 
 
-def _open_root(place: Target, path: str) -> int:
+def _chosen(request: SwitchRequest, freezer: Freezer) -> Container[int]:
+    if request.pids:
+        for pid in request.pids:
+            if not os.path.exists(f"/proc/{pid}"):
+                raise SpfsError(f"cannot switch process {pid}: there is none", errno=errno.ESRCH)
+        return Family(request.pids)
+    return Members(freezer.pids) if request.only_cgroup else Everybody()
+
+
+def _source(place: Target, path: str) -> Tuple[int, List[Instance], str]:
+    """The file system that ``path`` is on: its device, its mounts, and the directory's path beneath its root."""
+    fd = _open(place, path)
+    try:
+        # Neither needs a request to it: one that hangs can be left, too.
+        there, text = statx.examine("", fd, statx.AT_EMPTY_PATH), os.readlink(f"/proc/self/fd/{fd}")
+    finally:
+        os.close(fd)
+    found = instances(there.device, [place])
+    for instance in found:
+        mountpoint = instance.mountpoint.rstrip("/")
+        if instance.mount_id == there.mount_id and (text == (mountpoint or "/") or text.startswith(mountpoint + "/")):
+            return there.device, found, "/".join(filter(None, [instance.root, text[len(mountpoint) :].strip("/")]))
+    raise SpfsError(
+        f"cannot switch from {path} in {place.describe()}: its files cannot be told from others by their device number",
+        "subvolumes of btrfs and layers of overlayfs are not supported",
+        errno.EOPNOTSUPP,
+    )
+
+
+def _open(place: Target, path: str) -> int:
+    """The directory ``path`` as the target sees it, O_PATH; the caller's."""
+
     def work() -> Answer:
         return None, [os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)]
 
-    return _resolved(place, path, work).steal()
-
-
-def _device(place: Target, path: str) -> int:
-    def work() -> Answer:
-        # The mount that is seen there, without a request to it.
-        tree = mountapi.open_tree(mountapi.AT_FDCWD, path, mountapi.AT_NO_AUTOMOUNT)
-        return statx.examine("", tree, statx.AT_EMPTY_PATH).device, []
-
-    with _resolved(place, path, work) as result:
-        return int(result.value)
-
-
-def _resolved(place: Target, path: str, work: Callable[[], Answer]) -> nschild.Result:
     try:
-        return nschild.run(work, place, ("mnt",), TIMEOUT)
+        with nschild.run(work, place, ("mnt",), TIMEOUT) as result:
+            return result.steal()
     except OSError as error:
         raise SpfsError(
             f"cannot switch: {path} in {place.describe()}: {reason(error)}",

@@ -57,8 +57,8 @@ class Kind(enum.Enum):
 
 
 @dataclass(frozen=True)
-class LeftReference:
-    """A reference that still is on the old mount: whose (``pid`` of the thread group), what, and why.
+class HeldReference:
+    """Whose (``pid`` of the thread group), what, and ``reason``: why it stays where it is (None: it need not).
 
     ``what`` tells which one within the process ("fd 3", "mapping 7f00-7f01", "cwd"); ``path`` is relative to the file
     system's root, None when it has no name.
@@ -69,4 +69,11 @@ class LeftReference:
     kind: str
     what: str
     path: Optional[str]
+    reason: Optional[str]
+
+
+@dataclass(frozen=True)
+class LeftReference(HeldReference):
+    """A reference that still is on the old mount."""
+
     reason: str

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import functools
 import logging
+import os
 from typing import Any, Dict, List, Optional, Set
 
 from spfs import jobs, protocol
@@ -152,7 +153,7 @@ class Replaces(MountWork):
             step_request = step.SwitchRequest(
                 request.target, request.freeze_cgroup, request.source, request.device, request.ns_pid
             )
-            context.deliver(step.switch(step_request, context.progress))
+            context.deliver(step.switch(step_request, context.progress, (os.getppid(),)))
 
         def ended(outcome: Outcome) -> None:
             if outcome.died and request.freeze_cgroup is not None and not frozen_before:

@@ -12,14 +12,16 @@ import gc
 import os
 import threading
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Callable, Collection, Container, Dict, List
+from typing import Callable, Collection, Container, Dict, Iterator, List, Optional
 
 from spfs.errors import MissingFeatureError, SpfsError
+from spfs.freezeguard import FreezeGuard
 from spfs.freezer import Freezer
 from spfs.linux import arch, procfs
 from spfs.linux.arch import Architecture
-from spfs.references import LeftReference, MountRoot, Resolver
+from spfs.references import HeldReference, LeftReference, MountRoot, Resolver
 from spfs.surgery import execution, fifos, locks, report
 from spfs.surgery.account import Account, Identity
 from spfs.surgery.census import Census
@@ -27,6 +29,7 @@ from spfs.surgery.compare import Comparison, memory_is_same
 from spfs.surgery.gadget import GadgetFinder
 from spfs.surgery.operation import Operation
 from spfs.surgery.scheduler import Bell
+from spfs.surgery.selection import Everybody
 from spfs.surgery.theatre import Theatre, in_group_stop, in_own_thread, task_state
 
 FREEZE_TIMEOUT = 5.0  # seconds
@@ -71,8 +74,9 @@ class Switch:
     """One switch of the processes from the mount of ``device`` (st_dev). Used once; ``close`` releases everything.
 
     ``resolver`` knows the paths behind the device's inode numbers, ``roots`` the new mount for an old mount's id
-    (LookupError: none). ``exclude``: processes never to be touched, the file system's own among them. ``late``: ids of
-    old mounts whose root is another one after the mounts were switched; looked at then, so it may be filled by that.
+    (LookupError: none). ``chosen``: only these processes are moved; ``exclude``: never to be touched, the file system's
+    own among them; ``within``: references whose path is elsewhere are none of ours. ``late``: ids of old mounts whose
+    root is another one after the mounts were switched; looked at then, so it may be filled by that.
     """
 
     def __init__(
@@ -83,7 +87,9 @@ class Switch:
         freezer: Freezer,
         *,
         strict: bool = False,
+        chosen: Container[int] = Everybody(),
         exclude: Container[int] = (),
+        within: Callable[[Optional[str]], bool] = lambda path: True,
         late: Collection[int] = (),
         freeze_timeout: float = FREEZE_TIMEOUT,
     ) -> None:
@@ -94,12 +100,14 @@ class Switch:
         self._device = device
         self._freezer = freezer
         self._strict = strict
+        self._chosen = chosen
         self._exclude = exclude
         self._late = late
         self._freeze_timeout = freeze_timeout
         self._gadgets = GadgetFinder(device, architecture)
-        self._census = Census(device, resolver, roots, freezer, exclude)
+        self._census = Census(device, resolver, roots, freezer, exclude, chosen, within)
         self._account = Account()
+        self._guard = FreezeGuard(freezer)
         self._stages: Dict[str, float] = {}
         self._blackout = 0.0
 
@@ -110,6 +118,7 @@ class Switch:
         self.close()
 
     def close(self) -> None:
+        self._guard.close()
         self._census.close()
 
     # -- ahead of time
@@ -125,6 +134,10 @@ class Switch:
         self._refuse(left)
         users = [process for process in processes if process.uses_mount]
         return Preparation({process.pid: process.command for process in users}, report.references(users), left)
+
+    def references(self) -> Iterator[HeldReference]:
+        """After ``prepare``: all that the processes hold, each with the reason why it would stay, if it would."""
+        return report.held(self._census.processes.values())
 
     def _refuse(self, left: List[LeftReference]) -> None:
         if self._strict and left:
@@ -150,7 +163,7 @@ class Switch:
             in_own_thread(lambda cancelled: self._round(action, cancelled))
             everybody.update(census.users())  # with those that came to the cgroup since then
             stuck = self._account.add(census.processes.values())
-            census.close()
+            census.forget()
             if number == ROUNDS:
                 break
             census.find()
@@ -170,6 +183,8 @@ class Switch:
         # that. So once now, for nothing, to have the comparison's look in a twentieth of a millisecond.
         locks.held(self._device)
         collecting = _stop_collecting()
+        guarded = ExitStack()
+        guarded.enter_context(self._guard.armed())
         begin = time.perf_counter()
         try:
             self._stop(theatre)
@@ -191,10 +206,12 @@ class Switch:
                 "operate",
                 lambda: execution.operate(theatre, operations, self._gadgets, self._architecture, bell),
             )
+            fifos.drain(census.processes.values())
         finally:
             detaching = time.perf_counter()
             theatre.release()
             self._freezer.restore()
+            guarded.close()
             end = time.perf_counter()
             self._stages["detach"] = self._stages.get("detach", 0.0) + end - detaching
             self._blackout += end - begin
@@ -223,7 +240,7 @@ class Switch:
             if freezing:
                 self._freezer.freeze(self._freeze_timeout)
             pids = list(known)
-            pids += [pid for pid in self._freezer.pids() if pid not in known and pid not in self._exclude]
+            pids += [pid for pid in self._freezer.pids() if pid not in known and self._is_ours(pid)]
             for pid in pids:
                 if not (freezing and in_group_stop(pid)):
                     theatre.seize(pid)
@@ -232,10 +249,15 @@ class Switch:
             if freezing:
                 watchdog.cancel()
                 watchdog.join()
-        theatre.wait(STOP_TIMEOUT)
-        # Without a freezer, tasks can be made until the last one stands still.
-        while any([theatre.seize(pid) for pid in pids]):
+        # Without a freezer, tasks and processes can be made until the last one stands still.
+        added = True
+        while added:
             theatre.wait(STOP_TIMEOUT)
+            pids += [pid for pid in self._census.newcomers(theatre.is_stopped) if pid not in pids]
+            added = any([theatre.seize(pid) for pid in pids])
+
+    def _is_ours(self, pid: int) -> bool:
+        return pid in self._chosen and pid not in self._exclude
 
     def _compare(self, theatre: Theatre, comparison: Comparison) -> List[int]:
         """The pids whose references are no longer, or not at all, those that were examined."""
@@ -257,7 +279,7 @@ class Switch:
                 memory.maps = maps
             if not memory_is_same(process, maps, self._device):
                 stale.add(process.pid)
-        stale.update(pid for pid in self._freezer.pids() if pid not in known and theatre.is_stopped(pid))
+        stale.update(pid for pid in theatre.stopped() if pid not in known)
         self._stage("compare", begin)
         return sorted(stale)
 

@@ -10,7 +10,7 @@ import sys
 from typing import Any, Callable, Mapping, NoReturn, Optional, Sequence
 
 from spfs import __version__
-from spfs.cli import tables
+from spfs.cli import switch, tables
 from spfs.cli.arguments import Parser
 from spfs.client import ManagerClient, RequestFailed, find_manager
 from spfs.errors import SpfsError, UsageError, reason
@@ -21,7 +21,7 @@ A delayed mount is a stand-in for a network mount that cannot be there yet. It i
 be created on it), put into stub mode (whoever touches it waits), and replaced by the real file system, under the
 processes that use it, as soon as that can be mounted.
 
-All commands talk to a manager: start one with "spfs-manager -d"."""
+The commands but "switch" talk to a manager: start one with "spfs-manager -d"."""
 
 EPILOG = """\
 a delayed mount by hand:
@@ -42,8 +42,9 @@ def parser() -> argparse.ArgumentParser:
         prog="spfs", description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     result.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
-    shared = Parser(add_help=False)
-    shared.add_argument("--json", action="store_true", help="print the answer as JSON")
+    printed = Parser(add_help=False)
+    printed.add_argument("--json", action="store_true", help="print the answer as JSON")
+    shared = Parser(add_help=False, parents=[printed])
     shared.add_argument(
         "--socket-path",
         metavar="PATH",
@@ -52,7 +53,7 @@ def parser() -> argparse.ArgumentParser:
     commands = result.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def add(name: str, run: Run, text: str) -> argparse.ArgumentParser:
-        command = commands.add_parser(name, parents=[shared], help=text, description=text[0].upper() + text[1:] + ".")
+        command = commands.add_parser(name, parents=[shared], help=text, description=_sentence(text))
         command.set_defaults(run=run)
         return command
 
@@ -107,11 +108,19 @@ def parser() -> argparse.ArgumentParser:
     _whom(unmount)
     unmount.add_argument("--force", action="store_true", help="also if it is in use: those who wait get an error")
 
+    alone = commands.add_parser("switch", parents=[printed], help=switch.TEXT, description=_sentence(switch.TEXT))
+    switch.add_arguments(alone)
+    alone.set_defaults(run=None)
+
     shutdown = add("shutdown", _shutdown, "end the manager")
     shutdown.add_argument("--unmount", action="store_true", help="take all mounts away first")
     shutdown.add_argument("--force", action="store_true", help="leave the mounts to a later manager; with --unmount: "
                           "unmount also what is in use")  # fmt: skip
     return result
+
+
+def _sentence(text: str) -> str:
+    return text[0].upper() + text[1:] + "."
 
 
 def _whom(command: argparse.ArgumentParser) -> None:
@@ -229,8 +238,11 @@ def main(arguments: Optional[Sequence[str]] = None) -> NoReturn:
     try:
         options = parser().parse_args(arguments)
         as_json = options.json
-        with ManagerClient(find_manager(options.socket_path)) as client:
-            options.run(options, client)
+        if options.run is None:
+            switch.run(options)
+        else:
+            with ManagerClient(find_manager(options.socket_path)) as client:
+                options.run(options, client)
         if sys.stdout is not None:
             sys.stdout.flush()
     except StubfsError as error:

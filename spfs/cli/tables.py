@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import time
-from typing import Any, Dict, List, Mapping, Sequence
+from typing import Any, List, Mapping, Sequence
 
 from stubfs.errors import printable
 
@@ -62,7 +62,7 @@ def summary(report: Mapping[str, Any]) -> str:
     if isinstance(report.get("blackout"), (int, float)):
         parts.append(f"blackout {report['blackout'] * 1000:.1f} ms")
     if report.get("left"):
-        parts.append(f"{len(report['left'])} references left on the stand-in")
+        parts.append(f"{len(report['left'])} references left")
     return "; ".join(parts) or "done"
 
 
@@ -108,10 +108,37 @@ def report(row: Mapping[str, Any]) -> None:
     """The outcome of a wait."""
     wanted = row["replace"]
     print(f"{row['id']} on {printable(row['mountpoint'])}: {row['mode'] if wanted is None else replace(wanted)}")
-    left: Sequence[Dict[str, Any]] = ((wanted or {}).get("report") or {}).get("left") or []
-    if left:
-        rows = [[str(item.get(key, "")) for key in ("pid", "command", "kind", "path", "reason")] for item in left]
-        _show(["PID", "COMMAND", "KIND", "PATH", "WHY IT WAS LEFT"], rows)
+    left(((wanted or {}).get("report") or {}).get("left") or [])
+
+
+def switched(answer: Mapping[str, Any]) -> None:
+    """The outcome of a switch."""
+    print(summary(answer))
+    left(answer["left"])
+
+
+def left(references: Sequence[Mapping[str, Any]]) -> None:
+    if references:
+        rows = [_reference(item, "pid", "command", "kind", "what", "path", "reason") for item in references]
+        _show(["PID", "COMMAND", "KIND", "WHAT", "PATH", "WHY IT WAS LEFT"], rows)
+
+
+def references(found: Sequence[Mapping[str, Any]]) -> None:
+    """What a switch would move, and what not."""
+    if not found:
+        print("none of these processes holds anything there")
+        return
+    rows = []
+    for item in found:
+        verdict = "moves" if item["reason"] is None else f"stays: {item['reason']}"
+        rows.append([*_reference(item, "pid", "command", "kind", "what", "path"), verdict])
+    _show(["PID", "COMMAND", "KIND", "WHAT", "PATH", "VERDICT"], rows)
+
+
+def _reference(item: Mapping[str, Any], *keys: str) -> List[str]:
+    """The cells of a row. A path of "" is the file system's root, None that of what has no name."""
+    names = {"path": {"": ".", None: "(no name)"}}
+    return [str(names.get(key, {}).get(item.get(key), item.get(key))) for key in keys]
 
 
 def ago(when: float) -> str:

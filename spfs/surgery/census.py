@@ -9,13 +9,13 @@ import errno
 import logging
 import os
 import resource
-from typing import Callable, Container, Dict, List, Optional, Union
+from typing import Callable, Container, Dict, Iterable, List, Optional, Set, Union
 
 from spfs.errors import SpfsError, reason
 from spfs.freezer import Freezer
 from spfs.linux import procfs
 from spfs.references import MountRoot, Resolver
-from spfs.surgery import fifos, locks, sockets
+from spfs.surgery import fifos, locks, selection, sockets
 from spfs.surgery.compare import Comparison, take_offsets_over
 from spfs.surgery.counterparts import Counterparts
 from spfs.surgery.examine import Examiner, FdTable, FsContext, Memory, Process
@@ -25,7 +25,11 @@ _log = logging.getLogger(__name__)
 
 
 class Census:
-    """``processes`` by pid: those that use the mount, and those of the freezer. ``exclude``: never to be looked at."""
+    """``processes`` by pid: those that use the mount, and those of the freezer.
+
+    ``chosen``: only these are to be moved; ``exclude``: never to be looked at. ``within``: a reference whose path is
+    elsewhere (None: it has no name) is none of ours.
+    """
 
     def __init__(
         self,
@@ -33,23 +37,40 @@ class Census:
         resolver: Resolver,
         roots: Callable[[int], MountRoot],
         freezer: Freezer,
-        exclude: Container[int],
+        exclude: Container[int] = (),
+        chosen: Container[int] = selection.Everybody(),
+        within: Callable[[Optional[str]], bool] = lambda path: True,
     ) -> None:
         self.processes: Dict[int, Process] = {}
         self.locks: Dict[int, List[bytes]] = {}
         self._device = device
         self._freezer = freezer
         self._exclude = exclude
+        self._chosen = chosen
+        self._within = within
+        self._others: List[Process] = []  # users that are not chosen
+        self._seen: Set[int] = set()
         self._examiner = Examiner(device)
         self._counterparts = Counterparts(resolver, roots)
 
     def close(self) -> None:
-        """Let go of both sides, the old one and the new one; it can be begun anew with ``find``."""
-        for process in self.processes.values():
-            process.close()
-        self.processes.clear()
+        """Let go of both sides, the old one and the new one."""
+        self._forget_processes()
         self._examiner.close()
         self._counterparts.close()
+
+    def forget(self) -> None:
+        """After a round: everything but the descriptions that were moved; ``find`` begins anew."""
+        self._forget_processes()
+        self._examiner.forget()
+        self._counterparts.close()
+
+    def _forget_processes(self) -> None:
+        for process in (*self.processes.values(), *self._others):
+            process.close()
+        self.processes.clear()
+        self._others.clear()
+        self._seen.clear()
 
     def users(self) -> Dict[int, str]:
         """By pid, the commands of those that hold something of the mount."""
@@ -63,17 +84,36 @@ class Census:
         pids = sorted(frozen | set(procfs.processes()))
         self._examiner.sockets = sockets.bound_on(self._device, pids)
         for pid in pids:
+            self._seen.add(pid)
             if pid == os.getpid() or pid in self._exclude or pid in self.processes:
                 continue
             process = self._examined(pid)
             if process is None:
                 continue
-            if process.uses_mount or pid in frozen:
+            if pid in self._chosen and (process.uses_mount or pid in frozen):
                 self.processes[pid] = process
+            elif process.uses_mount:
+                process.problem = selection.NOT_CHOSEN
+                self._others.append(process)
             else:
                 process.close()
-        self._counterparts.provide(self.processes.values())
+        self._provide(self.processes.values())
+        self._leave_out(frozen)
         self.judge()
+
+    def newcomers(self, is_stopped: Callable[[int], bool]) -> List[int]:
+        """Processes that were forked since ``find`` by those that stand still by now."""
+        found = []
+        for pid in procfs.processes():
+            if pid in self._seen or pid in self._exclude:
+                continue
+            try:
+                parent = procfs.parse_stat(procfs.read(f"/proc/{pid}/stat")).parent
+            except (FileNotFoundError, ProcessLookupError):
+                continue
+            if parent in self.processes and is_stopped(parent) or parent in found:
+                found.append(pid)
+        return found
 
     def _examined(self, pid: int) -> Optional[Process]:
         try:
@@ -90,8 +130,23 @@ class Census:
 
     def judge(self) -> None:
         """What concerns several references at once: some cannot go if others must stay."""
-        locks.judge(self.processes.values())
-        fifos.judge(self.processes.values())
+        everybody = [*self.processes.values(), *self._others]
+        locks.judge(everybody)
+        fifos.judge(everybody)
+        selection.judge(list(self.processes.values()), self._others)
+
+    def _provide(self, processes: Iterable[Process]) -> None:
+        processes = list(processes)
+        self._counterparts.provide(processes)
+        for process in processes:
+            for record in process.records():
+                record.elsewhere = not self._within(record.path)
+
+    def _leave_out(self, frozen: Container[int]) -> None:
+        """Whoever has nothing on the part of the mount that is concerned need not be stopped."""
+        for pid, process in list(self.processes.items()):
+            if pid not in frozen and not process.uses_mount:
+                self._others.append(self.processes.pop(pid))
 
     def examine_again(self, theatre: Theatre, pids: List[int], comparison: Comparison) -> List[Process]:
         """Bring the records of stopped processes up to date; those of ``pids`` that are still there."""
@@ -102,7 +157,7 @@ class Census:
                 process = self._examine_anew(theatre, pid)
             if process is not None:
                 fresh.append(process)
-        self._counterparts.provide(fresh)
+        self._provide(fresh)
         take_offsets_over(fresh)
         return fresh
 

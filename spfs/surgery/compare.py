@@ -65,7 +65,7 @@ class Comparison:
                 if description.copy < 0:
                     continue
                 calls.add("kcmp", table.tid, me, syscalls.KCMP_FILE, number, description.copy)
-                if id(description) not in seen and description.new >= 0 and description.kind is not Kind.PATH:
+                if id(description) not in seen and _follows(description):
                     seen.add(id(description))
                     self._descriptions.append(description)
             for number in table.numbers - table.held.keys():
@@ -143,6 +143,11 @@ class _Offsets:
                 fcntl.fcntl(description.new, fcntl.F_SETFL, flags & SETTABLE)
 
 
+def _follows(description: Description) -> bool:
+    """Does the counterpart take its offset and flags from the original? Not when somebody uses it already."""
+    return description.new >= 0 and description.kind is not Kind.PATH and not description.moved
+
+
 def take_offsets_over(processes: Iterable[Process]) -> None:
     """For counterparts that were opened when the processes stood still already."""
     found = {
@@ -150,7 +155,7 @@ def take_offsets_over(processes: Iterable[Process]) -> None:
         for process in processes
         for table in process.tables
         for description in table.held.values()
-        if description.new >= 0 and description.kind is not Kind.PATH
+        if _follows(description)
     }
     calls = CallTable()
     offsets = _Offsets(calls, list(found.values()))

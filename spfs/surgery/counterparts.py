@@ -211,8 +211,8 @@ class Counterparts:
 
 
 def _counterparts(process: Process) -> Iterator[Tuple[statx.Object, int]]:
-    """What the process holds, with the descriptors of the counterparts that there are."""
-    held = [description for table in process.tables for description in table.held.values()]
+    """What the process holds, with the descriptors of the counterparts that there are and nobody has yet."""
+    held = [one for table in process.tables for one in table.held.values() if not one.moved]
     records: List["Description | Place | Region"] = [*held, *process.places()]
     records += process.memory.regions if process.memory else ()
     return ((record.object, record.new) for record in records if record.new >= 0)

@@ -39,6 +39,8 @@ class Description:
     new: int = -1
     path: Optional[str] = None
     problem: Optional[str] = None  # why it stays where it is
+    elsewhere: bool = False  # not in the part of the file system that is to be left
+    moved: bool = False  # somebody has the counterpart by now: its offset and flags are its own
     flock: Optional[int] = None  # fcntl.LOCK_SH or LOCK_EX, which goes along
 
     def close(self) -> None:
@@ -57,6 +59,7 @@ class Place:
     new: int = -1
     path: Optional[str] = None
     problem: Optional[str] = None
+    elsewhere: bool = False
     moved: bool = False
 
     def close(self) -> None:
@@ -88,6 +91,7 @@ class SocketPlace:
 
     inode: int
     path: Optional[str] = None
+    elsewhere: bool = False
 
 
 @dataclass(frozen=True)
@@ -121,6 +125,7 @@ class Region:
     new: int = -1
     path: Optional[str] = None
     problem: Optional[str] = None
+    elsewhere: bool = False
     moved: bool = False
 
     @property
@@ -158,11 +163,20 @@ class Process:
 
     @property
     def uses_mount(self) -> bool:
+        memory = self.memory
         return (
-            any(table.held or table.watches or table.sockets for table in self.tables)
-            or any(context.cwd or context.root for context in self.contexts)
-            or (self.memory is not None and bool(self.memory.lines or self.memory.exe))
+            any(not record.elsewhere for record in self.records())
+            or any(table.watches for table in self.tables)
+            or (memory is not None and len(memory.lines) > len(memory.regions))
         )
+
+    def records(self) -> "List[Description | Place | Region | SocketPlace]":
+        """Everything that it holds."""
+        found: "List[Description | Place | Region | SocketPlace]" = []
+        for table in self.tables:
+            found += table.held.values()
+            found += table.sockets.values()
+        return [*found, *self.places(), *(self.memory.regions if self.memory else ())]
 
     def places(self) -> List[Place]:
         found = [place for context in self.contexts for place in (context.cwd, context.root) if place]
@@ -226,6 +240,15 @@ class Examiner:
             for description in candidates:
                 description.close()
         self._descriptions.clear()
+
+    def forget(self) -> None:
+        """Let go of all descriptions but those that were moved: who else turns up with one of them gets the same
+        counterpart, which stays shared."""
+        for candidates in self._descriptions.values():
+            for description in candidates:
+                if not description.moved:
+                    description.close()
+            candidates[:] = [description for description in candidates if description.moved]
 
     def process(self, pid: int) -> Optional[Process]:
         """Everything ``pid`` holds; None if it is gone, a zombie or a kernel thread."""

@@ -14,7 +14,7 @@ from spfs.surgery import scheduler
 from spfs.surgery.census import shareable
 from spfs.surgery.examine import OUT_OF_REACH, FdTable, FsContext, Memory, Process, shared
 from spfs.surgery.gadget import GadgetFinder
-from spfs.surgery.operation import BASE_STEP, FIRST_BASE, Operation
+from spfs.surgery.operation import BASE_STEP, FIRST_BASE, Operation, movable
 from spfs.surgery.scheduler import Bell
 from spfs.surgery.theatre import Theatre
 from spfs.tracee import Script, Tracee
@@ -38,13 +38,13 @@ def plan(processes: Iterable[Process], gadgets: GadgetFinder, first: int = 0) ->
 
     for process in processes:
         for table in process.tables:
-            if table.held and table.owner is None:
+            if table.owner is None and any(movable(one) for one in table.held.values()):
                 operation(process, table.tid).table = table
         for context in process.contexts:
-            if (context.cwd or context.root) and context.owner is None:
+            if context.owner is None and any(one and movable(one) for one in (context.cwd, context.root)):
                 operation(process, context.tid).context = context
         memory = process.memory
-        if memory is not None and (memory.regions or memory.exe) and memory.owner is None:
+        if memory is not None and memory.owner is None and _any_movable(memory):
             operation(process, memory.tid).memory = memory
     for one in planned.values():
         one.prepare(gadgets)
@@ -119,6 +119,10 @@ def _find_owners(processes: List[Process]) -> None:
         _by_tid(contexts, tid).owner = _by_tid(contexts, first)
     for tid, first in shared([memory.tid for memory in memories], KCMP_VM).items():
         _by_tid(memories, tid).owner = _by_tid(memories, first)
+
+
+def _any_movable(memory: Memory) -> bool:
+    return any(map(movable, memory.regions)) or (memory.exe is not None and movable(memory.exe))
 
 
 def _by_tid(records: List[R], tid: int) -> R:

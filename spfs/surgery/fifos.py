@@ -53,6 +53,19 @@ def transfer(processes: Iterable[Process]) -> None:
                 other.problem = f"what lies in its buffer cannot be moved: {reason(error)}"
 
 
+def drain(processes: Iterable[Process]) -> None:
+    """Empty the buffers that were left by all ends: an end that turns up later must not bring the bytes once more."""
+    for ends in _ends(processes).values():
+        if all(description.moved for _, description in ends):
+            old = os.open(f"/proc/self/fd/{ends[0][1].copy}", _BOTH)
+            try:
+                length = _buffered(old)
+                if length:
+                    os.read(old, length)
+            finally:
+                os.close(old)
+
+
 def _copy_buffer(description: Description) -> None:
     # Opened again by their magic links, for both directions: our descriptors may be of the wrong end. A fifo's open
     # never reaches its file system (fs/pipe.c: fifo_open).

@@ -147,11 +147,11 @@ class Operation:
     def items(self) -> List[Item]:
         found: List[Item] = []
         if self.table is not None:
-            found = [(n, None, d.new) for n, d in self.table.held.items() if self._movable(d)]
+            found = [(n, None, d.new) for n, d in self.table.held.items() if movable(d)]
         if self.context is not None:
             # The root first: going there changes the working directory, which is set right afterwards.
             for place in (self.context.root, self.context.cwd):
-                if place is not None and place.problem is None and place.new >= 0:
+                if place is not None and movable(place):
                     found.append((-1, place, place.new))
         return found
 
@@ -172,10 +172,6 @@ class Operation:
     def epolls(self, item: Item) -> "List[EpollEntry]":
         number, place, _ = item
         return self.table.epolls.get(number, []) if self.table is not None and place is None else []
-
-    @staticmethod
-    def _movable(description: Description) -> bool:
-        return description.problem is None and description.new >= 0
 
     # -- while the process stands still
 
@@ -220,6 +216,7 @@ class Operation:
             for number, entry in program.moves:
                 if outcome[entry] == number:
                     self.table.moved.add(number)
+                    self.table.held[number].moved = True
                 else:
                     self.table.failures[number] = f"it cannot be exchanged: {os.strerror(-outcome[entry])}"
         for place, entry in program.changes:
@@ -227,6 +224,10 @@ class Operation:
                 place.moved = True
             else:
                 place.problem = f"the process cannot go there: {os.strerror(-outcome[entry])}"
+
+
+def movable(record: "Description | Place | Region") -> bool:
+    return record.problem is None and record.new >= 0
 
 
 def _round_up(size: int) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Dict, Iterable, Iterator, List, Optional, Tuple
 
-from spfs.references import Kind, LeftReference
+from spfs.references import HeldReference, Kind, LeftReference
 from spfs.surgery.examine import Process
 
 SOCKETS_STAY = "sockets are not moved: it is bound on the old mount, or was accepted by one that is"
@@ -16,23 +16,25 @@ def entries(process: Process) -> Iterator[Tuple[str, str, Optional[str], Optiona
         if table.owner is not None:
             continue
         for number, description in sorted(table.held.items()):
-            if number not in table.moved:
+            if number not in table.moved and not description.elsewhere:
                 problem = table.failures.get(number) or description.problem
                 yield description.kind.value, f"fd {number}", description.path, problem
         for number, kind in table.watches:
             yield kind, f"fd {number}", None, "watches are not moved"
         for number, bound in table.sockets.items():
+            if bound.elsewhere:
+                continue
             yield Kind.SOCKET.value, f"fd {number}", bound.path, SOCKETS_STAY
     for context in process.contexts:
         for place in (context.cwd, context.root) if context.owner is None else ():
-            if place is not None and not place.moved:
+            if place is not None and not place.moved and not place.elsewhere:
                 yield place.kind.value, place.kind.value, place.path, place.problem
     memory = process.memory
     if memory is not None and memory.owner is None:
         for region in memory.regions:
-            if not region.moved:
+            if not region.moved and not region.elsewhere:
                 yield region.kind.value, region.what, region.path, region.problem
-        if memory.exe is not None and not memory.exe.moved:
+        if memory.exe is not None and not memory.exe.moved and not memory.exe.elsewhere:
             yield memory.exe.kind.value, "exe", memory.exe.path, memory.exe.problem
 
 
@@ -49,15 +51,20 @@ def moved(process: Process) -> Iterator[Tuple[str, str]]:
             yield region.kind.value, region.what
 
 
-def left(processes: Iterable[Process]) -> List[LeftReference]:
-    """What will stay, or has stayed, on the old mount because of a known problem."""
-    found: List[LeftReference] = []
+def held(processes: Iterable[Process]) -> Iterator[HeldReference]:
+    """Everything on the old mount."""
     for process in processes:
         for kind, what, path, problem in entries(process):
-            reason = process.problem or problem
-            if reason is not None:
-                found.append(LeftReference(process.pid, process.command, kind, what, path, reason))
-    return found
+            yield HeldReference(process.pid, process.command, kind, what, path, process.problem or problem)
+
+
+def left(processes: Iterable[Process]) -> List[LeftReference]:
+    """What will stay, or has stayed, on the old mount because of a known problem."""
+    return [
+        LeftReference(one.pid, one.command, one.kind, one.what, one.path, one.reason)
+        for one in held(processes)
+        if one.reason is not None
+    ]
 
 
 def references(processes: Iterable[Process]) -> Dict[str, int]:

@@ -113,6 +113,10 @@ class Theatre:
             self._detach(tid)
         self._members.clear()
 
+    def stopped(self) -> List[int]:
+        """The processes that stand still."""
+        return [pid for pid in self._members if self.is_stopped(pid)]
+
     def is_stopped(self, pid: int) -> bool:
         return bool(self._members.get(pid)) and pid not in self.problems
 

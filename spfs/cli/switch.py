@@ -1,0 +1,96 @@
+"""``spfs switch``: what running programs hold, moved from one directory to another one; no manager is needed.
+
+The work is done by a process of its own. This one stays behind to be told of an interrupt, and to say what happened.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import select
+import signal
+from types import FrameType
+from typing import Any, Callable, Dict, Optional
+
+from spfs import jobs
+from spfs.cli import tables
+from spfs.jobs import Context
+
+TEXT = "move what running programs hold (open files, mappings, directories) to another mounted file system"
+EPILOG = """\
+A file at SOURCE/path becomes the one at TARGET/path, with offset, flags and all; make the copies before. What cannot
+be moved, for instance because TARGET has no such file, stays where it is, works on, and is listed.
+
+  rsync -a /srv/old/ /srv/new/
+  spfs switch --pid 4711 --source /srv/old --target /srv/new --dry-run
+  spfs switch --pid 4711 --source /srv/old --target /srv/new"""
+
+
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    command.epilog, command.formatter_class = EPILOG, argparse.RawDescriptionHelpFormatter
+    who = command.add_mutually_exclusive_group(required=True)
+    who.add_argument(
+        "--pid", type=int, action="append", default=[], help="this process, with what it forks meanwhile; repeatable"
+    )
+    who.add_argument("--cgroup", metavar="DIR", help="the processes of this freezer cgroup, v1 or v2, frozen meanwhile")
+    who.add_argument("--all", action="store_true", help="every process of this machine that uses SOURCE")
+    command.add_argument("--source", required=True, metavar="DIR", help="the directory that is left")
+    command.add_argument("--target", required=True, metavar="DIR", help="a directory on another file system")
+    command.add_argument("--ns-pid", type=int, metavar="PID", help="both directories as this process sees them")
+    command.add_argument("--strict", action="store_true", help="change nothing if anything could not be moved")
+    command.add_argument("--dry-run", action="store_true", help="only list what would be moved, and what would not")
+
+
+def run(options: argparse.Namespace) -> None:
+    def work(context: Context) -> None:
+        from spfs import processswitch as step
+
+        request = step.SwitchRequest(
+            options.target,
+            options.cgroup,
+            source=options.source,
+            ns_pid=options.ns_pid,
+            pids=tuple(options.pid),
+            only_cgroup=options.cgroup is not None,
+            strict=options.strict and not options.dry_run,
+        )
+        protect = (os.getppid(),)
+        if options.dry_run:
+            context.deliver({"references": [dataclasses.asdict(one) for one in step.examine(request, protect)]})
+        else:
+            context.deliver(step.switch(request, context.progress, protect))
+
+    answer = _in_process(work)
+    if options.json:
+        print(json.dumps(answer, indent=2))
+    elif options.dry_run:
+        tables.references(answer["references"])
+    else:
+        tables.switched(answer)
+
+
+def _in_process(work: Callable[[Context], None]) -> Dict[str, Any]:
+    """The answer of a process that does ``work``; it is told of interrupts, and gives up or comes to its end."""
+    job = jobs.start("switch", work)
+
+    def cancel(number: int, frame: Optional[FrameType]) -> None:
+        job.cancel()
+
+    former = {number: signal.signal(number, cancel) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    try:
+        poll = select.poll()
+        poll.register(job.pidfd, select.POLLIN)
+        poll.register(job.sock, select.POLLIN)
+        while job.pidfd not in {fd for fd, _ in poll.poll()}:
+            if not job.read():
+                poll.unregister(job.sock)
+        outcome = job.finish()
+        os.waitpid(job.pid, 0)
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
+    if outcome.error is not None:
+        raise outcome.error
+    return outcome.value
