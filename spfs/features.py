@@ -10,7 +10,9 @@ import errno
 import functools
 import importlib.util
 import os
+import shutil
 import signal
+import subprocess
 from dataclasses import dataclass
 from typing import Callable, Dict, List, Tuple
 
@@ -118,6 +120,27 @@ def _openat2() -> None:
     os.close(openat2.openat2(mountapi.AT_FDCWD, "/", os.O_PATH, openat2.RESOLVE_IN_ROOT))
 
 
+def _criu() -> None:
+    from spfs.criu import command
+
+    program = command.find()
+    done = subprocess.run([program, "check"], stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    if done.returncode:
+        said = (done.stderr or done.stdout).strip().splitlines()
+        raise OSError(errno.ENOTSUP, f"criu check says: {said[-1] if said else done.returncode}")
+
+
+def _pycriu() -> None:
+    from spfs.criu.images import pycriu_images
+
+    pycriu_images()
+
+
+def _runc() -> None:
+    if shutil.which("runc") is None:
+        raise OSError(errno.ENOENT, "there is no runc")
+
+
 def _freezer(fstype: str, option: str, file: str) -> None:
     with open("/proc/self/mountinfo", "rb") as table:
         mounts = mountinfo.parse(table.read())
@@ -144,6 +167,9 @@ _PROBES: Dict[str, Tuple[Callable[[], None], str]] = {
     "pidfd_getfd": (_pidfd_getfd, "needs Linux 5.6; a seccomp filter may forbid it"),
     "kcmp": (_kcmp, "needs a kernel with CONFIG_KCMP; a seccomp filter may forbid it"),
     "openat2": (_openat2, "needs Linux 5.6; a seccomp filter may forbid it"),
+    "criu": (_criu, "apt-get install criu; one that is as new as the kernel"),
+    "pycriu": (_pycriu, "apt-get install python3-pycriu (it comes with CRIU; PyPI has none)"),
+    "runc": (_runc, "apt-get install runc"),
     "freezer1": (lambda: _freezer("cgroup", "freezer", "freezer.state"), "mount the cgroup v1 freezer, or use v2"),
     "freezer2": (lambda: _freezer("cgroup2", "", "cgroup.freeze"), "mount cgroup2 (Linux 5.2), or use v1's freezer"),
 }
@@ -157,7 +183,7 @@ def probe(name: str) -> Feature:
     attempt, hint = _PROBES[name]
     try:
         attempt()
-    except OSError as error:
+    except (OSError, MissingFeatureError) as error:
         return Feature(name, False, reason(error), hint)
     return Feature(name, True)
 

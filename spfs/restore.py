@@ -121,7 +121,7 @@ def _create(directories: "_Directories", spec: FileSpec) -> None:
     assert spec.mode is not None
     names = _names(spec)
     if not names:
-        return
+        return os.chmod(directories.open(b""), stat.S_IMODE(spec.mode) or PERMISSIONS)
     kind, permissions = stat.S_IFMT(spec.mode), stat.S_IMODE(spec.mode) or PERMISSIONS
     parent, name = b"/".join(names[:-1]), names[-1]
     try:

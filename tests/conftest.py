@@ -21,6 +21,8 @@ MARKERS = {
     "needs_ptrace": ("ptrace",),
     "needs_cgroup1": ("freezer1",),
     "needs_cgroup2": ("freezer2",),
+    "needs_criu": ("criu", "pycriu"),
+    "needs_runc": ("runc",),
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import stat
 import time
 from typing import Any, List, Mapping, Sequence
 
@@ -168,3 +169,31 @@ def _show(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     if not console.is_terminal:
         console = Console(width=250)  # for grep: one line each
     console.print(table)
+
+
+def planned(mounts: Sequence[Any]) -> None:
+    """What delayed mounts must hold at a restore."""
+    rows = []
+    for mount in mounts:
+        for file in mount.files or ():
+            kind = _KINDS.get(stat.S_IFMT(file.mode), "?")
+            size = "" if file.size is None else str(file.size)
+            why = "; ".join(file.uses)
+            if file.original is not None:
+                why = f"was {file.original}, removed while open: {why}" if why else f"was {file.original}"
+            rows.append([mount.key, file.path or ".", kind, f"{stat.S_IMODE(file.mode):04o}", size, why])
+    if not rows:
+        print("nothing: no file of the processes is there")
+        return
+    _show(["MOUNT", "PATH", "TYPE", "MODE", "SIZE", "WHAT FOR"], rows)
+
+
+_KINDS = {
+    stat.S_IFREG: "file",
+    stat.S_IFDIR: "directory",
+    stat.S_IFIFO: "fifo",
+    stat.S_IFLNK: "symlink",
+    stat.S_IFSOCK: "socket",
+    stat.S_IFCHR: "device",
+    stat.S_IFBLK: "device",
+}

@@ -1,0 +1,192 @@
+"""A mount that is delayed at a restore: what it is, where the processes see it, and what it must hold for CRIU.
+
+Text (``--delayed``) and JSON in, dataclasses out; no I/O. JSON is how it is written beside the images.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import os
+import re
+from dataclasses import dataclass
+from typing import Any, Dict, List, Mapping, Optional, Tuple
+
+from spfs.errors import SpfsError, UsageError
+from spfs.linux.mountapi import MS
+
+_KEY = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the file system is mounted, as the processes see it, and which directory of it is to be seen there.
+
+    ``external``: what CRIU calls the mount (``--external mnt[…]:external``); "" in CRIU's own mount namespace.
+    """
+
+    mountpoint: str
+    subdirectory: str = ""
+    external: str = ""
+
+
+@dataclass(frozen=True)
+class PlannedFile:
+    """A file that must be there for CRIU. ``path``: from the file system's root; ``mode`` as st_mode; ``size``: bytes
+    of a regular file; ``target``: of a symbolic link; ``uses``: what for. ``original``: the name that was removed
+    while the file was open, of one that CRIU gave a name at the dump (a link remap)."""
+
+    path: str
+    mode: int
+    size: Optional[int] = None
+    target: Optional[str] = None
+    uses: Tuple[str, ...] = ()
+    original: Optional[str] = None
+
+
+@dataclass(frozen=True)
+class DelayedMount:
+    """``type``, ``source``, ``flags`` and ``options`` as for mount(2).
+
+    ``root``: which directory of the file system that was mounted at the dump is the root of what ``source`` names.
+    ``host``: where it is mounted for CRIU, if the processes have a mount namespace of their own and somebody else than
+    we tells CRIU that place. ``files`` None: not known yet, the images must be read.
+    """
+
+    key: str
+    type: str
+    source: str
+    flags: int = 0
+    options: str = ""
+    root: str = "/"
+    places: Tuple[Place, ...] = ()
+    host: Optional[str] = None
+    files: Optional[Tuple[PlannedFile, ...]] = None
+
+    @property
+    def namespaced(self) -> bool:
+        """Do the processes see it in a mount namespace of their own?"""
+        return any(place.external for place in self.places)
+
+    def to_json(self) -> Dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> "DelayedMount":
+        """UsageError for what is not of this form."""
+        try:
+            values = dict(data)
+            files = values.pop("files", None)
+            mount = cls(
+                places=tuple(Place(**place) for place in values.pop("places", ())),
+                files=None if files is None else tuple(_file(file) for file in files),
+                **values,
+            )
+        except (TypeError, ValueError, KeyError) as error:
+            raise UsageError(f"cannot read the description of a delayed mount: {error}") from error
+        _check_key(mount.key)
+        return mount
+
+
+def _file(data: Mapping[str, Any]) -> PlannedFile:
+    return PlannedFile(**{**data, "uses": tuple(data.get("uses", ()))})
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What a ``--delayed`` says; None: not said."""
+
+    key: str
+    mountpoint: Optional[str] = None
+    type: Optional[str] = None
+    source: Optional[str] = None
+    flags: Optional[int] = None
+    options: Optional[str] = None
+    host: Optional[str] = None
+
+    @classmethod
+    def parse(cls, text: str) -> "Wish":
+        """``KEY[=MOUNTPOINT][,type=…][,source=…][,flags=…][,host=…][,options=…]``; all after options= is options."""
+        head, separator, options = text.partition(",options=")
+        first, *items = head.split(",")
+        key, _, mountpoint = first.partition("=")
+        _check_key(key)
+        values: Dict[str, Any] = {}
+        for item in items:
+            name, equals, value = item.partition("=")
+            if name not in ("type", "source", "flags", "host") or not equals or not value or name in values:
+                raise UsageError(
+                    f"cannot understand --delayed {text}: {item!r}",
+                    "KEY=MOUNTPOINT,type=…,source=…,flags=…,host=…,options=…, each once, options last",
+                )
+            values[name] = value
+        if "flags" in values:
+            try:
+                values["flags"] = int(values["flags"])
+            except ValueError as error:
+                raise UsageError(f"cannot understand --delayed {text}: flags: not a number") from error
+        if separator:
+            values["flags"], values["options"] = _bind_flag(values.get("flags"), options)
+        for path in (mountpoint, values.get("host")):
+            if path and not path.startswith("/"):
+                raise UsageError(f"cannot understand --delayed {text}: {path} is no absolute path")
+        return cls(key, os.path.normpath(mountpoint) if mountpoint else None, **values)
+
+    def onto(self, mount: DelayedMount) -> DelayedMount:
+        """``mount`` with what is wished in place of what it says."""
+        changed = {
+            name: value
+            for name in ("type", "source", "flags", "options", "host")
+            for value in [getattr(self, name)]
+            if value is not None
+        }
+        if self.mountpoint and self.mountpoint not in [place.mountpoint for place in mount.places]:
+            seen = ", ".join(place.mountpoint for place in mount.places)
+            raise UsageError(
+                f"cannot delay {self.key} at {self.mountpoint}: at the dump it was at {seen}",
+                "the processes have that path in their memory; give the same one, or none",
+            )
+        return dataclasses.replace(mount, **changed)
+
+    def alone(self) -> DelayedMount:
+        """For images beside which nothing is written."""
+        if self.mountpoint is None or self.type is None or self.source is None:
+            raise UsageError(
+                f"cannot delay {self.key}: its mountpoint, type or source is not known",
+                f"nothing is written beside these images; give --delayed {self.key}=MOUNTPOINT,type=…,source=…",
+            )
+        return DelayedMount(
+            self.key,
+            self.type,
+            self.source,
+            self.flags or 0,
+            self.options or "",
+            places=(Place(self.mountpoint),),
+            host=self.host,
+        )
+
+
+def _bind_flag(flags: Optional[int], options: str) -> Tuple[Optional[int], str]:
+    """As in fstab "bind" is written among the options."""
+    words = options.split(",")
+    if "bind" not in words:
+        return flags, options
+    return (flags or 0) | int(MS.BIND), ",".join(word for word in words if word != "bind")
+
+
+def _check_key(key: str) -> None:
+    if not _KEY.fullmatch(key):
+        raise UsageError(
+            f"cannot use {key!r} as the key of a delayed mount", "1 to 64 of the characters A-Z a-z 0-9 _ . -"
+        )
+
+
+def unlike(mounts: List[DelayedMount]) -> List[DelayedMount]:
+    """The mounts as they are; SpfsError if two have one key."""
+    keys = [mount.key for mount in mounts]
+    for key in keys:
+        if keys.count(key) > 1:
+            raise SpfsError(
+                f"cannot delay two mounts with the key {key}", "give each a key of its own", errno.EINVAL
+            )
+    return mounts

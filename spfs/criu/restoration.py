@@ -1,0 +1,234 @@
+"""One restore by CRIU and its delayed mounts: prepare them, block them, let their replaces begin, or take all away.
+
+Each step may be repeated, and by another process: what is known is in a directory below /run and in the manager.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import stat
+from contextlib import contextmanager
+from typing import Any, Callable, Dict, Iterator, List, Sequence
+
+from spfs.client import SOCKET_VARIABLE
+from spfs.criu import record
+from spfs.criu.delayed import DelayedMount, Place, PlannedFile
+from spfs.errors import SpfsError, reason
+from spfs.linux import mountapi
+from spfs.restore import FileSpec, Restore
+
+STATE = "/run/spfs-criu"
+WORK_DIR = "/run/spfs-manager/criu"
+"""Of the manager that is used, and started where none runs, unless $SPFS_MANAGER_SOCK names another one."""
+
+TOKEN_VARIABLE = "SPFS_CRIU_TOKEN"
+"""By which the action script is told which restoration it belongs to."""
+
+_HIDDEN = "mounts"
+
+
+class Restoration:
+    """``token`` names it as long as the machine runs; ids of its mounts in the manager are KEY@TOKEN."""
+
+    def __init__(self, token: str) -> None:
+        self.token = token
+        self.directory = os.path.join(STATE, token)
+
+    @property
+    def known(self) -> bool:
+        """Has it begun, and not yet come to its end?"""
+        return os.path.isdir(self.directory)
+
+    def id(self, mount: DelayedMount) -> str:
+        return f"{mount.key}@{self.token}"
+
+    def hidden(self, mount: DelayedMount) -> str:
+        """A mountpoint that nobody knows but we and CRIU, for a mount that is then seen elsewhere."""
+        return os.path.join(self.directory, _HIDDEN, mount.key)
+
+    def begin(self, mounts: Sequence[DelayedMount]) -> None:
+        """Remember what it is about; does nothing if that is remembered already."""
+        os.makedirs(self.directory, 0o700, exist_ok=True)
+        if record.read(self.directory) is None:
+            record.write(self.directory, mounts)
+
+    def mounts(self) -> List[DelayedMount]:
+        return record.read(self.directory) or []
+
+    def prepare(self) -> None:
+        """Mount all, create their files, and ask for the real ones. After a failure nothing of it is left."""
+        with self._manager(start=True) as restore:
+            there = self._rows(restore)
+            try:
+                for mount in self.mounts():
+                    if self.id(mount) not in there:
+                        self._prepare(restore, mount)
+            except BaseException:
+                self._take_away(restore)
+                raise
+
+    def _prepare(self, restore: Restore, mount: DelayedMount) -> None:
+        base, shown = self._base(mount)
+        if base.startswith(self.directory + "/"):
+            os.makedirs(base, exist_ok=True)
+        id = self.id(mount)
+        restore.mount(id, base, ns_mountpoint=shown)
+        restore.create_files(id, [_spec(file) for file in mount.files or ()])
+        for place in mount.places:
+            if not mount.namespaced and place.mountpoint != base:
+                _bind(base, place)
+        bindmounts = [place.mountpoint for place in mount.places if place.mountpoint != shown]
+        restore.request_replace(
+            id, mount.source, mount.type, mount.flags, mount.options, bindmounts=bindmounts, begin="hold"
+        )
+
+    def _base(self, mount: DelayedMount) -> "tuple[str, str]":
+        """Where it is to be mounted for CRIU, and the path that users know it by."""
+        whole = [place.mountpoint for place in mount.places if not place.subdirectory]
+        shown = (whole or [place.mountpoint for place in mount.places])[0]
+        if not mount.namespaced:
+            return (whole[0] if whole else self.hidden(mount)), shown
+        if mount.host is None:
+            raise SpfsError(
+                f"cannot restore delayed mount {mount.key} on {shown}: nobody says where it is mounted for CRIU",
+                f"restore by spfs-criu restore, or give its place outside of the container: host, for {mount.key}",
+                errno.EINVAL,
+            )
+        return mount.host, shown
+
+    def block(self) -> None:
+        """From now on whoever touches one of the mounts waits."""
+        with self._manager() as restore:
+            for mount in self.mounts():
+                restore.stub(self.id(mount))
+
+    def release(self) -> None:
+        """CRIU has let the processes go: the replaces may begin. The end of the restoration."""
+        with self._manager() as restore:
+            for id, row in self._rows(restore).items():
+                if (row["replace"] or {}).get("phase") == "held":
+                    restore.release(id)
+        self.forget()
+
+    def hide(self) -> None:
+        """Take the mounts away from where only CRIU needed them: it has made its own of them."""
+        for mount in self.mounts():
+            _umount(self.hidden(mount))
+
+    def abandon(self) -> None:
+        """CRIU has failed: take away what nobody uses. Processes that do live, after all, get their real mount."""
+        if not self.known:
+            return
+        with self._manager() as restore:
+            self._take_away(restore)
+        self.forget()
+
+    def _take_away(self, restore: Restore) -> None:
+        for id, row in self._rows(restore).items():
+            if row["mode"] == "restore":
+                restore.client.unmount(id, force=True)  # nobody can have been let go
+                continue
+            try:
+                restore.client.unmount(id)
+            except SpfsError as error:
+                if error.errno != errno.EBUSY:
+                    raise
+                restore.release(id)
+
+    def forget(self) -> None:
+        """Remove what is known of it; its mounts are the manager's alone from now on."""
+        if not self.known:
+            return
+        mounts = self.mounts()
+        self.hide()
+        _tell(self.guard_path)
+        # Name by name: nothing may be removed that is mounted there after all.
+        for mount in mounts:
+            _remove(os.rmdir, self.hidden(mount))
+        _remove(os.rmdir, os.path.join(self.directory, _HIDDEN))
+        for path in (self.guard_path, self.script, os.path.join(self.directory, record.NAME)):
+            _remove(os.unlink, path)
+        _remove(os.rmdir, self.directory)
+
+    @property
+    def script(self) -> str:
+        """Where the action script of a restore by spfs-criu is kept."""
+        return os.path.join(self.directory, "action")
+
+    @property
+    def guard_path(self) -> str:
+        """The fifo by which the guard is told that all is well."""
+        return os.path.join(self.directory, "guard")
+
+    @contextmanager
+    def _manager(self, start: bool = False) -> Iterator[Restore]:
+        with connect(start) as restore:
+            yield restore
+
+    def _rows(self, restore: Restore) -> Dict[str, Dict[str, Any]]:
+        rows = restore.client.status()["mounts"]
+        return {row["id"]: row for row in rows if row["id"].endswith(f"@{self.token}")}
+
+
+def connect(start: bool = False) -> Restore:
+    """To the manager that $SPFS_MANAGER_SOCK names, or to the one of all restores by CRIU, started if need be."""
+    from spfs.client import ManagerClient
+
+    named = os.environ.get(SOCKET_VARIABLE)
+    if named:
+        return Restore(ManagerClient(named))
+    if not start:
+        return Restore(ManagerClient(os.path.join(WORK_DIR, "control.sock")))
+    os.makedirs(STATE, 0o700, exist_ok=True)
+    fd = os.open(STATE, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)  # of two restores at a time one starts it
+        return Restore.start(WORK_DIR)
+    finally:
+        os.close(fd)
+
+
+def _spec(file: PlannedFile) -> FileSpec:
+    return FileSpec(file.path, file.mode, file.size if stat.S_ISREG(file.mode) else None, file.target)
+
+
+def _bind(base: str, place: Place) -> None:
+    source = os.path.join(base, place.subdirectory)
+    try:
+        mount_fd = mountapi.open_tree(mountapi.AT_FDCWD, source, mountapi.OPEN_TREE_CLONE)
+        try:
+            mountapi.move_mount(mount_fd, mountapi.AT_FDCWD, place.mountpoint)
+        finally:
+            os.close(mount_fd)
+    except OSError as error:
+        raise SpfsError(
+            f"cannot bind delayed mount {base} to {place.mountpoint}: {reason(error)}",
+            "the directory must exist, as at the dump",
+            error.errno or errno.EIO,
+        ) from error
+
+
+def _umount(path: str) -> None:
+    try:
+        mountapi.umount2(path, mountapi.MNT_DETACH | mountapi.UMOUNT_NOFOLLOW)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOENT):  # nothing is mounted there
+            raise
+
+
+def _remove(how: Callable[[str], None], path: str) -> None:
+    try:
+        how(path)
+    except FileNotFoundError:
+        pass
+
+
+def _tell(fifo: str) -> None:
+    try:
+        fd = os.open(fifo, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:
+        return  # there is no guard
+    os.write(fd, b"x")
+    os.close(fd)
