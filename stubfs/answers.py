@@ -199,7 +199,7 @@ class Answers:
             fd = os.open(_FD_LINK.format(own), allowed_flags(flags))
         credentials = worker.identity.of(request.uid, request.gid, request.tid)
         file = self._handles.add(request.node, is_directory, flags, backing, fd, credentials, request.tid)
-        if not request.answer(protocol.OPEN_OUT.pack(file.fh, file.open_flags(), 0)):
+        if not request.answer(protocol.OPEN_OUT.pack(file.fh, self._objects.open_flags(request, file), 0)):
             self._handles.release(file.fh)
 
     # --- by handle

@@ -43,6 +43,7 @@ class _Pass(threading.Thread):
         self.step = 0  # invalidations begun
         self.again = False  # something was answered under the old state: go through the file again
         self.stop = False
+        self.failed = False
         self.done = threading.Event()
 
     def run(self) -> None:
@@ -50,8 +51,7 @@ class _Pass(threading.Thread):
             for self.node in self._nodes:
                 for _ in range(_ROUNDS):
                     self.again = False
-                    ranges = [(offset, size) for _, offset, size in self._held.data_ranges(self.node)]
-                    for offset, length in spared(ranges):
+                    for offset, length in spared(self._held.data_ranges(self.node)):
                         self.step += 1
                         self._device.invalidate(self.node, offset, length)
                     if not self.again:
@@ -59,15 +59,14 @@ class _Pass(threading.Thread):
                 if self.stop:
                     break
         except OSError as error:
+            self.failed = True
             _log.error("cannot drop the cached pages of node %d: %s", self.node, error)
         finally:
             self.done.set()
 
 
-def drop(device: Device, held: HeldTable, nodes: List[int], serve: Callable[[Request], None]) -> None:
-    """Drop the pages of ``nodes``. ``serve`` answers a held request under the old state."""
-    if not nodes:
-        return
+def drop(device: Device, held: HeldTable, nodes: List[int], serve: Callable[[Request], None]) -> bool:
+    """Drop the pages of ``nodes``; False: not all of them. ``serve`` answers a held request that is in the way."""
     work = _Pass(device, held, nodes)
     work.start()
     deadline = time.monotonic() + _LIMIT
@@ -79,14 +78,14 @@ def drop(device: Device, held: HeldTable, nodes: List[int], serve: Callable[[Req
         if time.monotonic() > deadline:
             work.stop = True
             _log.warning("the kernel's cached pages of node %d cannot be written back or dropped", work.node)
-            return
-        in_the_way = [held.take(unique) for unique, _, _ in held.data_ranges(work.node)]
-        requests = [request for request in in_the_way if request is not None]
+            return False
+        requests = held.take_data(work.node)
         if requests:
             work.again = True
             helper = threading.Thread(target=_serve_all, args=(serve, requests), name="invalidation", daemon=True)
             helper.start()
             helper.join(max(0.0, deadline - time.monotonic()))
+    return not work.failed
 
 
 def _serve_all(serve: Callable[[Request], None], requests: List[Request]) -> None:

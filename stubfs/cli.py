@@ -6,11 +6,30 @@ import argparse
 import logging
 import os
 import sys
+import textwrap
 from typing import List, NoReturn, Optional
 
 from stubfs import daemon, mount, stdio
 from stubfs.errors import StubfsError, UsageError, reason
-from stubfs.modes import Mode
+from stubfs.modes import Mode, StubOptions
+from stubfs.rules import OPERATIONS, Rule
+
+_EPILOG = f"""\
+rules: ACTION key=value ..., the first that matches a request decides, in every mode
+  serve                  as if it were not stub mode
+  hold                   as in stub mode; with seconds=N errno=NAME answered with an error after N seconds
+  fail                   with errno=NAME (default: EIO)
+  delay seconds=N        then on to the rules behind it
+  which requests:        operations=NAME,... path=PATTERN pids=PID,... times=N (the first N of them)
+  PATTERN is relative to the mountpoint, and * matches slashes, too. The operations:
+{textwrap.fill(", ".join(sorted(OPERATIONS)), 110, initial_indent="  ", subsequent_indent="  ")}
+  stubfs --mode proxy --proxy-dir /srv/data --rule 'hold operations=fsync' --rule 'delay seconds=0.05' /mnt
+
+while requests are held:
+  Who waits can be killed, and is not disturbed by any other signal. It cannot be frozen by a cgroup before it has
+  its answer. A process that waits behind it in the kernel, for a directory in which a file is being created, or for
+  a file that is being written to, can neither be killed nor is it listed.
+"""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -22,6 +41,8 @@ def parser() -> argparse.ArgumentParser:
     result = _Parser(
         prog="stubfs",
         description="A FUSE file system that stands in for a mount which is not there yet.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     result.add_argument("source", nargs="?", help="name shown as the mount's source (as mount(8) calls helpers)")
@@ -30,6 +51,13 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--proxy-dir", metavar="DIR", help="the real directory (with --mode proxy)")
     result.add_argument("--socket-path", metavar="PATH", help="control socket")
     result.add_argument("-f", "--foreground", action="store_true", help="do not go into the background")
+    stub = result.add_argument_group("stub mode", "With --mode stub; the control socket takes the same.")
+    stub.add_argument("--timeout", metavar="SECONDS", type=float, help="answer who waits for so long with an error")
+    stub.add_argument("--errno", metavar="NAME", help="which one (default: EIO)")
+    stub.add_argument("--exempt", metavar="PID", type=int, action="append", default=[],
+                      help="serve this process from the staging directory all the same; may be repeated")  # fmt: skip
+    result.add_argument("--rule", metavar="RULE", action="append", default=[],
+                        help="serve, hold, fail or delay some requests, see below; may be repeated")  # fmt: skip
     result.add_argument("-o", metavar="OPTIONS", dest="options", default="", help="mount options")
     result.add_argument("--ready-fd", metavar="N", type=int, help="write one newline there when all is ready")
     result.add_argument("--log", metavar="FILE", help="append messages to FILE")
@@ -57,6 +85,10 @@ def _run(settings: argparse.Namespace) -> int:
         if mode is Mode.PROXY:
             raise UsageError("cannot start in mode proxy: no directory is given", "add --proxy-dir DIR")
         raise UsageError(f"cannot start in mode {mode.value}: --proxy-dir: not used there", "add --mode proxy")
+    if mode is not Mode.STUB and (settings.timeout is not None or settings.errno is not None or settings.exempt):
+        raise UsageError(f"cannot start in mode {mode.value}: --timeout, --errno, --exempt: not used there")
+    stub_options = StubOptions.checked(settings.timeout, settings.errno, settings.exempt)
+    rules = [Rule.parse(text) for text in settings.rule]
     options = mount.parse_options(settings.options)
     if settings.source is not None:
         options = mount.MountOptions(settings.source, options.subtype, options.attributes, options.allow_other)
@@ -75,7 +107,7 @@ def _run(settings: argparse.Namespace) -> int:
     log_fd = _open_log(settings)
     tell = None if settings.foreground else daemon.go_background()
     daemon.make_independent()
-    server = daemon.Daemon(mountpoint, mode, proxy_directory, socket_path, options)
+    server = daemon.Daemon(mountpoint, mode, proxy_directory, socket_path, options, stub_options, rules)
     daemon.warn_of_sysctls()
     if tell is not None:
         tell(0)

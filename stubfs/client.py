@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import os
 import socket
 from types import TracebackType
-from typing import Any, Dict, Iterable, List, Optional, Sequence, Tuple, Type
+from typing import Any, Dict, Iterable, List, Optional, Sequence, Tuple, Type, Union
 
 from stubfs import messages, wire
 from stubfs.errors import StubfsError, reason
 from stubfs.messages import FilesystemStatus, Handle, HeldRequest
+from stubfs.rules import RequestFilter, Rule
+
+_ANSWER_TIME = 10.0  # seconds for an answer to come back after a wait
 
 
 class FilesystemClient:
@@ -87,12 +91,54 @@ class FilesystemClient:
     def status(self) -> FilesystemStatus:
         return FilesystemStatus(**self._ask("status"))
 
-    def mode(self, mode: str, directory: Optional[int] = None) -> FilesystemStatus:
-        """Change the mode; ``directory`` (for proxy) stays the caller's. Returns when the change is in force."""
-        return FilesystemStatus(**self._ask("mode", [] if directory is None else [directory], mode=mode))
+    def mode(
+        self, mode: str, directory: Optional[int] = None, timeout: Optional[float] = None,
+        errno: Union[None, int, str] = None, exempt: Sequence[int] = (),
+    ) -> FilesystemStatus:  # fmt: skip
+        """Change the mode; ``directory`` (for proxy) stays the caller's. Returns when the change is in force.
 
-    def held(self) -> List[HeldRequest]:
-        return [HeldRequest(**item) for item in self._ask("held")["held"]]
+        Options of stub mode, which end with it: requests that are held for ``timeout`` seconds are answered with
+        ``errno`` (EIO if not given; a name or a number); those of the processes ``exempt`` are served as before.
+        """
+        options = {"timeout": timeout, "errno": errno, "exempt": list(exempt) or None}
+        fds = [] if directory is None else [directory]
+        return FilesystemStatus(**self._ask("mode", fds, mode=mode, **options))
+
+    def set_rules(self, rules: Iterable[Rule]) -> None:
+        """Put ``rules`` in force, in this mode and those to come, in place of those before. None end them all.
+
+        In force on return; requests that wait are looked at anew.
+        """
+        self._ask("rules", rules=[rule.as_json() for rule in rules])
+
+    def rules(self) -> List[Rule]:
+        """Those that set_rules() has set, or the command line."""
+        return [Rule.from_json(item) for item in self._ask("rules")["rules"]]
+
+    def held(
+        self, operations: Sequence[str] = (), path: Optional[str] = None, pids: Sequence[int] = ()
+    ) -> List[HeldRequest]:
+        """The requests that wait, the oldest first; those that a RequestFilter of these arguments means."""
+        wanted = RequestFilter(operations, path, pids)
+        return [HeldRequest(**item) for item in self._ask("held", **dataclasses.asdict(wanted))["held"]]
+
+    def wait_held(
+        self, count: int = 1, timeout: Optional[float] = None,
+        operations: Sequence[str] = (), path: Optional[str] = None, pids: Sequence[int] = (),
+    ) -> int:  # fmt: skip
+        """Wait until at least ``count`` requests that the filter means are held at once; returns how many they are.
+
+        An event, no polling. StubfsError ETIMEDOUT after ``timeout`` seconds (None: never), whatever the client's own
+        time limit is.
+        """
+        wanted = dataclasses.asdict(RequestFilter(operations, path, pids))
+        usual = self._sock.gettimeout()
+        self._sock.settimeout(None if timeout is None else timeout + _ANSWER_TIME)
+        try:
+            return int(self._ask("wait_held", count=count, timeout=timeout, **wanted)["held"])
+        finally:
+            if self._sock.fileno() >= 0:
+                self._sock.settimeout(usual)
 
     def handles(self) -> List[Handle]:
         return [Handle(**item) for item in self._ask("handles")["handles"]]

@@ -10,13 +10,15 @@ import signal
 import socket
 import threading
 from functools import partial
-from typing import Callable, Iterable, List, Optional
+from typing import Callable, Iterable, List, Optional, Sequence
 
 from stubfs import mount, wire
+from stubfs.commands import Commands
 from stubfs.control import Control
 from stubfs.errors import StubfsError, UsageError, reason
-from stubfs.modes import Mode, check_directory
+from stubfs.modes import Mode, StubOptions, check_directory
 from stubfs.mount import MountOptions, OwnMount
+from stubfs.rules import Rule
 from stubfs.session import Session
 
 _log = logging.getLogger(__name__)
@@ -98,8 +100,10 @@ class Daemon:
 
     def __init__(
         self, mountpoint: str, mode: Mode, proxy_directory: Optional[str], socket_path: Optional[str],
-        options: MountOptions,
+        options: MountOptions, stub_options: StubOptions = StubOptions(), rules: Sequence[Rule] = (),
     ) -> None:  # fmt: skip
+        self._stub_options = stub_options
+        self._rules = rules
         self._cleanups: List[Callable[[], None]] = []
         self._control: Optional[Control] = None
         self._wake_read, self._wake_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
@@ -134,7 +138,7 @@ class Daemon:
                     f"cannot use {proxy_directory}: {reason(error)}", "give a directory of the real file system",
                     error.errno or errno.EINVAL,
                 ) from error  # fmt: skip
-        self._session = Session(device, mode, directory)
+        self._session = Session(device, mode, directory, self._stub_options, self._rules)
         self._cleanups.append(self._session.staging.discard)
         # First of all, so that nobody waits for a mount that is going away.
         self._cleanups.append(self._session.quit)
@@ -145,7 +149,8 @@ class Daemon:
             )
         if sock is not None:
             sock.setblocking(False)
-            self._control = Control(sock, self._session, mountpoint, own_device, self.leave, self._wake)
+            commands = Commands(self._session, mountpoint, own_device, self.leave)
+            self._control = Control(sock, commands.by_name, self._wake)
 
     def _mount_gone(self) -> None:
         if not self._left:  # else we have unmounted it, and whoever asked for that is to get an answer first

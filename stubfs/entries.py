@@ -89,7 +89,8 @@ class Entries:
 
     def _answer_open(self, request: Request, node: Node, status: os.stat_result, file: OpenFile) -> None:
         self._handles.created(file, node.number)
-        if not self._answer(request, node, status, protocol.OPEN_OUT.pack(file.fh, file.open_flags(), 0)):
+        opened = protocol.OPEN_OUT.pack(file.fh, self._objects.open_flags(request, file), 0)
+        if not self._answer(request, node, status, opened):
             self._handles.release(file.fh)
 
     def make(self, worker: Worker, request: Request) -> None:

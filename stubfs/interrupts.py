@@ -1,18 +1,23 @@
-"""Which signals end a wait: only those that end the process, as on a hard NFS mount.
+"""Which waits end early: those of processes that a signal ends, as on a hard NFS mount.
 
 The kernel announces the first signal to a waiting thread, whatever it is, and never another one. Fake signals of
 the freezer and of ptrace, handled signals and job control must not be seen by the caller as EINTR. So who was
 interrupted and goes on waiting is looked at again from time to time.
+
+READs it does not announce at all: it sends them in the background, and who dies while it waits for a page leaves its
+READ behind. So we look whether the readers are still there.
 """
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 import time
 from typing import Callable, Dict
 
 _PERIOD = 0.25  # seconds between two looks
+_MOST = 0.005  # share of the time that may go into looks at readers
 _BUDGET = 0.05  # seconds that one look may take; the rest has its turn at the next one
 _IGNORED_BY_DEFAULT = (
     signal.SIGCHLD, signal.SIGCONT, signal.SIGURG, signal.SIGWINCH,
@@ -62,11 +67,17 @@ class Interrupts:
     """Decides on each INTERRUPT, at once and again later. ``end_wait`` answers a request with EINTR.
 
     ``still_waits`` tells whether a request is unanswered. Both are called with the request's unique number.
+    ``readers`` gives the held READs as unique -> thread id.
     """
 
-    def __init__(self, still_waits: Callable[[int], bool], end_wait: Callable[[int], None]) -> None:
+    def __init__(
+        self, still_waits: Callable[[int], bool], end_wait: Callable[[int], None],
+        readers: Callable[[], Dict[int, int]],
+    ) -> None:  # fmt: skip
         self._still_waits = still_waits
         self._end_wait = end_wait
+        self._readers = readers
+        self._has_readers = False
         self._ignored: Dict[int, int] = {}
         self._some = threading.Event()
         self._ended = False
@@ -83,16 +94,42 @@ class Interrupts:
             self._ignored[unique] = tid
             self._some.set()
 
+    def look_after_reads(self) -> None:
+        """A READ is held now."""
+        if not self._has_readers:
+            self._has_readers = True
+            self._some.set()
+
     def _sweep(self) -> None:
         pause = threading.Event()
+        readers_due = 0.0
         while not self._ended:
-            if not self._ignored:
+            if not self._ignored and not self._has_readers:
                 self._some.clear()
-                if not self._ignored:  # again: one may have come before clear()
+                if not self._ignored and not self._has_readers:  # again: one may have come before clear()
                     self._some.wait()
                 continue
             pause.wait(_PERIOD)
             self.look()
+            start = time.monotonic()
+            if self._has_readers and start >= readers_due:
+                self._has_readers = False  # before the look: whoever comes during it sets it again
+                self._has_readers = self.look_at_readers() or self._has_readers
+                now = time.monotonic()
+                readers_due = now + (now - start) / _MOST
+
+    def look_at_readers(self) -> bool:
+        """End the READs of those that are gone. Whether there are others."""
+        readers = self._readers()
+        for unique, tid in readers.items():
+            try:
+                if tid:
+                    os.kill(tid, 0)  # a tenth of what a look into /proc costs
+            except ProcessLookupError:
+                self._end_wait(unique)
+            except OSError:
+                pass  # somebody else's: it is there
+        return bool(readers)
 
     def look(self) -> None:
         """One bounded look at those that were interrupted and wait on."""

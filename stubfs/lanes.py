@@ -148,6 +148,13 @@ class Lane:
         owner = self._owner
         return owner is not None and owner.busy
 
+    def stuck(self) -> List[Worker]:
+        """Those inside a request that another thread has taken over from."""
+        if len(self.workers) == 1:
+            return []
+        owner = self._owner
+        return [worker for worker in self.workers if worker.busy and worker is not owner]
+
     def check(self) -> bool:
         """Replace an owner that has not got on since the last call. Whether there was anything going on."""
         owner = self._owner

@@ -284,3 +284,11 @@ class NodeTable:
         """The nodes whose contents the kernel may have in its page cache."""
         with self._lock:
             return [node.number for node in self._nodes.values() if node.has_pages]
+
+    def dropped(self, numbers: List[int]) -> None:
+        """The kernel has no pages of these any more."""
+        with self._lock:
+            for number in numbers:
+                node = self._nodes.get(number)
+                if node is not None:
+                    node.has_pages = False

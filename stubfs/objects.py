@@ -9,6 +9,7 @@ import errno
 import os
 from typing import Callable, Optional, TypeVar
 
+from stubfs import protocol
 from stubfs.backing import Backing
 from stubfs.handles import HandleTable, OpenFile
 from stubfs.lanes import Worker
@@ -39,9 +40,12 @@ def backing_of(request: Request) -> Backing:
 
 
 class Objects:
-    def __init__(self, nodes: NodeTable, handles: HandleTable) -> None:
+    """``has_locked_pages``: whether a request that waits, for whatever reason, keeps pages of a node locked."""
+
+    def __init__(self, nodes: NodeTable, handles: HandleTable, has_locked_pages: Callable[[int], bool]) -> None:
         self._nodes = nodes
         self._handles = handles
+        self._has_locked_pages = has_locked_pages
 
     def by_handle(self, worker: Worker, request: Request, fh: int) -> OpenFile:
         """The open file, with its fd in the request's generation where that is possible."""
@@ -72,6 +76,17 @@ class Objects:
                 elif name or not self._nodes.lose(request.node):
                     raise
         raise stale()
+
+    def open_flags(self, request: Request, file: OpenFile) -> int:
+        """FOPEN_* for the reply to ``request``, which has opened ``file``."""
+        flags = file.open_flags()
+        if request.state is not None and request.state.is_aside:
+            # For the others it is stub mode: they must not find in the page cache what this one reads.
+            flags |= protocol.FOPEN_DIRECT_IO
+        if self._has_locked_pages(request.node):
+            # Else the kernel drops all pages of the file, and the opener waits, unkillable, for the locked ones.
+            flags |= protocol.FOPEN_KEEP_CACHE
+        return flags
 
     def own_fd(self, node: int) -> Optional[int]:
         """An fd that we have of the node anyway: of an open file, or what was kept of a removed name."""

@@ -106,6 +106,8 @@ class SetattrValid(IntFlag):
     MTIME_NOW = 1 << 8
 
 
+FOPEN_DIRECT_IO = 1 << 0
+FOPEN_KEEP_CACHE = 1 << 1
 FOPEN_NOFLUSH = 1 << 5
 GETATTR_FH = 1 << 0
 WRITE_CACHE = 1 << 0

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Optional, Union
 from stubfs.protocol import BODY, IN_HEADER, INVAL_INODE_OUT, NOTIFY_INVAL_INODE, OUT_HEADER, text_at
 
 if TYPE_CHECKING:
+    from stubfs.held import Wait
     from stubfs.modes import State
 
 _log = logging.getLogger(__name__)
@@ -74,7 +75,9 @@ class Request:
     A worker uses one object over and over for what it reads; what is held is a copy.
     """
 
-    __slots__ = ("device", "opcode", "unique", "node", "uid", "gid", "tid", "buffer", "length", "state")
+    __slots__ = (
+        "device", "opcode", "unique", "node", "uid", "gid", "tid", "buffer", "length", "state", "wait",
+    )  # fmt: skip
 
     def __init__(self, device: Device, buffer: Union[bytes, memoryview]) -> None:
         self.device = device
@@ -82,6 +85,7 @@ class Request:
         self.length = 0
         self.opcode = self.unique = self.node = self.uid = self.gid = self.tid = 0
         self.state: Optional["State"] = None
+        self.wait: Optional["Wait"] = None  # of a copy that is, or was, held
 
     def parse(self, length: int) -> None:
         """Take the header over from the buffer, of which ``length`` bytes are valid."""

@@ -12,7 +12,7 @@ import logging
 import os
 import threading
 import time
-from typing import Callable, Dict, List, Optional, Tuple
+from typing import Callable, Dict, List, Optional, Sequence, Tuple
 
 from stubfs import caches, protocol
 from stubfs.answers import Answers
@@ -24,12 +24,13 @@ from stubfs.held import HeldTable
 from stubfs.interrupts import Interrupts
 from stubfs.lanes import CurrentWorker, Lane, Monitor, Worker
 from stubfs.libfuse import Session as LibfuseSession
-from stubfs.modes import Mode, ModeSwitch, State
+from stubfs.modes import Mode, ModeSwitch, State, StubOptions
 from stubfs.nodes import NodeTable
 from stubfs.objects import Objects
 from stubfs.operations import Operations
 from stubfs.protocol import BODY, ROOT_NODE, InitFlags, Opcode, opcode_name
 from stubfs.request import Device, Request
+from stubfs.rules import Action, Rule
 
 _log = logging.getLogger(__name__)
 
@@ -52,11 +53,14 @@ _Handler = Callable[[Worker, Request], object]
 class Session:
     """Serves the mount behind ``device_fd``, which stays the caller's. start() calls ``on_end`` at its end."""
 
-    def __init__(self, device_fd: int, mode: Mode, directory: Optional[int] = None) -> None:
+    def __init__(
+        self, device_fd: int, mode: Mode, directory: Optional[int] = None,
+        options: StubOptions = StubOptions(), rules: Sequence[Rule] = (),
+    ) -> None:  # fmt: skip
         self.device = Device(device_fd)
         self.nodes = NodeTable()
         self.handles = HandleTable(self.nodes)
-        self.held = HeldTable()
+        self.held = HeldTable(self.paths_of)
         self.staging = Staging(1)
         self.ready = threading.Event()  # INIT has been answered
         self._ended = threading.Event()
@@ -64,10 +68,10 @@ class Session:
         self._current = CurrentWorker()
         self._root_status = os.fstat(self.staging.fd)
         self.switch = ModeSwitch(self, self.held, self.staging)
-        self.state: State = self.switch.initial(mode, directory)
-        self.held.let_go(self.state.backing is not None)
+        self.state: State
+        self.switch.begin(mode, directory, options, rules)
         self._libfuse = LibfuseSession(device_fd, Operations(self._current))
-        self._interrupts = Interrupts(self._still_waits, self._end_wait)
+        self._interrupts = Interrupts(self._still_waits, self._end_wait, self.held.readers)
         self._monitor = Monitor()
         self._reading = Lane("reader", self.device, self._monitor, self._current, self._read, self._serve, self._end)
         self._releasing = Lane(
@@ -75,7 +79,7 @@ class Session:
         )
         self._drained = threading.Condition()
         self._draining = 0
-        objects = Objects(self.nodes, self.handles)
+        objects = Objects(self.nodes, self.handles, self._has_locked_pages)
         self._answers = answers = Answers(self.nodes, self.handles, objects)
         entries = Entries(self.nodes, self.handles, objects, self._libfuse)
         # Served with the caller's credentials.
@@ -108,8 +112,6 @@ class Session:
             Opcode.READ: answers.read,
             Opcode.WRITE: answers.write,
             Opcode.FLUSH: answers.flush,
-            Opcode.RELEASE: answers.release,
-            Opcode.RELEASEDIR: answers.release,
             Opcode.FSYNC: answers.fsync,
             Opcode.FSYNCDIR: answers.fsync,
             Opcode.READDIR: answers.readdir,
@@ -123,6 +125,8 @@ class Session:
             Opcode.BATCH_FORGET: self._batch_forget,
             Opcode.INTERRUPT: self._interrupt,
             Opcode.INIT: self._init,
+            Opcode.RELEASE: answers.release,
+            Opcode.RELEASEDIR: answers.release,
             Opcode.DESTROY: lambda worker, request: request.answer(),
             Opcode.NOTIFY_REPLY: lambda worker, request: None,
         }
@@ -188,7 +192,7 @@ class Session:
 
     # --- serving
 
-    def _serve(self, worker: Worker, request: Request, released: bool = False) -> None:
+    def _serve(self, worker: Worker, request: Request) -> None:
         while True:
             state = worker.state = self.state
             if state is self.state:  # else a change began in between and has not seen us
@@ -200,9 +204,7 @@ class Session:
             handler = self._at_once.get(opcode)
             if handler is not None:
                 handler(worker, request)
-            elif state.holds(request):
-                self.held.add(request if released else request.copy(), back_to_front=released)
-            else:
+            elif state.serves_all or self._is_let_through(worker, request, state):
                 handler = self._by_handle.get(opcode)
                 if handler is None:
                     worker.identity.assume(worker.identity.of(request.uid, request.gid, request.tid))
@@ -219,8 +221,39 @@ class Session:
                 with self._drained:
                     self._drained.notify_all()
 
+    def _is_let_through(self, worker: Worker, request: Request, state: State) -> bool:
+        """Whether the request is to be served now; else it has been held or failed."""
+        worker.identity.assume(ROOT)  # with hidepid, others see nothing of the caller
+        treatment = state.treat(request, self.paths_of)
+        action = treatment.action
+        if action is Action.SERVE:
+            if treatment.rule is not None and state.aside is not None:
+                request.state = state.aside
+            return True
+        if action is Action.FAIL:
+            assert treatment.rule is not None
+            request.fail(treatment.rule.errno)
+        else:
+            self.held.add(request if request.wait is not None else request.copy(), state, treatment)
+            if request.opcode == Opcode.READ:
+                self._interrupts.look_after_reads()
+        return False
+
+    def paths_of(self, request: Request) -> List[bytes]:
+        """The paths that a request is on: of its node, or of the name or the two names that it carries."""
+        offset = protocol.NAME_OFFSETS.get(request.opcode)
+        if offset is None or request.opcode == Opcode.REMOVEXATTR:  # whose name is no file's
+            paths = [self.nodes.path(request.node)]
+        else:
+            name = request.name(offset)
+            paths = [self.nodes.child_path(request.node, name)]
+            if request.opcode in (Opcode.RENAME, Opcode.RENAME2):
+                (new_parent,) = protocol.RENAME_IN.unpack_from(request.buffer, BODY)
+                paths.append(self.nodes.child_path(new_parent, request.name(offset + len(name) + 1)))
+        return [path for path in paths if path is not None]
+
     def _serve_released(self, worker: Worker, request: Request) -> None:
-        self._serve(worker, request, released=True)
+        self._serve(worker, request)
         self.held.served(request)
 
     def _unknown(self, worker: Worker, request: Request) -> None:
@@ -337,7 +370,22 @@ class Session:
             except OSError as error:
                 request.fail(error.errno or errno.EIO)
 
-        caches.drop(self.device, self.held, self.nodes.cached(), serve)
+        nodes = self.nodes.cached()
+        if nodes and caches.drop(self.device, self.held, nodes, serve):
+            self.nodes.dropped(nodes)
+
+    def _has_locked_pages(self, node: int) -> bool:
+        if len(self.held) and self.held.data_ranges(node):
+            return True
+        return any(
+            worker.request.opcode == Opcode.READ and worker.request.node == node
+            for lane in (self._reading, self._releasing)
+            for worker in lane.stuck()
+        )
+
+    def end_orphaned_reads(self) -> None:
+        """Answer the held READs that nobody waits for any more."""
+        self._interrupts.look_at_readers()
 
     # --- for people
 

@@ -12,7 +12,7 @@ import tempfile
 import traceback
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, Callable, Iterator, List, Optional
+from typing import Any, Callable, Iterator, List, Optional, Sequence
 
 from spfs.testing import wait_until
 from stubfs import mount, syscalls
@@ -96,7 +96,10 @@ class Process:
 class Filesystem:
     """A mounted stubfs in the foreground, with ``path``, ``client`` and a directory ``real`` beside it."""
 
-    def __init__(self, base: Path, mode: str = "restore", name: str = "fs", real: Optional[Path] = None) -> None:
+    def __init__(
+        self, base: Path, mode: str = "restore", name: str = "fs", real: Optional[Path] = None,
+        options: Sequence[str] = (),
+    ) -> None:  # fmt: skip
         self.base = base / name
         self.path = self.base / "mnt"
         self.real = real if real is not None else self.base / "real"
@@ -107,7 +110,7 @@ class Filesystem:
         self._stack = ExitStack()
         self.processes: List[Process] = []
         read, write = os.pipe()
-        arguments = ["-f", "--mode", mode, "--socket-path", self.socket_path, "--log", str(self.log), "-v"]
+        arguments = ["-f", "--mode", mode, "--socket-path", self.socket_path, "--log", str(self.log), "-v", *options]
         if mode == "proxy":
             arguments += ["--proxy-dir", str(self.real)]
         self.daemon = subprocess.Popen(

@@ -40,8 +40,7 @@ def staging() -> Iterator[Staging]:
 def test_as_before(staging: Staging, mode: Mode) -> None:
     server, held = Server(), HeldTable()
     switch = ModeSwitch(server, held, staging)
-    server.state = before = switch.initial(Mode.RESTORE, None)
-    held.let_go(True)
+    before = switch.begin(Mode.RESTORE, None)
     directory = os.open(tempfile.gettempdir(), os.O_PATH) if mode is Mode.PROXY else None
     with pytest.raises(RuntimeError, match="new thread"):
         switch.change(mode, directory)
@@ -56,7 +55,7 @@ def test_as_before(staging: Staging, mode: Mode) -> None:
         data = IN_HEADER.pack(IN_HEADER.size, Opcode.READ, 7, 2, 0, 0, 0, 0, 0)
         request = Request(Device(-1), data)
         request.parse(len(data))
-        held.add(request)
+        held.add(request, "a former state")
         assert held.next() is request
     finally:
         ended.cancel()

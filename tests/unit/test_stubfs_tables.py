@@ -6,11 +6,14 @@ import errno
 import os
 import signal
 import stat
+import subprocess
 import threading
+import time
 from typing import List, Tuple
 
 import pytest
 
+from spfs.testing import wait_until
 from stubfs import protocol
 from stubfs.caches import spared
 from stubfs.held import HeldTable
@@ -18,6 +21,7 @@ from stubfs.interrupts import Interrupts, is_fatal
 from stubfs.nodes import Node, NodeTable, Orphan
 from stubfs.protocol import UNKNOWN_INO, Opcode
 from stubfs.request import Device, Request
+from stubfs.rules import ActiveRule, Matcher, RequestFilter, Rule, decide
 
 DIRECTORY, FILE = stat.S_IFDIR, stat.S_IFREG
 
@@ -189,12 +193,28 @@ class TestNodes:
         assert nodes.cached() == [30]
 
 
+STUB, PROXY, LATER = "stub", "proxy", "a later state"  # any objects will do
+
+
+def table(*requests: Request, state: str = STUB) -> HeldTable:
+    """``requests`` are held under ``state``, which is in force."""
+    held = HeldTable(lambda item: [item.name()])
+    held.enter(state)
+    held.reconsider()
+    for item in requests:
+        held.add(item, state)
+    return held
+
+
+def uniques(held: HeldTable) -> List[int]:
+    return [item.unique for item, _ in held.snapshot()]
+
+
 class TestHeld:
     def test_in_order_and_one_per_caller(self) -> None:
-        held = HeldTable()
-        for unique, tid in ((2, 10), (4, 10), (6, 11), (8, 0), (10, 0)):
-            held.add(request(unique, tid))
-        held.let_go(True)
+        held = table(*(request(unique, tid) for unique, tid in ((2, 10), (4, 10), (6, 11), (8, 0), (10, 0))))
+        held.enter(PROXY)
+        held.reconsider()
         first, second = held.next(), held.next()
         assert first is not None and second is not None
         assert (first.unique, second.unique) == (2, 6)  # 4 is of the same caller as 2
@@ -204,41 +224,143 @@ class TestHeld:
         last = held.next()
         assert last is not None and last.unique == 4 and len(held) == 0
 
-    def test_closed_again(self) -> None:
-        held = HeldTable()
-        held.add(request(2))
-        held.add(request(4))
-        held.let_go(True)
+    def test_held_again(self) -> None:
+        held = table(request(2), request(4))
+        held.enter(PROXY)
+        held.reconsider()
         first = held.next()
         assert first is not None
-        held.let_go(False)
-        held.add(first, back_to_front=True)
-        assert [item.unique for item, _ in held.snapshot()] == [2, 4]
+        held.enter(LATER)
+        held.add(first, LATER)
+        assert uniques(held) == [2, 4]  # by how long they wait
         found: List[object] = []
-        thread = threading.Thread(target=lambda: found.append(held.next()))
+        thread = threading.Thread(target=lambda: found.extend((held.next(), held.next())))
         thread.start()
         thread.join(0.05)
         assert thread.is_alive()
-        held.let_go(True)
+        held.reconsider()
+        wait_until(lambda: uniques(held) == [2])  # what is held under the state in force stays
+        held.enter(PROXY)
+        held.reconsider()
         thread.join(5)
-        assert found == [first]
+        assert [item.unique for item in found if isinstance(item, Request)] == [4, 2]
+
+    def test_held_under_a_state_that_is_over(self) -> None:
+        held = table()
+        held.enter(PROXY)
+        held.add(request(2), STUB)
+        held.reconsider()
+        held.add(request(4), STUB)
+        assert [item.unique for item in (held.next(), held.next()) if item] == [2, 4]
 
     def test_the_end(self) -> None:
         device = RecordingDevice()
-        held = HeldTable()
-        held.add(request(2, device=device))
+        held = table(request(2, device=device), request(3, device=device))
+        held.enter(PROXY)
+        held.reconsider()
+        held.add(request(4, device=device), PROXY)
         held.end()
-        held.add(request(4, device=device))
-        assert device.replies == [(2, errno.EIO), (4, errno.EIO)]
+        held.add(request(6, device=device), PROXY)
+        assert device.replies == [(number, errno.EIO) for number in (2, 3, 4, 6)]
         assert held.next() is None and held.take(2) is None
 
     def test_what_locks_pages(self) -> None:
-        held = HeldTable()
         read = protocol.READ_IN.pack(1, 8192, 4096, 0, 0, 0, 0)
-        held.add(request(2, opcode=Opcode.READ, node=5, body=read))
-        held.add(request(4, opcode=Opcode.READ, node=6, body=read))
-        held.add(request(6, opcode=Opcode.GETATTR, node=5))
-        assert held.data_ranges(5) == [(2, 8192, 4096)]
+        held = table(
+            request(2, opcode=Opcode.READ, node=5, body=read), request(4, opcode=Opcode.READ, node=6, body=read),
+            request(6, opcode=Opcode.GETATTR, node=5),
+        )  # fmt: skip
+        assert held.data_ranges(5) == [(8192, 4096)]
+        assert [item.unique for item in held.take_data(5)] == [2] and held.data_ranges(5) == []
+        by_rule = request(8, opcode=Opcode.READ, node=5, body=read)
+        held.add(by_rule, STUB, ActiveRule(Rule("hold")).treatment)
+        assert held.data_ranges(5) == [(8192, 4096)] and held.take_data(5) == []
+
+
+class TestTimeLimits:
+    def test_an_errno_when_the_time_is_over(self) -> None:
+        device, rule = RecordingDevice(), ActiveRule(Rule("hold", seconds=0.05, errno="ENODATA"))
+        held = table()
+        held.keep_time()
+        held.add(request(2, device=device), STUB, rule.treatment)
+        held.add(request(4, device=device), STUB, ActiveRule(Rule("hold", seconds=1000)).treatment)
+        held.add(request(6, device=device), STUB)
+        wait_until(lambda: bool(device.replies))
+        assert device.replies == [(2, errno.ENODATA)] and uniques(held) == [4, 6]
+        held.end()
+
+    def test_the_time_counts_from_the_beginning_of_the_wait(self) -> None:
+        device, rule = RecordingDevice(), ActiveRule(Rule("hold", seconds=0.2))
+        held, first = table(), request(2, device=device)
+        held.keep_time()
+        held.add(first, STUB)
+        held.enter(LATER)
+        held.reconsider()
+        assert held.next() is first and first.wait is not None
+        first.wait.since -= 1000
+        held.add(first, LATER, rule.treatment)
+        wait_until(lambda: bool(device.replies), 0.15)
+        held.end()
+
+    def test_delayed_then_on_to_the_rules_behind(self) -> None:
+        delay, other, hold = (ActiveRule(rule) for rule in (
+            Rule("delay", seconds=0.05), Rule("delay", seconds=0.05), Rule("hold")))  # fmt: skip
+        rules = (delay, other, hold)
+        held, item = table(), request(2)
+        held.keep_time()
+        start = time.monotonic()
+        for expected in rules:
+            treatment = decide(rules, item, lambda item: ())
+            assert treatment is not None and treatment.rule is expected
+            held.add(item, STUB, treatment)
+            if expected is not hold:
+                assert held.next() is item
+        assert time.monotonic() - start >= 0.1 and uniques(held) == [2]
+        held.end()
+
+    def test_limits_of_those_that_left_mean_nothing(self) -> None:
+        device, rule = RecordingDevice(), ActiveRule(Rule("hold", seconds=0.05))
+        held = table()
+        held.keep_time()
+        held.add(request(2, device=device), STUB, rule.treatment)
+        held.add(request(4, device=device), STUB, rule.treatment)
+        assert held.take(2) is not None
+        held.enter(PROXY)
+        held.reconsider()
+        left = held.next()
+        assert left is not None
+        held.add(left, PROXY)  # by the mode now, for ever
+        held.add(request(6, device=device), PROXY, rule.treatment)
+        wait_until(lambda: bool(device.replies))
+        assert device.replies == [(6, errno.EIO)] and uniques(held) == [4]
+        held.end()
+
+
+class TestWatches:
+    def test_counts_those_that_wait_and_that_come(self) -> None:
+        held = table(request(2), request(4, body=b"other\0"))
+        enough = threading.Event()
+        watch = held.watch(Matcher(RequestFilter(path="na*")), 3, enough.set)
+        held.add(request(6), STUB)
+        held.take(6)
+        held.add(request(8), STUB)
+        assert watch.found == {2, 8} and not enough.is_set()
+        held.add(request(10), STUB)
+        assert enough.is_set()
+        held.unwatch(watch)
+        held.add(request(12), STUB)
+        assert watch.found == {2, 8, 10}
+
+    def test_there_already(self) -> None:
+        enough = threading.Event()
+        table(request(2)).watch(Matcher(RequestFilter()), 1, enough.set)
+        assert enough.is_set()
+
+    def test_the_end_wakes(self) -> None:
+        held, woken = table(), threading.Event()
+        held.watch(Matcher(RequestFilter()), 1, woken.set)
+        held.end()
+        assert woken.is_set() and held.has_ended()
 
 
 def test_what_an_invalidation_spares() -> None:
@@ -278,9 +400,25 @@ def test_fatal_signals(text: bytes, fatal: bool) -> None:
     assert is_fatal(text) is fatal
 
 
+def test_readers_that_are_gone() -> None:
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    held, ended = {2: os.getpid(), 4: gone.pid, 6: 0}, []
+
+    def end(unique: int) -> None:
+        ended.append(unique)
+        del held[unique]
+
+    interrupts = Interrupts(lambda unique: False, end, lambda: dict(held))
+    assert interrupts.look_at_readers() and interrupts.look_at_readers()
+    assert ended == [4]
+    held.clear()
+    assert not interrupts.look_at_readers()
+
+
 def test_who_was_ignored_is_looked_at_again() -> None:
     waiting, ended = {2: os.getpid(), 4: os.getpid()}, []
-    interrupts = Interrupts(lambda unique: unique in waiting, ended.append)
+    interrupts = Interrupts(lambda unique: unique in waiting, ended.append, dict)
     for unique, tid in waiting.items():
         interrupts.interrupt(unique, tid)  # nothing fatal is pending in this very process
     interrupts.interrupt(6, 0)
