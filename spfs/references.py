@@ -54,6 +54,9 @@ class Kind(enum.Enum):
     SOCKET = "socket"
     DEVICE = "device"
     SYMLINK = "symlink"
+    INOTIFY = "inotify watch"
+    FANOTIFY = "fanotify watch"
+    LOCK = "lock"
 
 
 @dataclass(frozen=True)

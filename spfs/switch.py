@@ -22,11 +22,12 @@ from spfs.freezer import Freezer
 from spfs.linux import arch, procfs
 from spfs.linux.arch import Architecture
 from spfs.references import HeldReference, LeftReference, MountRoot, Resolver
-from spfs.surgery import execution, fifos, locks, report
+from spfs.surgery import execution, report
 from spfs.surgery.account import Account, Identity
 from spfs.surgery.census import Census
 from spfs.surgery.compare import Comparison, memory_is_same
 from spfs.surgery.gadget import GadgetFinder
+from spfs.surgery.kinds import locks
 from spfs.surgery.operation import Operation
 from spfs.surgery.scheduler import Bell
 from spfs.surgery.selection import Everybody
@@ -176,7 +177,7 @@ class Switch:
         census = self._census
         processes = list(census.processes.values())
         comparison = Comparison(processes, self._device, census.locks)
-        operations = execution.plan(processes, self._gadgets)
+        operations = execution.plan(processes, census.kinds, self._gadgets)
         bell = Bell()
         theatre = Theatre(bell)
         # Reading /proc/locks waits for an RCU grace period (locks_start: percpu_down_write), but not again right after
@@ -200,13 +201,12 @@ class Switch:
             self._timed("mounts", when_stopped)
             if self._late:
                 self._timed("open again", lambda: census.open_again(self._late))
-            self._timed("fifos", lambda: fifos.transfer(census.processes.values()))
-            self._timed("locks", lambda: locks.transfer(census.processes.values()))
+            self._timed("transfer", census.transfer)
             self._timed(
                 "operate",
                 lambda: execution.operate(theatre, operations, self._gadgets, self._architecture, bell),
             )
-            fifos.drain(census.processes.values())
+            census.conclude()
         finally:
             detaching = time.perf_counter()
             theatre.release()
@@ -263,7 +263,7 @@ class Switch:
         """The pids whose references are no longer, or not at all, those that were examined."""
         begin = time.perf_counter()
         known = self._census.processes
-        stale = {process.pid for process in comparison.stale()}
+        stale = {process.pid for process in (*comparison.stale(), *self._census.changed())}
         for process in known.values():
             memory = process.memory
             if not theatre.is_stopped(process.pid):
@@ -290,7 +290,7 @@ class Switch:
         pids = self._census.with_sharers(pids)
         fresh = self._census.examine_again(theatre, pids, comparison)
         kept = [operation for operation in operations if operation.process.pid not in pids]
-        kept += execution.plan(fresh, self._gadgets, len(operations))
+        kept += execution.plan(fresh, self._census.kinds, self._gadgets, len(operations))
         self._stage("examine again", begin)
         return kept
 

@@ -73,6 +73,16 @@ def parse_status(data: bytes) -> Status:
     )
 
 
+class Lock(NamedTuple):
+    """A lock as fdinfo shows it: ``start`` and ``end`` are the first and the last byte, None: the end of the file."""
+
+    kind: str  # POSIX, FLOCK, OFDLCK or LEASE
+    state: str  # ADVISORY; of a lease ACTIVE, BREAKING or BREAKER
+    mode: str  # READ, WRITE or UNLCK
+    start: int = 0
+    end: Optional[int] = None
+
+
 @dataclass(frozen=True)
 class FdInfo:
     """/proc/PID/fdinfo/N: offset, status flags as fcntl(2) has them plus O_CLOEXEC, mount id, locks, watches."""
@@ -80,13 +90,13 @@ class FdInfo:
     position: int
     flags: int
     mount_id: int
-    locks: Tuple[Tuple[str, str], ...]  # POSIX, FLOCK, OFDLCK or LEASE, and READ or WRITE
+    locks: Tuple[Lock, ...]
     lines: Tuple[str, ...]  # what the kind of file adds
 
 
 def parse_fdinfo(data: bytes) -> FdInfo:
     values = {"pos": "0", "flags": "0", "mnt_id": "0"}
-    locks: List[Tuple[str, str]] = []
+    locks: List[Lock] = []
     lines: List[str] = []
     for line in data.decode(errors="replace").splitlines():
         key, _, value = line.partition(":")
@@ -94,7 +104,8 @@ def parse_fdinfo(data: bytes) -> FdInfo:
             values[key] = value.strip()
         elif key == "lock":
             words = value.split()  # by white space: the columns move
-            locks.append((words[1], words[3]))
+            start, end = words[-2:]
+            locks.append(Lock(words[1], words[2], words[3], int(start), None if end == "EOF" else int(end)))
         else:
             lines.append(line)
     return FdInfo(int(values["pos"]), int(values["flags"], 8), int(values["mnt_id"]), tuple(locks), tuple(lines))

@@ -6,7 +6,7 @@ from typing import Dict, Iterable, List, Tuple
 
 from spfs.references import LeftReference
 from spfs.surgery import report
-from spfs.surgery.examine import Process
+from spfs.surgery.records import Process
 from spfs.surgery.theatre import CANNOT_STOP
 
 Identity = Tuple[int, int]
@@ -19,6 +19,7 @@ class Account:
     def __init__(self) -> None:
         self.moved: Dict[str, int] = {}
         self._reasons: Dict[Tuple[int, int, str], str] = {}
+        self._lost: List[LeftReference] = []
 
     def add(self, processes: Iterable[Process]) -> List[Identity]:
         """After a round: count, and remember the reasons. The processes that could not be stopped."""
@@ -26,6 +27,7 @@ class Account:
         for process in processes:
             if process.problem is not None and CANNOT_STOP in process.problem:
                 stuck.append((process.pid, process.start))
+            self._lost += report.lost(process)
             for kind, what in report.moved(process):
                 self.moved[kind] = self.moved.get(kind, 0) + 1
             for kind, what, _, problem in report.entries(process):
@@ -47,8 +49,8 @@ class Account:
         )
 
     def left(self, processes: Iterable[Process]) -> List[LeftReference]:
-        """What the processes still hold, with the reasons that are known."""
-        left: List[LeftReference] = []
+        """What the processes still hold, with the reasons that are known, and what was lost."""
+        left = list(self._lost)
         for process in processes:
             for kind, what, path, problem in report.entries(process):
                 known = self._reasons.get((process.pid, process.start, what))

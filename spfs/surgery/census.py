@@ -15,10 +15,13 @@ from spfs.errors import SpfsError, reason
 from spfs.freezer import Freezer
 from spfs.linux import procfs
 from spfs.references import MountRoot, Resolver
-from spfs.surgery import fifos, locks, selection, sockets
+from spfs.surgery import selection
 from spfs.surgery.compare import Comparison, take_offsets_over
 from spfs.surgery.counterparts import Counterparts
-from spfs.surgery.examine import Examiner, FdTable, FsContext, Memory, Process
+from spfs.surgery.examine import Examiner
+from spfs.surgery.kinds import locks
+from spfs.surgery.kinds.registry import Kinds
+from spfs.surgery.records import FdTable, FsContext, Memory, Process
 from spfs.surgery.theatre import Theatre
 
 _log = logging.getLogger(__name__)
@@ -50,7 +53,8 @@ class Census:
         self._within = within
         self._others: List[Process] = []  # users that are not chosen
         self._seen: Set[int] = set()
-        self._examiner = Examiner(device)
+        self.kinds = Kinds(device)
+        self._examiner = Examiner(device, self.kinds)
         self._counterparts = Counterparts(resolver, roots)
 
     def close(self) -> None:
@@ -82,7 +86,7 @@ class Census:
         self.locks = locks.held(self._device)  # before the processes: a lock that comes now is noticed either way
         frozen = set(self._freezer.pids())
         pids = sorted(frozen | set(procfs.processes()))
-        self._examiner.sockets = sockets.bound_on(self._device, pids)
+        self.kinds.survey(pids)
         for pid in pids:
             self._seen.add(pid)
             if pid == os.getpid() or pid in self._exclude or pid in self.processes:
@@ -131,13 +135,13 @@ class Census:
     def judge(self) -> None:
         """What concerns several references at once: some cannot go if others must stay."""
         everybody = [*self.processes.values(), *self._others]
-        locks.judge(everybody)
-        fifos.judge(everybody)
+        self.kinds.judge(everybody)
         selection.judge(list(self.processes.values()), self._others)
 
     def _provide(self, processes: Iterable[Process]) -> None:
         processes = list(processes)
         self._counterparts.provide(processes)
+        self.kinds.provide(self._counterparts, processes)
         for process in processes:
             for record in process.records():
                 record.elsewhere = not self._within(record.path)
@@ -147,6 +151,18 @@ class Census:
         for pid, process in list(self.processes.items()):
             if pid not in frozen and not process.uses_mount:
                 self._others.append(self.processes.pop(pid))
+
+    def changed(self) -> List[Process]:
+        """Those that hold something else by now, in ways that ``Comparison`` does not look at."""
+        return self.kinds.changed(self.processes.values())
+
+    def transfer(self) -> None:
+        """What does not take the processes' own help to be moved."""
+        self.kinds.transfer(self.processes.values())
+
+    def conclude(self) -> None:
+        """When all has been moved that could be, and nobody runs yet."""
+        self.kinds.conclude(self.processes.values())
 
     def examine_again(self, theatre: Theatre, pids: List[int], comparison: Comparison) -> List[Process]:
         """Bring the records of stopped processes up to date; those of ``pids`` that are still there."""

@@ -16,9 +16,11 @@ from spfs.linux import procfs, statx
 from spfs.linux.arch import LOAD_ARGUMENT_1
 from spfs.linux.calls import ENTRY, CallTable, address_of, result_address, run_local
 from spfs.references import Kind
-from spfs.surgery import locks
+from spfs.surgery.bulk import add_statx
 from spfs.surgery.counterparts import SETTABLE
-from spfs.surgery.examine import Description, Process, is_dead
+from spfs.surgery.examine import is_dead
+from spfs.surgery.kinds import locks
+from spfs.surgery.records import Description, Process
 
 _DEVICE_WORDS = statx.SIZE // 4
 
@@ -37,15 +39,8 @@ class Comparison:
         self.locked: Set[int] = set()  # inode numbers whose locks have changed, as ``stale`` found
         for process in processes:
             self._add(process)
-        names = [os.fsencode(path) + b"\0" for path, _, _ in self._paths]
-        self._names = bytearray(b"".join(names))
-        self._answers = bytearray(statx.SIZE * len(names))
         self._first_statx = len(self._calls)
-        name, answer = address_of(self._names), address_of(self._answers)
-        for path in names:
-            self._calls.add("statx", statx.AT_FDCWD, name, statx.AT_STATX_DONT_SYNC, statx.MASK, answer)
-            name += len(path)
-            answer += statx.SIZE
+        self._answers, self._names = add_statx(self._calls, [path for path, _, _ in self._paths])
         self._offsets = _Offsets(self._calls, self._descriptions)
 
     def _add(self, process: Process) -> None:

@@ -17,7 +17,7 @@ from spfs.linux import procfs, statx
 from spfs.linux.openat2 import RESOLVE_BENEATH, RESOLVE_NO_MAGICLINKS, RESOLVE_NO_SYMLINKS, openat2
 from spfs.linux.process import Credentials
 from spfs.references import Kind, MountRoot, Resolver
-from spfs.surgery.examine import Description, Place, Process, Region
+from spfs.surgery.records import Description, Place, Process, Region
 
 # What must not be done again when a file is opened once more; O_CLOEXEC belongs to the descriptor, O_ASYNC is set
 # when the owner is.
@@ -87,8 +87,6 @@ class Counterparts:
         done: Set[int] = set()
         for process in processes:
             for table in process.tables:
-                for place in table.sockets.values():
-                    place.path = self._paths.get(place.inode)
                 for description in table.held.values():
                     if id(description) not in done:
                         done.add(id(description))
@@ -98,12 +96,16 @@ class Counterparts:
             for region in process.memory.regions if process.memory else ():
                 self._attempt(region, partial(self._region, process.status, region))
 
+    def path(self, inode: int) -> Optional[str]:
+        """Of something that the processes given to ``provide`` hold, relative to the file system's root."""
+        return self._paths.get(inode)
+
     def _resolve(self, processes: Iterable[Process]) -> None:
         wanted: Set[int] = set()
         for process in processes:
             wanted.update(d.object.inode for t in process.tables for d in t.held.values())
             wanted.update(place.object.inode for place in process.places())
-            wanted.update(place.inode for t in process.tables for place in t.sockets.values())
+            wanted.update(h.inode for t in process.tables for h in t.holdings if h.inode)
             if process.memory:
                 wanted.update(region.object.inode for region in process.memory.regions)
         wanted -= self._paths.keys()

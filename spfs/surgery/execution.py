@@ -12,9 +12,12 @@ from spfs.linux.arch import Architecture
 from spfs.linux.process import KCMP_FILES, KCMP_FS, KCMP_VM
 from spfs.surgery import scheduler
 from spfs.surgery.census import shareable
-from spfs.surgery.examine import OUT_OF_REACH, FdTable, FsContext, Memory, Process, shared
+from spfs.surgery.descriptors import OUT_OF_REACH
+from spfs.surgery.examine import shared
 from spfs.surgery.gadget import GadgetFinder
+from spfs.surgery.kinds.registry import Kinds
 from spfs.surgery.operation import BASE_STEP, FIRST_BASE, Operation, movable
+from spfs.surgery.records import FdTable, FsContext, Memory, Process
 from spfs.surgery.scheduler import Bell
 from spfs.surgery.theatre import Theatre
 from spfs.tracee import Script, Tracee
@@ -24,7 +27,7 @@ R = TypeVar("R", FdTable, FsContext, Memory)
 STEP_TIMEOUT = 5.0  # seconds without any progress in a process that is operated on
 
 
-def plan(processes: Iterable[Process], gadgets: GadgetFinder, first: int = 0) -> List[Operation]:
+def plan(processes: Iterable[Process], kinds: Kinds, gadgets: GadgetFinder, first: int = 0) -> List[Operation]:
     """One operation for each task that must act, encoded for scratch memory at an address of its own."""
     processes = list(processes)
     _find_owners(processes)
@@ -33,12 +36,12 @@ def plan(processes: Iterable[Process], gadgets: GadgetFinder, first: int = 0) ->
     def operation(process: Process, tid: int) -> Operation:
         if tid not in planned:
             base = FIRST_BASE + (first + len(planned)) * BASE_STEP
-            planned[tid] = Operation(process, tid, base)
+            planned[tid] = Operation(process, tid, base, kinds)
         return planned[tid]
 
     for process in processes:
         for table in process.tables:
-            if table.owner is None and any(movable(one) for one in table.held.values()):
+            if table.owner is None and _has_movable(table):
                 operation(process, table.tid).table = table
         for context in process.contexts:
             if context.owner is None and any(one and movable(one) for one in (context.cwd, context.root)):
@@ -110,7 +113,7 @@ def _find_owners(processes: List[Process]) -> None:
     for process in processes:
         for record in shareable(process):
             record.owner = None
-    tables = [table for process in processes for table in process.tables if table.held]
+    tables = [table for process in processes for table in process.tables if table.held or table.exchangeable]
     contexts = [c for process in processes for c in process.contexts if c.cwd or c.root]
     memories = [p.memory for p in processes if p.memory is not None and (p.memory.lines or p.memory.exe)]
     for tid, first in shared([table.tid for table in tables], KCMP_FILES).items():
@@ -119,6 +122,10 @@ def _find_owners(processes: List[Process]) -> None:
         _by_tid(contexts, tid).owner = _by_tid(contexts, first)
     for tid, first in shared([memory.tid for memory in memories], KCMP_VM).items():
         _by_tid(memories, tid).owner = _by_tid(memories, first)
+
+
+def _has_movable(table: FdTable) -> bool:
+    return any(map(movable, table.held.values())) or any(map(movable, table.exchangeable))
 
 
 def _any_movable(memory: Memory) -> bool:

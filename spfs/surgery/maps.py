@@ -15,7 +15,7 @@ from typing import Dict, Generator, List, Sequence
 from spfs.linux import procfs
 from spfs.linux.calls import ENTRY, CallTable, results
 from spfs.surgery import message
-from spfs.surgery.examine import Memory, Region
+from spfs.surgery.records import Memory, Region
 from spfs.tracee import PAGE, USER, Script, Tracee, Wait
 
 _MS_SYNC = 4

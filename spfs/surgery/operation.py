@@ -8,73 +8,48 @@ from __future__ import annotations
 
 import errno
 import os
-import struct
 from typing import List, Optional, Tuple
 
 from spfs.linux import statx
 from spfs.linux.arch import LOAD_ARGUMENT_0, LOAD_ARGUMENT_2
-from spfs.linux.calls import CallTable, result_address, results
+from spfs.linux.calls import ENTRY, results
 from spfs.references import Kind
-from spfs.surgery import maps, message
-from spfs.surgery.examine import Description, EpollEntry, FdTable, FsContext, Memory, Place, Process, Region
+from spfs.surgery import maps
 from spfs.surgery.gadget import GadgetFinder
-from spfs.tracee import DOT, PAGE, PAIR, USER, Script, Tracee
+from spfs.surgery.kinds.registry import Kinds
+from spfs.surgery.program import Program, Result
+from spfs.surgery.records import Description, FdTable, FsContext, Holding, Memory, Place, Process, Region
+from spfs.tracee import DOT, PAGE, USER, Script, Tracee
 from stubfs.wire import MAX_FDS
 
 FIRST_BASE = 1 << 44  # far from where programs, libraries, heaps and stacks are put
 BASE_STEP = 1 << 28
 
 _F_GETFD, _F_SETFD = 1, 2
-_EPOLL_DEL, _EPOLL_ADD = 2, 1
 _LEAST_SPARE = 2  # descriptors: the socketpair's two, of which one is closed before any is received
 
 
-class _Program:
-    """A table of calls, the data it needs, and the descriptors it receives, for one base address."""
+class _Program(Program):
+    """All that is done to descriptors and directories."""
 
     def __init__(self, operation: "Operation", base: int) -> None:
-        self.base = base
-        self.data = bytearray()
-        self.calls = CallTable()
-        self.groups: List[List[int]] = []
+        super().__init__(base)
         self.moves: List[Tuple[int, int]] = []  # descriptor, entry of its dup3
         self.changes: List[Tuple[Place, int]] = []
-        self.calls.add("close", base + PAIR, load=LOAD_ARGUMENT_0)
-        self._fill(operation)
-        self.data += bytes(-len(self.data) % 64)
-
-    @property
-    def table(self) -> int:
-        return self.base + USER + len(self.data)
-
-    def _fill(self, operation: "Operation") -> None:
         items = operation.items()
-        # Result addresses depend on where the table lies, behind the data: so the data's size first.
-        chunk = operation.chunk
-        groups = [items[start : start + chunk] for start in range(0, len(items), chunk)]
-        length = sum(message.size(len(group)) for group in groups)
-        events = sum(len(operation.epolls(item)) for item in items)
-        self._table = self.base + USER + length + (16 * events + 63) // 64 * 64
-        self._event_at = self.base + USER + length
-        self._events = bytearray()
-        for group in groups:
-            part, slots = message.receive(self.calls, self.base, self.base + USER + len(self.data), len(group))
-            self.data += part
-            self.groups.append([fd for _, _, fd in group])
-            for slot, item in zip(slots, group):
-                self._item(operation, item, slot)
-        self.data += self._events
-
-    def _item(self, operation: "Operation", item: "Item", slot: int) -> None:
-        number, place, _ = item
-        if place is not None:
-            self._directory(place, slot)
-        else:
-            self._descriptor(operation, item, number, slot)
-        self.calls.add("close", slot, load=LOAD_ARGUMENT_0)
+        for start in range(0, len(items), operation.chunk):
+            group = items[start : start + operation.chunk]
+            for slot, (number, place, _) in zip(self.receive([fd for _, _, fd in group]), group):
+                if place is not None:
+                    self._directory(place, slot)
+                else:
+                    self._descriptor(operation, number, slot)
+                self.add("close", slot, load=LOAD_ARGUMENT_0)
+        if operation.table is not None:
+            operation.kinds.finish(self, operation.table)
 
     def _directory(self, place: Place, slot: int) -> None:
-        add = self.calls.add
+        add = self.add
         if place.kind is Kind.CWD:
             self.changes.append((place, add("fchdir", slot, load=LOAD_ARGUMENT_0)))
             return
@@ -82,22 +57,17 @@ class _Program:
         here = add("openat", statx.AT_FDCWD, self.base + DOT, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         add("fchdir", slot, load=LOAD_ARGUMENT_0)
         self.changes.append((place, add("chroot", self.base + DOT)))
-        back = result_address(self._table, here)
-        add("fchdir", back, load=LOAD_ARGUMENT_0)
-        add("close", back, load=LOAD_ARGUMENT_0)
+        add("fchdir", Result(here), load=LOAD_ARGUMENT_0)
+        add("close", Result(here), load=LOAD_ARGUMENT_0)
 
-    def _descriptor(self, operation: "Operation", item: "Item", number: int, slot: int) -> None:
-        add = self.calls.add
-        watched = operation.epolls(item)
-        for entry in watched:
-            add("epoll_ctl", entry.epoll, _EPOLL_DEL, number, 0)
-        state = add("fcntl", number, _F_GETFD)
-        self.moves.append((number, add("dup3", slot, number, 0, load=LOAD_ARGUMENT_0)))
+    def _descriptor(self, operation: "Operation", number: int, slot: int) -> None:
+        assert operation.table is not None
+        operation.kinds.before(self, operation.table, number)
+        state = self.add("fcntl", number, _F_GETFD)
+        self.moves.append((number, self.add("dup3", slot, number, 0, load=LOAD_ARGUMENT_0)))
+        self.exchanged.add(number)
         # FD_CLOEXEC as it is now, not as it was when the process was examined.
-        add("fcntl", number, _F_SETFD, result_address(self._table, state), load=LOAD_ARGUMENT_2)
-        for entry in watched:
-            add("epoll_ctl", entry.epoll, _EPOLL_ADD, number, self._event_at + len(self._events))
-            self._events += struct.pack("<IQxxxx", entry.events, entry.data)
+        self.add("fcntl", number, _F_SETFD, Result(state), load=LOAD_ARGUMENT_2)
 
 
 Item = Tuple[int, Optional[Place], int]  # descriptor in the tracee, or -1 and a directory; our descriptor
@@ -111,11 +81,12 @@ class Operation:
         process: Process,
         tid: int,
         base: int,
+        kinds: Kinds,
         table: Optional[FdTable] = None,
         context: Optional[FsContext] = None,
         memory: Optional[Memory] = None,
     ) -> None:
-        self.process, self.tid, self.base = process, tid, base
+        self.process, self.tid, self.base, self.kinds = process, tid, base, kinds
         self.table, self.context, self.memory = table, context, memory
         self.chunk = MAX_FDS
         self.descriptors: Optional[int] = None
@@ -148,6 +119,7 @@ class Operation:
         found: List[Item] = []
         if self.table is not None:
             found = [(n, None, d.new) for n, d in self.table.held.items() if movable(d)]
+            found += [(h.number, None, h.new) for h in self.table.exchangeable if movable(h)]
         if self.context is not None:
             # The root first: going there changes the working directory, which is set right afterwards.
             for place in (self.context.root, self.context.cwd):
@@ -169,10 +141,6 @@ class Operation:
             if record is not None and record.problem is None:
                 record.problem = why
 
-    def epolls(self, item: Item) -> "List[EpollEntry]":
-        number, place, _ = item
-        return self.table.epolls.get(number, []) if self.table is not None and place is None else []
-
     # -- while the process stands still
 
     def maps(self) -> bytes:
@@ -184,7 +152,7 @@ class Operation:
         assert self._program is not None
         tracee.capture()
         gadgets.provide(tracee, self.maps(), self.gadget, self.maps() == self._maps)
-        need = self._program.table - self._program.base + len(self._program.calls) * 64
+        need = self._program.end - self._program.base
         if self.memory is not None:
             need = max(need, USER + maps.space(self.memory))
         size = _round_up(need)
@@ -201,8 +169,8 @@ class Operation:
             # Fewer items at most: some turned out not to be movable when all stood still.
             self._program = _Program(self, tracee.base)
         program = self._program
-        tracee.write(program.base + USER, program.data + program.calls.encode())
-        yield from tracee.run(program.table, len(program.calls), program.groups)
+        tracee.write(program.base + USER, program.encode())
+        yield from tracee.run(program.table, len(program), program.groups)
         self._collect(tracee)
         if self.memory is not None:
             yield from maps.script(tracee, self.memory, self.chunk)
@@ -211,12 +179,14 @@ class Operation:
     def _collect(self, tracee: Tracee) -> None:
         program = self._program
         assert program is not None
-        outcome = results(tracee.read(program.table, len(program.calls) * 64))
+        outcome = results(tracee.read(program.table, len(program) * ENTRY))
         if self.table is not None:
             for number, entry in program.moves:
                 if outcome[entry] == number:
                     self.table.moved.add(number)
-                    self.table.held[number].moved = True
+                    held = self.table.held.get(number)
+                    if held is not None:
+                        held.moved = True
                 else:
                     self.table.failures[number] = f"it cannot be exchanged: {os.strerror(-outcome[entry])}"
         for place, entry in program.changes:
@@ -224,9 +194,10 @@ class Operation:
                 place.moved = True
             else:
                 place.problem = f"the process cannot go there: {os.strerror(-outcome[entry])}"
+        program.settle(outcome)
 
 
-def movable(record: "Description | Place | Region") -> bool:
+def movable(record: "Description | Place | Region | Holding") -> bool:
     return record.problem is None and record.new >= 0
 
 

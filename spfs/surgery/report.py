@@ -5,9 +5,7 @@ from __future__ import annotations
 from typing import Dict, Iterable, Iterator, List, Optional, Tuple
 
 from spfs.references import HeldReference, Kind, LeftReference
-from spfs.surgery.examine import Process
-
-SOCKETS_STAY = "sockets are not moved: it is bound on the old mount, or was accepted by one that is"
+from spfs.surgery.records import Process
 
 
 def entries(process: Process) -> Iterator[Tuple[str, str, Optional[str], Optional[str]]]:
@@ -19,12 +17,10 @@ def entries(process: Process) -> Iterator[Tuple[str, str, Optional[str], Optiona
             if number not in table.moved and not description.elsewhere:
                 problem = table.failures.get(number) or description.problem
                 yield description.kind.value, f"fd {number}", description.path, problem
-        for number, kind in table.watches:
-            yield kind, f"fd {number}", None, "watches are not moved"
-        for number, bound in table.sockets.items():
-            if bound.elsewhere:
-                continue
-            yield Kind.SOCKET.value, f"fd {number}", bound.path, SOCKETS_STAY
+        for holding in table.holdings:
+            if not holding.elsewhere and not holding.moved and holding.number not in table.moved:
+                problem = table.failures.get(holding.number) or holding.problem
+                yield holding.kind.value, holding.what, holding.path, problem
     for context in process.contexts:
         for place in (context.cwd, context.root) if context.owner is None else ():
             if place is not None and not place.moved and not place.elsewhere:
@@ -42,13 +38,25 @@ def moved(process: Process) -> Iterator[Tuple[str, str]]:
     """(kind, what) of everything that was moved."""
     for table in process.tables:
         for number in table.moved:
-            yield table.held[number].kind.value, f"fd {number}"
+            if number in table.held:
+                yield table.held[number].kind.value, f"fd {number}"
+        for holding in table.holdings:
+            if holding.moved or holding.number in table.moved:
+                yield holding.kind.value, holding.what
     for place in process.places():
         if place.moved:
             yield place.kind.value, place.kind.value
     for region in process.memory.regions if process.memory else ():
         if region.moved:
             yield region.kind.value, region.what
+
+
+def lost(process: Process) -> Iterator[LeftReference]:
+    """What did not survive the move of something else."""
+    for table in process.tables:
+        for number, why in table.losses:
+            path = table.held[number].path if number in table.held else None
+            yield LeftReference(process.pid, process.command, Kind.LOCK.value, f"fd {number}", path, why)
 
 
 def held(processes: Iterable[Process]) -> Iterator[HeldReference]:

@@ -11,10 +11,11 @@ from typing import Callable, Dict, Iterable, Iterator, List, Sequence, Set, Unio
 
 from spfs.linux import procfs
 from spfs.linux.process import KCMP_FILES, KCMP_FS, KCMP_VM
-from spfs.surgery.examine import Description, FdTable, FsContext, Memory, Place, Process, Region, shared
+from spfs.surgery.examine import shared
+from spfs.surgery.records import Description, FdTable, FsContext, Holding, Memory, Place, Process, Region
 
 Record = Union[FdTable, FsContext, Memory]
-Movable = Union[Description, Place, Region]
+Movable = Union[Description, Holding, Place, Region]
 
 NOT_CHOSEN = "is not among the processes to be moved"
 
@@ -92,7 +93,7 @@ def _judge_shared(
 
 
 def _tables(process: Process) -> Sequence[FdTable]:
-    return [table for table in process.tables if table.held]
+    return [table for table in process.tables if table.in_use]
 
 
 def _contexts(process: Process) -> Sequence[FsContext]:
@@ -106,6 +107,7 @@ def _memories(process: Process) -> Sequence[Memory]:
 def _things(record: Record) -> Iterator[Movable]:
     if isinstance(record, FdTable):
         yield from record.held.values()
+        yield from record.holdings
     elif isinstance(record, FsContext):
         yield from (place for place in (record.cwd, record.root) if place is not None)
     else:

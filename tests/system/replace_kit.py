@@ -23,7 +23,7 @@ from surgery_kit import Victim
 from spfs import mounts
 from spfs.linux import mountapi, procfs
 from spfs.linux.mountapi import MS
-from spfs.surgery.examine import objects
+from spfs.surgery.bulk import objects
 from spfs.testing import wait_until
 
 TIMEOUT = 30.0  # seconds for what takes a fraction of one on an idle machine

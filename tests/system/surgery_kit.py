@@ -10,9 +10,11 @@ import sys
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Sequence
 
+import pytest
+
 from spfs.freezer import Freezer, NoFreezer
 from spfs.references import MountRoot
-from spfs.surgery.examine import objects
+from spfs.surgery.bulk import objects
 from spfs.switch import Preparation, Switch, SwitchReport
 from spfs.testing import process_state, wait_until
 
@@ -173,6 +175,21 @@ def _maps(pid: int, device: int) -> bool:
         return f" {os.major(device):02x}:{os.minor(device):02x} " in Path(f"/proc/{pid}/maps").read_text()
     except OSError:
         return False
+
+
+@pytest.fixture
+def mounts(tmp_path: Path) -> Iterator[Mounts]:
+    mounts = Mounts(tmp_path)
+    yield mounts
+    mounts.close()
+
+
+@pytest.fixture
+def victim() -> Iterator[Victim]:
+    victim = Victim()
+    victim.run("import ctypes, fcntl, mmap, os, select, signal, socket, struct, sys, threading, time")
+    yield victim
+    victim.close()
 
 
 def tasks_stopped(pid: int) -> List[str]:

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import resource
 import shutil
 import subprocess
 from pathlib import Path
-from typing import Callable, Iterator
+from typing import Callable
 
 import pytest
-from surgery_kit import Mounts, Victim, compile_c, tasks_stopped
+from surgery_kit import Mounts, Victim, compile_c, mounts, tasks_stopped, victim
 
 from spfs.errors import SpfsError
 from spfs.linux import process
+
+__all__ = ["mounts", "victim"]
 
 pytestmark = [pytest.mark.needs_root, pytest.mark.needs_ptrace]
 
@@ -31,21 +32,6 @@ def _has_thread_pidfds() -> bool:
 thread_pidfds = pytest.mark.skipif(not _has_thread_pidfds(), reason="no pidfds of threads (Linux 6.9)")
 
 UNPRIVILEGED = "os.setgroups([]); os.setresgid(1234, 1234, 1234); os.setresuid(1234, 1234, 1234)"
-
-
-@pytest.fixture
-def mounts(tmp_path: Path) -> Iterator[Mounts]:
-    mounts = Mounts(tmp_path)
-    yield mounts
-    mounts.close()
-
-
-@pytest.fixture
-def victim() -> Iterator[Victim]:
-    victim = Victim()
-    victim.run("import os, fcntl, mmap, select, signal, socket, sys, threading, time")
-    yield victim
-    victim.close()
 
 
 def test_offset_flags_and_cloexec_are_kept(mounts: Mounts, victim: Victim) -> None:
@@ -285,43 +271,6 @@ def test_missing_counterpart(mounts: Mounts, victim: Victim) -> None:
     assert mounts.switch().left == [] and victim.run("os.pread(b, 5, 0)") == b"there"
 
 
-def test_flock_goes_along(mounts: Mounts, victim: Victim) -> None:
-    """Also one that is taken after the preparation; it is the description's, shared or not."""
-    paths = mounts.file("ex"), mounts.file("sh")
-    victim.run(f"a, b = [os.open(p, os.O_RDWR) for p in {paths!r}]; c = os.dup(a); fcntl.flock(a, fcntl.LOCK_EX)")
-    _, report = mounts.prepared_switch(between=lambda: victim.run("fcntl.flock(b, fcntl.LOCK_SH)"))
-    assert report.moved == {"file": 3} and report.left == []
-    for name, mode, free in (("ex", fcntl.LOCK_SH, False), ("sh", fcntl.LOCK_SH, True), ("sh", fcntl.LOCK_EX, False)):
-        with open(mounts.new / name) as file:
-            if free:
-                fcntl.flock(file, mode | fcntl.LOCK_NB)
-                continue
-            with pytest.raises(BlockingIOError):
-                fcntl.flock(file, mode | fcntl.LOCK_NB)
-    victim.run("os.close(a); os.close(c)")
-    with open(mounts.new / "ex") as file:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-
-
-def test_flock_that_cannot_be_had(mounts: Mounts, victim: Victim) -> None:
-    path = mounts.file("f")
-    victim.run(f"a = os.open({path!r}, os.O_RDWR); fcntl.flock(a, fcntl.LOCK_EX)")
-    with open(mounts.new / "f") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        (left,) = mounts.switch().left
-        assert "lock cannot be had" in left.reason and victim.run("os.pread(a, 3, 0)") == b"old"
-    assert mounts.switch().moved == {"file": 1}
-
-
-def test_lock_taken_after_the_preparation(mounts: Mounts, victim: Victim) -> None:
-    path = mounts.file("f")
-    victim.run(f"a, b = os.open({path!r}, os.O_RDWR), os.open({path!r}, os.O_RDWR)")
-    _, report = mounts.prepared_switch(between=lambda: victim.run("fcntl.lockf(a, fcntl.LOCK_EX)"))
-    assert len(report.left) == 2 and all("POSIX" in left.reason for left in report.left)
-    victim.run("fcntl.lockf(a, fcntl.LOCK_UN)")
-    assert mounts.switch().moved == {"file": 2}
-
-
 PROGRAM_32 = r"""
 static long call(long number, long a, long b, long c)
 {
@@ -385,29 +334,19 @@ threads = [threading.Thread(target=churn) for _ in range(3)]
     assert victim.run("stop = True; [t.join() for t in threads]; errors") == []
 
 
-def test_other_type_unlinked_and_locked_are_left(mounts: Mounts, victim: Victim) -> None:
-    mounts.file("type", new=None)
+def test_other_type_is_left(mounts: Mounts, victim: Victim) -> None:
+    path = mounts.file("type", new=None)
     (mounts.new / "type").mkdir()
-    for name in ("gone", "posix", "lease"):
-        mounts.file(name)
-    victim.run(
-        f"""
-t, g, p, f = [os.open({str(mounts.old)!r} + '/' + n, os.O_RDWR) for n in ('type', 'gone', 'posix', 'lease')]
-os.unlink({str(mounts.old / 'gone')!r}); fcntl.lockf(p, fcntl.LOCK_EX); fcntl.fcntl(f, 1024, fcntl.F_WRLCK)
-"""
-    )
-    reasons = {left.what: left.reason for left in mounts.switch().left}
-    t, g, p, f = [f"fd {number}" for number in victim.run("t, g, p, f")]
-    assert "directory there" in reasons[t] and "no name" in reasons[g]
-    assert "POSIX" in reasons[p] and "LEASE" in reasons[f]
-    assert victim.run("[os.pread(fd, 3, 0) for fd in (t, g, p, f)]") == [b"old"] * 4
-    fd = os.open(mounts.old / "posix", os.O_RDWR)
-    try:
-        with pytest.raises(OSError) as error:
-            fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the victim still holds it
-        assert error.value.errno in (errno.EAGAIN, errno.EACCES)
-    finally:
-        os.close(fd)
+    victim.run(f"t = os.open({path!r}, os.O_RDWR)")
+    (left,) = mounts.switch().left
+    assert "directory there" in left.reason and victim.run("os.pread(t, 3, 0)") == b"old"
+
+
+def test_unlinked_is_left(mounts: Mounts, victim: Victim) -> None:
+    path = mounts.file("gone")
+    victim.run(f"g = os.open({path!r}, os.O_RDWR); os.unlink({path!r})")
+    (left,) = mounts.switch().left
+    assert "no name" in left.reason and victim.run("os.pread(g, 3, 0)") == b"old"
 
 
 def test_what_changes_after_the_preparation(mounts: Mounts, victim: Victim) -> None:

@@ -6,29 +6,15 @@ import os
 import shutil
 import subprocess
 from pathlib import Path
-from typing import Iterator
 
 import pytest
-from surgery_kit import Mounts, Victim, compile_c
+from surgery_kit import Mounts, Victim, compile_c, mounts, victim
 
 from spfs.testing import process_state, wait_until
 
+__all__ = ["mounts", "victim"]
+
 pytestmark = [pytest.mark.needs_root, pytest.mark.needs_ptrace]
-
-
-@pytest.fixture
-def mounts(tmp_path: Path) -> Iterator[Mounts]:
-    mounts = Mounts(tmp_path)
-    yield mounts
-    mounts.close()
-
-
-@pytest.fixture
-def victim() -> Iterator[Victim]:
-    victim = Victim()
-    victim.run("import ctypes, os, fcntl, mmap, select, signal, socket, sys, threading, time")
-    yield victim
-    victim.close()
 
 
 @pytest.fixture

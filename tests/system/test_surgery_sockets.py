@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Iterator
-
 import pytest
 from replace_kit import Scene, scene
-from surgery_kit import Mounts, Victim
+from surgery_kit import Mounts, Victim, mounts
 
 from spfs.errors import SpfsError
 from spfs.linux import sockdiag
 
-__all__ = ["scene"]
+__all__ = ["mounts", "scene"]
 
 pytestmark = [pytest.mark.needs_root, pytest.mark.needs_ptrace]
 
@@ -38,13 +35,6 @@ def can_be_listed() -> None:
         sockdiag.bound_sockets()
     except OSError as error:
         pytest.skip(f"this kernel does not list unix sockets (unix_diag): {error}")
-
-
-@pytest.fixture
-def mounts(tmp_path: Path) -> Iterator[Mounts]:
-    mounts = Mounts(tmp_path)
-    yield mounts
-    mounts.close()
 
 
 @pytest.mark.parametrize("prefix", [[], ["unshare", "--net"]], ids=["here", "other namespace"])

@@ -75,7 +75,8 @@ def test_fdinfo() -> None:
     info = procfs.parse_fdinfo(FDINFO)
     assert (info.position, info.mount_id) == (7, 162)
     assert info.flags == os.O_RDWR | os.O_APPEND | os.O_CLOEXEC | 0o100000
-    assert info.locks == (("FLOCK", "WRITE"), ("LEASE", "READ")) and info.lines[-1].startswith("tfd:")
+    assert [lock[:3] for lock in info.locks] == [("FLOCK", "ADVISORY", "WRITE"), ("LEASE", "BREAKING", "READ")]
+    assert info.lines[-1].startswith("tfd:")
 
 
 def test_locks_on_a_device() -> None:
@@ -90,7 +91,7 @@ def test_own_lock_is_seen() -> None:
     with tempfile.TemporaryFile() as file:
         fcntl.flock(file, fcntl.LOCK_SH)
         info = procfs.parse_fdinfo(procfs.read(f"/proc/self/fdinfo/{file.fileno()}"))
-    assert info.locks == (("FLOCK", "READ"),)
+    assert info.locks == (procfs.Lock("FLOCK", "ADVISORY", "READ", 0, None),)
 
 
 def test_flags_of_mappings() -> None:

@@ -1,0 +1,1 @@
+"""One module per kind of reference that needs more than to be opened on the new mount and put in place."""

@@ -1,0 +1,154 @@
+"""File locks and leases. flock and OFD locks belong to the description, and so does a lease: we take them for the
+counterpart. A POSIX lock belongs to the descriptor table (the kernel's files_struct): its own task must take it.
+
+Until it does, the same bytes of the new file are locked for us by an OFD lock of the counterpart, which the task gives
+up in the call just before its own: so nobody else can come between, but in the time from one call to the next.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import struct
+from typing import Dict, Iterable, List, Set, Tuple
+
+from spfs.errors import reason
+from spfs.linux import procfs
+from spfs.linux.procfs import FdInfo, Lock
+from spfs.surgery.kinds.base import Handler, Scene
+from spfs.surgery.program import Program
+from spfs.surgery.records import Description, FdTable, Process
+
+_STAYS = "holds a lock that cannot be moved"
+_TAKEN = "its lock cannot be had on the new mount"
+_FLOCKS = {"READ": fcntl.LOCK_SH, "WRITE": fcntl.LOCK_EX}
+_TYPES = {"READ": fcntl.F_RDLCK, "WRITE": fcntl.F_WRLCK}
+_FLOCK = struct.Struct("<hh4xqqi4x")  # struct flock: type, whence, start, length, pid
+_F_OFD_SETLK = 37
+_F_SETLEASE = 1024
+
+
+class Locks(Handler):
+    """A POSIX lock keeps all descriptors of its file in the table together: closing any of them would drop it
+    (fcntl(2)), so that it is taken when all are exchanged."""
+
+    def note(self, table: FdTable, number: int, description: Description, info: FdInfo) -> None:
+        description.locks = tuple(lock for lock in info.locks if lock.kind != "POSIX")
+        table.locks += [(number, lock) for lock in info.locks if lock.kind == "POSIX"]
+        if description.problem is not None and description.problem.startswith(_STAYS):
+            description.problem = None
+
+    def judge(self, scene: Scene) -> None:
+        for use in scene.uses:
+            for lock in use.description.locks if use.description.problem is None else ():
+                if not _can_go(lock):
+                    use.description.problem = f"{_STAYS} ({' '.join(lock[:3])})"
+        for process, table in scene.tables():
+            for together in _locked_together(table):
+                stays = next((one for one in together if _stays(process, one)), None)
+                if stays is not None:
+                    why = process.problem or stays.problem or "no counterpart"
+                    for one in together:
+                        one.problem = one.problem or f"{_STAYS} (POSIX) without another descriptor of its file: {why}"
+
+    def transfer(self, scene: Scene) -> None:
+        done: Set[int] = set()
+        for use in scene.uses:
+            description = use.description
+            if description.problem or description.moved or description.new < 0 or id(description) in done:
+                continue
+            done.add(id(description))
+            try:
+                for lock in description.locks:
+                    _take(description.new, lock)
+            except OSError as error:
+                _keep([description], f"{_TAKEN}: {reason(error)}")
+        for process, table in scene.tables():
+            if table.locks and process.problem is None:
+                self._reserve(table)
+
+    @staticmethod
+    def _reserve(table: FdTable) -> None:
+        for number, lock in table.locks:
+            description = table.held.get(number)
+            if description is None or description.problem is not None or description.new < 0:
+                continue
+            try:
+                fcntl.fcntl(description.new, _F_OFD_SETLK, _structure(lock))
+            except OSError as error:
+                together = (some for some in _locked_together(table) if description in some)
+                _keep(next(together, [description]), f"{_TAKEN}: {reason(error)}")
+
+    def finish(self, program: Program, table: FdTable) -> None:
+        seen: Set[Tuple[int, Lock]] = set()
+        for number, lock in table.locks:
+            description = table.held.get(number)
+            if description is None or number not in program.exchanged or (id(description), lock) in seen:
+                continue
+            seen.add((id(description), lock))  # of descriptors that share a description, each shows the lock
+            self._posix(program, table, number, lock)
+            for other in description.locks:
+                if other.kind == "OFDLCK":  # giving the reservation up has given up what they have in common
+                    program.add("fcntl", number, _F_OFD_SETLK, program.put(_structure(other)))
+        for number in program.exchanged:
+            description = table.held.get(number)
+            for lock in description.locks if description is not None else ():
+                if lock.kind == "LEASE":
+                    # Once more by the task itself: the signal that tells of a break names its descriptor then.
+                    program.add("fcntl", number, _F_SETLEASE, _TYPES[lock.mode])
+
+    @staticmethod
+    def _posix(program: Program, table: FdTable, number: int, lock: Lock) -> None:
+        def told(result: int) -> None:
+            if result < 0:
+                what = f"its {lock.mode.lower()} lock of the bytes from {lock.start} was lost"
+                table.losses.append((number, f"{what}: somebody else took it meanwhile ({os.strerror(-result)})"))
+
+        free = program.put(_structure(lock._replace(mode="UNLCK")))
+        program.add("fcntl", number, _F_OFD_SETLK, free)
+        program.expect(program.add("fcntl", number, fcntl.F_SETLK, program.put(_structure(lock))), told)
+
+
+def _can_go(lock: Lock) -> bool:
+    if lock.kind == "LEASE":
+        return lock.state == "ACTIVE" and lock.mode in _TYPES
+    return lock.kind in ("FLOCK", "OFDLCK") and lock.mode in _TYPES
+
+
+def _locked_together(table: FdTable) -> Iterable[List[Description]]:
+    """For each file with POSIX locks, the descriptions that this table has of it."""
+    inodes = {table.held[number].object.inode for number, _ in table.locks if number in table.held}
+    for inode in inodes:
+        yield list({id(one): one for one in table.held.values() if one.object.inode == inode}.values())
+
+
+def _stays(process: Process, description: Description) -> bool:
+    return process.problem is not None or description.problem is not None or description.new < 0
+
+
+def _take(fd: int, lock: Lock) -> None:
+    if lock.kind == "FLOCK":
+        fcntl.flock(fd, _FLOCKS[lock.mode] | fcntl.LOCK_NB)
+    elif lock.kind == "LEASE":
+        fcntl.fcntl(fd, _F_SETLEASE, _TYPES[lock.mode])
+    else:
+        fcntl.fcntl(fd, _F_OFD_SETLK, _structure(lock))
+
+
+def _keep(descriptions: Iterable[Description], why: str) -> None:
+    """They stay where they are; the counterparts are closed, and so unlocked, at once."""
+    for description in descriptions:
+        description.problem = description.problem or why
+        if description.new >= 0:
+            os.close(description.new)
+            description.new = -1
+
+
+def _structure(lock: Lock) -> bytes:
+    length = 0 if lock.end is None else lock.end - lock.start + 1
+    return _FLOCK.pack(_TYPES.get(lock.mode, fcntl.F_UNLCK), os.SEEK_SET, lock.start, length, 0)
+
+
+def held(device: int) -> Dict[int, List[bytes]]:
+    """The locks on ``device``, by inode number; what is compared later."""
+    return procfs.locks_on(procfs.read("/proc/locks"), device)

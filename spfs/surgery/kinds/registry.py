@@ -1,0 +1,78 @@
+"""All kinds, and the calling of them."""
+
+from __future__ import annotations
+
+from typing import Iterable, List, Tuple, Type
+
+from spfs.linux.procfs import FdInfo
+from spfs.surgery.counterparts import Counterparts
+from spfs.surgery.kinds.base import Found, Handler, Scene
+from spfs.surgery.kinds.epolls import Epolls
+from spfs.surgery.kinds.fifos import Fifos
+from spfs.surgery.kinds.locks import Locks
+from spfs.surgery.kinds.sockets import Sockets
+from spfs.surgery.kinds.watches import Watches
+from spfs.surgery.program import Program
+from spfs.surgery.records import Description, FdTable, Process
+
+# In this order they judge and act.
+KINDS: Tuple[Type[Handler], ...] = (Locks, Fifos, Sockets, Watches, Epolls)
+
+
+class Kinds:
+    """The handlers of one switch, called one after the other; the hooks are those of ``Handler``."""
+
+    def __init__(self, device: int) -> None:
+        self._handlers: List[Handler] = [kind(device) for kind in KINDS]
+
+    def survey(self, pids: List[int]) -> None:
+        for handler in self._handlers:
+            handler.survey(pids)
+
+    def note(self, table: FdTable, number: int, description: Description, info: FdInfo) -> None:
+        for handler in self._handlers:
+            handler.note(table, number, description, info)
+
+    def look(self, found: Found) -> None:
+        for handler in self._handlers:
+            handler.look(found)
+
+    def provide(self, counterparts: Counterparts, processes: Iterable[Process]) -> None:
+        for process in processes:
+            for handler in self._handlers:
+                handler.provide(counterparts, process)
+
+    def changed(self, processes: Iterable[Process]) -> List[Process]:
+        return [process for process in processes if any(handler.changed(process) for handler in self._handlers)]
+
+    def judge(self, processes: Iterable[Process]) -> None:
+        scene = Scene(processes)
+        before = -1
+        # What one of them makes stay can make something else stay.
+        while before != _problems(scene):
+            before = _problems(scene)
+            for handler in self._handlers:
+                handler.judge(scene)
+
+    def transfer(self, processes: Iterable[Process]) -> None:
+        scene = Scene(processes)
+        for handler in self._handlers:
+            handler.transfer(scene)
+
+    def conclude(self, processes: Iterable[Process]) -> None:
+        scene = Scene(processes)
+        for handler in self._handlers:
+            handler.conclude(scene)
+
+    def before(self, program: Program, table: FdTable, number: int) -> None:
+        for handler in self._handlers:
+            handler.before(program, table, number)
+
+    def finish(self, program: Program, table: FdTable) -> None:
+        for handler in self._handlers:
+            handler.finish(program, table)
+
+
+def _problems(scene: Scene) -> int:
+    problems = sum(use.description.problem is not None for use in scene.uses)
+    return problems + sum(holding.problem is not None for _, _, holding in scene.holdings())

@@ -1,0 +1,92 @@
+"""A table of calls under construction, with the data it needs and the descriptors it receives, for one base address.
+
+Laid out as messages and data, then the table: an entry that refers to another one's result is completed when the
+table's place is known.
+"""
+
+from __future__ import annotations
+
+from typing import Callable, List, NamedTuple, Sequence, Set, Tuple, Union
+
+from spfs.linux.arch import LOAD_ARGUMENT_0
+from spfs.linux.calls import ENTRY, CallTable, result_address
+from spfs.surgery import message
+from spfs.tracee import PAIR, USER
+
+_LINE = 64  # bytes to which messages are aligned
+
+
+class Result(NamedTuple):
+    """An argument: the address of another entry's result, for LOAD_ARGUMENT_*."""
+
+    entry: int
+
+
+class Program:
+    """``groups``: our descriptors that are to be sent, message by message. ``exchanged``: what the calls replace."""
+
+    def __init__(self, base: int) -> None:
+        self.base = base
+        self.groups: List[Sequence[int]] = []
+        self.exchanged: Set[int] = set()
+        self._data = bytearray()
+        self._calls = CallTable()
+        self._references: List[Tuple[int, int, int]] = []  # entry, argument, entry whose result it takes
+        self._expectations: List[Tuple[int, Callable[[int], None]]] = []
+        # Our end of the socketpair was taken: the tracee's own descriptor of it would keep the other end from closing.
+        self.add("close", base + PAIR, load=LOAD_ARGUMENT_0)
+
+    def add(self, name: str, *arguments: Union[int, Result], load: int = 0) -> int:
+        """Append a call; the index of its entry. ``load`` as in ``CallTable.add``."""
+        plain: List[int] = []
+        for position, argument in enumerate(arguments):
+            if isinstance(argument, Result):
+                self._references.append((len(self._calls), position, argument.entry))
+                plain.append(0)
+            else:
+                plain.append(argument)
+        return self._calls.add(name, *plain, load=load)
+
+    def expect(self, entry: int, told: Callable[[int], None]) -> None:
+        """Have ``told`` called with the entry's result when the program has run."""
+        self._expectations.append((entry, told))
+
+    def put(self, data: bytes) -> int:
+        """Have ``data`` in the task's memory, aligned to eight bytes; its address."""
+        address = self.base + USER + len(self._data)
+        self._data += data + bytes(-len(data) % 8)
+        return address
+
+    def receive(self, fds: Sequence[int]) -> List[int]:
+        """Have the task receive ``fds`` of ours: where in its memory each of its own will be found."""
+        self._data += bytes(-len(self._data) % _LINE)
+        address = self.base + USER + len(self._data)
+        data, slots = message.receive(self._calls, self.base, address, len(fds))
+        self._data += data
+        self.groups.append(fds)
+        return slots
+
+    @property
+    def table(self) -> int:
+        """The address of the table, when all is added."""
+        return self.base + USER + -(-len(self._data) // _LINE) * _LINE
+
+    @property
+    def end(self) -> int:
+        return self.table + len(self._calls) * ENTRY
+
+    def __len__(self) -> int:
+        return len(self._calls)
+
+    def encode(self) -> bytes:
+        """What is to be written at ``base + USER``."""
+        table = self._calls.encode()
+        for entry, position, other in self._references:
+            start = entry * ENTRY + 8 * (position + 1)
+            table[start : start + 8] = result_address(self.table, other).to_bytes(8, "little")
+        return bytes(self._data) + bytes(-len(self._data) % _LINE) + bytes(table)
+
+    def settle(self, outcome: Sequence[int]) -> None:
+        """Tell the results, in the order of the entries."""
+        for entry, told in self._expectations:
+            told(outcome[entry])
