@@ -1,9 +1,12 @@
 """Threads that serve requests: one at a time per source, and another one as soon as that one is stuck.
 
 A lane is a source of requests (the device; the held ones that are let go) with one thread, its owner, that fetches
-and serves. When the owner has been inside one request for about a millisecond, the monitor makes another thread
+and serves. When the owner has slept inside one request for about a millisecond, the monitor makes another thread
 the owner. So a request that hangs in the real file system never stops the others, and no hand-over costs the
 usual case anything. A few idle threads are kept.
+
+Where the CPUs are busy, an owner is mostly in the middle of a request, because it waits for a CPU. A second thread would
+wait for the same, and for the interpreter besides; so an owner that does not sleep is left alone for longer.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from stubfs.request import Device, Request
 
 _log = logging.getLogger(__name__)
 _TICK = 0.001  # seconds after which an owner inside the same request counts as stuck
+_PATIENCE = 20  # ticks for an owner inside the same request that runs or waits for a CPU
 _IDLE_TICKS = 20  # without a request before the monitor sleeps
 _SPARE_THREADS = 3  # per lane
 
@@ -34,12 +38,25 @@ class Worker:
         self.request: Request = self.read_request  # the one being served
         self.identity = ThreadIdentity()
         self.state: Optional[object] = None
+        self.tid = 0  # of its thread
         self.count = 0  # requests begun
         self.busy = False
         # What libfuse has no place for:
         self.status: Optional[os.stat_result] = None  # attributes of what was just made
         self.rename_flags = 0
         self.wake = threading.Semaphore(0)
+
+    def sleeps(self) -> bool:
+        """Whether its thread waits for something else than a CPU (the state in /proc/PID/stat, proc(5))."""
+        try:
+            fd = os.open(f"/proc/self/task/{self.tid}/stat", os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                line = os.read(fd, 512)
+            finally:
+                os.close(fd)
+        except OSError:
+            return True
+        return not line[line.rindex(b")") :].startswith(b") R")
 
 
 class CurrentWorker(threading.local):
@@ -118,6 +135,7 @@ class Lane:
         self._spare: List[Worker] = []
         self._owner: Optional[Worker] = None
         self._seen = 0
+        self._same = 0  # ticks that the owner has spent inside one request
         self._ended = False
         monitor.watch(self)
 
@@ -162,13 +180,16 @@ class Lane:
             return False
         count, busy = owner.count, owner.busy
         active = busy or count != self._seen
-        if busy and count == self._seen and not self._ended:
+        self._same = self._same + 1 if busy and count == self._seen else 0
+        if self._same and not self._ended and (owner.sleeps() or self._same > _PATIENCE):
             with self._lock:
-                if owner is self._owner:
+                # It may have got on while we looked.
+                if owner is self._owner and owner.busy and owner.count == count:
                     try:
                         self._own()
                         owner = self._owner
                         count = owner.count
+                        self._same = 0
                     except RuntimeError as error:
                         _log.error("cannot start another thread: %s; requests wait for the stuck one", error)
         self._seen = count
@@ -176,6 +197,7 @@ class Lane:
 
     def _run(self, worker: Worker) -> None:
         self._current.worker = worker
+        worker.tid = threading.get_native_id()
         fetch, serve, monitor = self._fetch, self._serve, self._monitor
         try:
             while self._owner is worker or self._stand_by(worker):
