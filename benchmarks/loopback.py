@@ -1,4 +1,4 @@
-"""The textbook fusepy loopback that stubfs is compared with: ``python loopback.py DIRECTORY MOUNTPOINT``."""
+"""The textbook fusepy loopback that stubfs is compared with: ``python loopback.py DIRECTORY MOUNTPOINT [OPTION...]``."""
 
 from __future__ import annotations
 
@@ -17,6 +17,9 @@ class Loopback(Operations):  # type: ignore[misc]
         status = os.lstat(self.root + path)
         names = ("st_atime", "st_ctime", "st_gid", "st_mode", "st_mtime", "st_nlink", "st_size", "st_uid")
         return {name: getattr(status, name) for name in names}
+
+    def chmod(self, path: str, mode: int) -> None:
+        os.chmod(self.root + path, mode)
 
     def readdir(self, path: str, fh: int) -> List[str]:
         return [".", "..", *os.listdir(self.root + path)]
@@ -55,4 +58,5 @@ class Loopback(Operations):  # type: ignore[misc]
 
 
 if __name__ == "__main__":
-    FUSE(Loopback(sys.argv[1]), sys.argv[2], foreground=True, fsname="loopback")
+    options = dict(option.split("=") for option in sys.argv[3:])
+    FUSE(Loopback(sys.argv[1]), sys.argv[2], foreground=True, fsname="loopback", allow_other=True, **options)

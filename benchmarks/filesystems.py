@@ -1,0 +1,87 @@
+"""The file systems that are compared, each mounted for the time of a run.
+
+All of them on directories of one tmpfs, where the file systems beneath cost next to nothing; anybody may use them.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Dict, Iterator, List
+
+from stubfs.client import FilesystemClient
+
+NATIVE = "native"
+PLAIN = "fusepy loopback"
+UNCACHED = "loopback, no cache"
+
+_ROOT = Path(__file__).resolve().parent.parent
+_LOOPBACK = [sys.executable, "-W", "ignore", str(_ROOT / "benchmarks" / "loopback.py")]
+
+
+@contextmanager
+def _stubfs(mode: str, real: str, mountpoint: str) -> Iterator[None]:
+    socket_path = f"{mountpoint}.sock"
+    command = [sys.executable, "-m", "stubfs", mountpoint, "--mode", mode, "--socket-path", socket_path]
+    command += ["-o", "allow_other"]
+    if mode == "proxy":
+        command += ["--proxy-dir", real]
+    subprocess.run(command, check=True, cwd=_ROOT, timeout=30)
+    try:
+        yield
+    finally:
+        with FilesystemClient(socket_path, 10) as client:
+            client.quit()
+
+
+@contextmanager
+def _command(arguments: List[str], mountpoint: str) -> Iterator[None]:
+    device = os.stat(mountpoint).st_dev
+    process = subprocess.Popen(arguments)
+    try:
+        deadline = time.monotonic() + 10
+        while os.stat(mountpoint).st_dev == device:
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError(f"{arguments[0]} did not mount")
+            time.sleep(0.01)
+        yield
+    finally:
+        subprocess.run(["umount", "-l", mountpoint], check=False)
+        process.terminate()
+        process.wait(10)
+
+
+@contextmanager
+def mounted() -> Iterator[Dict[str, str]]:
+    """Name -> directory that anybody may use. bindfs only where it is installed. The servers inherit the CPUs."""
+    base = tempfile.mkdtemp(prefix="stubfs-bench-", dir="/dev/shm")
+    try:
+        os.chmod(base, 0o755)
+        with ExitStack() as stack:
+            places: Dict[str, str] = {}
+            for name in (NATIVE, "stubfs restore", "stubfs proxy", PLAIN, UNCACHED, "bindfs"):
+                real, mountpoint = (f"{base}/{len(places)}-{part}" for part in ("real", "mnt"))
+                os.mkdir(real)
+                os.mkdir(mountpoint)
+                if name == NATIVE:
+                    mountpoint = real
+                elif name.startswith("stubfs"):
+                    stack.enter_context(_stubfs(name.split()[1], real, mountpoint))
+                elif name != "bindfs":
+                    timeouts = [] if name == PLAIN else ["attr_timeout=0", "entry_timeout=0"]
+                    stack.enter_context(_command([*_LOOPBACK, real, mountpoint, *timeouts], mountpoint))
+                elif shutil.which("bindfs"):
+                    stack.enter_context(_command(["bindfs", "-f", real, mountpoint], mountpoint))
+                else:
+                    continue
+                os.chmod(mountpoint, 0o777)
+                places[name] = mountpoint
+            yield places
+    finally:
+        shutil.rmtree(base, ignore_errors=True)
