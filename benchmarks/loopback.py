@@ -1,4 +1,4 @@
-"""The textbook fusepy loopback that stubfs is compared with: ``python loopback.py DIRECTORY MOUNTPOINT [OPTION...]``."""
+"""The textbook fusepy loopback, to compare with: ``python loopback.py DIRECTORY MOUNTPOINT [OPTION=VALUE...]``."""
 
 from __future__ import annotations
 

@@ -5,8 +5,8 @@ and serves. When the owner has slept inside one request for about a millisecond,
 the owner. So a request that hangs in the real file system never stops the others, and no hand-over costs the
 usual case anything. A few idle threads are kept.
 
-Where the CPUs are busy, an owner is mostly in the middle of a request, because it waits for a CPU. A second thread would
-wait for the same, and for the interpreter besides; so an owner that does not sleep is left alone for longer.
+Where the CPUs are busy, an owner is mostly in the middle of a request, because it waits for a CPU. A second thread
+would wait for the same, and for the interpreter besides; so an owner that does not sleep is left alone for longer.
 """
 
 from __future__ import annotations
