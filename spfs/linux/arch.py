@@ -31,7 +31,10 @@ _CORE_LISTING = """
 2:  bt rax, 34
     jnc 3f
     movsxd rdx, dword ptr [rdx]
-3:  mov eax, eax
+3:  bt rax, 35
+    jnc 4f
+    movsxd r8, dword ptr [r8]
+4:  mov eax, eax
     syscall
     mov [r12+56], rax
     add r12, 64
@@ -40,8 +43,8 @@ _CORE_LISTING = """
 9:
 """
 _CORE = bytes.fromhex(
-    "4d85ed7452498b0424498b7c2408498b742410498b5424184d8b5424204d8b4424284d8b4c2430480fbae020730348633f"
-    "480fbae0217303488b36480fbae022730348631289c00f0549894424384983c44049ffcd75ae"
+    "4d85ed745c498b0424498b7c2408498b742410498b5424184d8b5424204d8b4424284d8b4c2430480fbae020730348633f"
+    "480fbae0217303488b36480fbae0227303486312480fbae02373034d630089c00f0549894424384983c44049ffcd75a4"
 )
 
 # In the tracee: r12 = table, r13 = count, r14 = 16 bytes for commands, r15 = socket, rbx = signal frame's ucontext,
@@ -80,7 +83,7 @@ _SERVER_LISTING = (
 )
 _SERVER = _CORE + bytes.fromhex(
     "b82c0000004489ff4c89f6ba0100000041ba004000004531c04531c90f0531c04489ff4c89f6ba100000000f05"
-    "4883f810750c4d8b264d8b6e08e96affffff85ed750ab8030000004489ff0f054889dcb80f0000000f05"
+    "4883f810750c4d8b264d8b6e08e960ffffff85ed750ab8030000004489ff0f054889dcb80f0000000f05"
 )
 
 _LOCAL_LISTING = (
@@ -103,6 +106,7 @@ _LOCAL = bytes.fromhex("415441554989fc4989f5") + _CORE + bytes.fromhex("415d415c
 LOAD_ARGUMENT_0 = 1 << 32  # a 32-bit integer, sign-extended: a file descriptor
 LOAD_ARGUMENT_1 = 1 << 33  # 64 bits: an offset
 LOAD_ARGUMENT_2 = 1 << 34  # a 32-bit integer, sign-extended: a flag word
+LOAD_ARGUMENT_4 = 1 << 35  # a 32-bit integer, sign-extended: mmap's file descriptor
 
 
 @dataclass(frozen=True)
@@ -157,6 +161,8 @@ _X86_64_CALLS = {
     "mlock2": 325,
     "statx": 332,
     "pidfd_getfd": 438,
+    "gettid": 186,
+    "process_vm_readv": 310,
 }
 
 _AARCH64_CALLS = {
@@ -186,6 +192,8 @@ _AARCH64_CALLS = {
     "mlock2": 284,
     "statx": 291,
     "pidfd_getfd": 438,
+    "gettid": 178,
+    "process_vm_readv": 270,
 }
 
 X86_64 = Architecture(

@@ -12,7 +12,7 @@ import mmap
 import struct
 from typing import Any, Optional, Union
 
-from spfs.linux.arch import LOAD_ARGUMENT_0, LOAD_ARGUMENT_1, LOAD_ARGUMENT_2, call_numbers, current
+from spfs.linux.arch import LOAD_ARGUMENT_0, LOAD_ARGUMENT_1, LOAD_ARGUMENT_2, LOAD_ARGUMENT_4, call_numbers, current
 from stubfs.libc import bind
 
 ENTRY = 64
@@ -89,6 +89,8 @@ class _LocalCode:
                 arguments[1] = ctypes.c_long.from_address(arguments[1]).value
             if words[0] & LOAD_ARGUMENT_2:
                 arguments[2] = ctypes.c_int.from_address(arguments[2]).value
+            if words[0] & LOAD_ARGUMENT_4:
+                arguments[4] = ctypes.c_int.from_address(arguments[4]).value
             words[7] = self._syscall(number, *arguments)
 
 

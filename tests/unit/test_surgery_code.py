@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import re
 import shutil
@@ -58,12 +59,14 @@ def test_tables(by_call: bool) -> None:
         table.add("lseek", other, 0, os.SEEK_SET, load=arch.LOAD_ARGUMENT_1)
         table.add("fcntl", other, 2, 0, load=arch.LOAD_ARGUMENT_2)
         table.add("close", -1)
+        table.add("mmap", 0, mmap.PAGESIZE, mmap.PROT_READ, mmap.MAP_PRIVATE, 0, 0, load=arch.LOAD_ARGUMENT_4)
         encoded = table.encode()
         base = address_of(encoded)
         struct.pack_into("<Q", encoded, 64 + 8, address_of(words))
         struct.pack_into("<Q", encoded, 128 + 16, result_address(base, 1))
         struct.pack_into("<Q", encoded, 192 + 24, result_address(base, 4))
-        assert run_local(table, by_call).tolist() == [41, 42, 42, 0, -9]
+        struct.pack_into("<Q", encoded, 320 + 40, result_address(base, 4))
+        assert run_local(table, by_call).tolist() == [41, 42, 42, 0, -9, -9]
         assert os.lseek(other, 0, os.SEEK_CUR) == 42
     finally:
         os.close(fd)

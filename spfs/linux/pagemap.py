@@ -1,0 +1,124 @@
+"""Which pages of a mapping are the process's own, and which are guards: /proc/PID/pagemap.
+
+By its PAGEMAP_SCAN ioctl (Linux 6.7), which passes over what is not populated; else by its 64-bit entries, one for
+each page. Documentation/admin-guide/mm/pagemap.rst.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import os
+import re
+import struct
+from mmap import PAGESIZE
+from typing import List, NamedTuple
+
+_SCAN = 0xC0606610  # _IOWR('f', 16, struct pm_scan_arg)
+_ARGUMENT = struct.Struct("<12Q")
+_FILE, _PRESENT, _SWAPPED, _GUARD = 1 << 2, 1 << 3, 1 << 4, 1 << 8  # categories
+_WALK_END = 4  # index of the field that says how far the kernel came
+_RANGES = 1024  # per call
+
+# The same as bits of an entry's last byte.
+_BYTE_PRESENT, _BYTE_SWAPPED, _BYTE_FILE, _BYTE_GUARD = 0x80, 0x40, 0x20, 0x04
+_ENTRIES = 1 << 19  # read at once
+
+
+class Range(NamedTuple):
+    """Addresses from ``start`` to before ``end``, multiples of the page size."""
+
+    start: int
+    end: int
+
+
+class Pages(NamedTuple):
+    """``own``: written to, of a private mapping (anonymous now, in memory or swapped out). ``guards``: madvise(2)'s
+    MADV_GUARD_INSTALL. Ranges in ascending order."""
+
+    own: List[Range]
+    guards: List[Range]
+
+
+def _entry_class(of_guards: bool) -> "re.Pattern[bytes]":
+    wanted = [
+        byte
+        for byte in range(256)
+        if byte & (_BYTE_PRESENT | _BYTE_SWAPPED)
+        and not byte & _BYTE_FILE
+        and bool(byte & _BYTE_GUARD) == of_guards
+    ]
+    return re.compile(b"[" + b"".join(b"\\x%02x" % byte for byte in wanted) + b"]+")
+
+
+_OWN_ENTRIES, _GUARD_ENTRIES = _entry_class(False), _entry_class(True)
+
+
+class PageMap:
+    """The page map of task ``tid``, which should stand still. A context manager that closes its descriptor.
+
+    ``by_entry``: read the entries although the kernel has the ioctl.
+    """
+
+    def __init__(self, tid: int, by_entry: bool = False) -> None:
+        self._fd = os.open(f"/proc/{tid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+        self._ranges = (ctypes.c_uint64 * (3 * _RANGES))()
+        self._by_entry = by_entry
+        self._guard = _GUARD  # 0 for a kernel that knows no such category, and has no guards in files (before 6.15)
+
+    def __enter__(self) -> "PageMap":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._fd)
+
+    def pages(self, start: int, end: int) -> Pages:
+        """What lies between two addresses. OSError, such as ESRCH for a process that has ended."""
+        if not self._by_entry:
+            try:
+                return self._scan(start, end)
+            except OSError as error:
+                if error.errno not in (errno.ENOTTY, errno.EINVAL):
+                    raise
+            if self._guard:
+                self._guard = 0
+                return self.pages(start, end)
+            self._by_entry = True
+        return self._read(start, end)
+
+    def _scan(self, start: int, end: int) -> Pages:
+        pages = Pages([], [])
+        while start < end:
+            unwanted, wanted = _FILE, _PRESENT | _SWAPPED
+            argument = bytearray(
+                _ARGUMENT.pack(
+                    *(_ARGUMENT.size, 0, start, end, 0, ctypes.addressof(self._ranges), _RANGES, 0),
+                    *(unwanted, unwanted, wanted, self._guard),
+                )
+            )
+            count = fcntl.ioctl(self._fd, _SCAN, argument)
+            for first, last, category in zip(*[iter(self._ranges[: 3 * count])] * 3):
+                _append(pages.guards if category & _GUARD else pages.own, first, last)
+            start = _ARGUMENT.unpack(argument)[_WALK_END]
+        return pages
+
+    def _read(self, start: int, end: int) -> Pages:
+        pages = Pages([], [])
+        while start < end:
+            count = min(_ENTRIES, (end - start) // PAGESIZE)
+            # Of each entry the byte that has the bits in question.
+            marks = os.pread(self._fd, 8 * count, 8 * (start // PAGESIZE))[7::8]
+            if not marks:
+                raise OSError(errno.ESRCH, "the page map ends early")
+            for found, pattern in ((pages.own, _OWN_ENTRIES), (pages.guards, _GUARD_ENTRIES)):
+                for match in pattern.finditer(marks):
+                    _append(found, start + match.start() * PAGESIZE, start + match.end() * PAGESIZE)
+            start += len(marks) * PAGESIZE
+        return pages
+
+
+def _append(ranges: List[Range], start: int, end: int) -> None:
+    if ranges and ranges[-1].end == start:
+        start = ranges.pop().start
+    ranges.append(Range(start, end))
