@@ -27,7 +27,7 @@ LIMITS = DATA + 32  # two struct rlimit64: the new and the old one
 FRAME = DATA + 256
 USER = FRAME + 4 * PAGE  # from here on the memory is the user's; the extended state has at most 3 pages
 
-_PROT_RWX = 7
+_PROT_READ, _PROT_WRITE, _PROT_EXEC = 1, 2, 4
 _MAP_SCRATCH = 0x2 | 0x20 | 0x100000  # MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED_NOREPLACE
 _SIGNALS_BLOCKED = b"\xff" * 8
 _MAX_XSTATE = 3 * PAGE
@@ -124,12 +124,17 @@ class Tracee:
         xstate = ptrace.floating_point_state(self.tid, _MAX_XSTATE)
         self._frame = sigframe.build(self._registers, self._mask, xstate, base + FRAME)
         self._spread_net()
-        result = yield from self._call("mmap", base, size, _PROT_RWX, _MAP_SCRATCH, -1, 0)
-        if result != base:  # kernels before 4.17 take the address for a hint
-            if result >= 0:
-                yield from self._call("munmap", result, size)
-            _check(result if result < 0 else -errno.EEXIST, "mmap")
-        self.base, self.size = base, size
+        try:
+            yield from self._map(base, size, _PROT_READ | _PROT_WRITE | _PROT_EXEC)
+        except PermissionError:
+            # Nothing may be both, prctl(PR_SET_MDWE): the code, which lies in the first page, is written as by a
+            # debugger.
+            yield from self._map(base, PAGE, _PROT_READ | _PROT_EXEC)
+            try:
+                yield from self._map(base + PAGE, size - PAGE, _PROT_READ | _PROT_WRITE)
+            except OSError:
+                yield from self._unmap()
+                raise
         if descriptors is not None:
             yield from self._raise_limit(descriptors)
         result = yield from self._call("socketpair", socket.AF_UNIX, _STREAM, 0, base + PAIR)
@@ -181,9 +186,7 @@ class Tracee:
         if self._limits is not None:
             self.write(self.base + LIMITS, self._limits)
             _check((yield from self._call("prlimit64", 0, _RLIMIT_NOFILE, self.base + LIMITS, 0)), "prlimit64")
-        if self.base:
-            _check((yield from self._call("munmap", self.base, self.size)), "munmap")
-            self.base = 0
+        yield from self._unmap()
         self.restore()
 
     def restore(self) -> None:
@@ -224,6 +227,21 @@ class Tracee:
         self._buffer.read(self.tid)
         result = words[self.architecture.result]
         return result - (1 << 64) if result >> 63 else result
+
+    def _map(self, address: int, length: int, protection: int) -> Script:
+        """Add to the scratch memory; ``close`` takes it away."""
+        result = yield from self._call("mmap", address, length, protection, _MAP_SCRATCH, -1, 0)
+        if result >= 0 and result != address:  # kernels before 4.17 take the address for a hint
+            yield from self._call("munmap", result, length)
+            result = -errno.EEXIST
+        _check(result, "mmap")
+        self.base = self.base or address
+        self.size += length
+
+    def _unmap(self) -> Script:
+        if self.base:
+            _check((yield from self._call("munmap", self.base, self.size)), "munmap")
+            self.base = self.size = 0
 
     def _spread_net(self) -> None:
         """For the calls that are made without the scratch memory: should we die, the task returns from the call to

@@ -100,7 +100,10 @@ class PageMap:
             count = fcntl.ioctl(self._fd, _SCAN, argument)
             for first, last, category in zip(*[iter(self._ranges[: 3 * count])] * 3):
                 _append(pages.guards if category & _GUARD else pages.own, first, last)
-            start = _ARGUMENT.unpack(argument)[_WALK_END]
+            if count < _RANGES:
+                break
+            # The kernel may have come farther: what it told stays if its own, smaller buffer was full in between.
+            start = max(last, _ARGUMENT.unpack(argument)[_WALK_END])
         return pages
 
     def _read(self, start: int, end: int) -> Pages:

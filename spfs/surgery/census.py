@@ -15,7 +15,7 @@ from spfs.errors import SpfsError, reason
 from spfs.freezer import Freezer
 from spfs.linux import procfs
 from spfs.references import MountRoot, Resolver
-from spfs.surgery import selection
+from spfs.surgery import maps, selection
 from spfs.surgery.compare import Comparison, take_offsets_over
 from spfs.surgery.counterparts import Counterparts
 from spfs.surgery.examine import Examiner
@@ -104,6 +104,7 @@ class Census:
         self._provide(self.processes.values())
         self._leave_out(frozen)
         self.judge()
+        maps.read_ahead(self.processes.values())
 
     def newcomers(self, is_stopped: Callable[[int], bool]) -> List[int]:
         """Processes that were forked since ``find`` by those that stand still by now."""

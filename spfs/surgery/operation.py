@@ -1,7 +1,8 @@
 """What one task is made to do: take over descriptors, change directories, exchange mappings.
 
 A first table of calls moves descriptors and directories in one go. It is encoded ahead for the address where the
-scratch memory will be; if that is taken by then, again for another one. Mappings follow in ``spfs.surgery.maps``.
+scratch memory will be; if that is taken by then, again for another one. Mappings (``spfs.surgery.maps``) and the
+executable (``spfs.surgery.exe``) follow.
 """
 
 from __future__ import annotations
@@ -14,9 +15,10 @@ from spfs.linux import statx
 from spfs.linux.arch import LOAD_ARGUMENT_0, LOAD_ARGUMENT_2
 from spfs.linux.calls import ENTRY, results
 from spfs.references import Kind
-from spfs.surgery import maps
+from spfs.surgery import exe
 from spfs.surgery.gadget import GadgetFinder
 from spfs.surgery.kinds.registry import Kinds
+from spfs.surgery.maps import Exchange
 from spfs.surgery.program import Program, Result
 from spfs.surgery.records import Description, FdTable, FsContext, Holding, Memory, Place, Process, Region
 from spfs.tracee import DOT, PAGE, USER, Script, Tracee
@@ -153,8 +155,9 @@ class Operation:
         tracee.capture()
         gadgets.provide(tracee, self.maps(), self.gadget, self.maps() == self._maps)
         need = self._program.end - self._program.base
-        if self.memory is not None:
-            need = max(need, USER + maps.space(self.memory))
+        exchange = Exchange(self.memory) if self.memory is not None else None
+        if exchange is not None:
+            need = max(need, USER + exchange.space, USER + exe.SPACE)
         size = _round_up(need)
         for attempt in range(16):
             try:
@@ -172,8 +175,9 @@ class Operation:
         tracee.write(program.base + USER, program.encode())
         yield from tracee.run(program.table, len(program), program.groups)
         self._collect(tracee)
-        if self.memory is not None:
-            yield from maps.script(tracee, self.memory, self.chunk)
+        if self.memory is not None and exchange is not None:
+            yield from exchange.script(tracee, self.chunk)
+            yield from exe.script(tracee, self.memory)
         yield from tracee.close()
 
     def _collect(self, tracee: Tracee) -> None:
