@@ -7,12 +7,13 @@ import glob
 import os
 import socket
 from types import TracebackType
-from typing import Any, Dict, Iterable, List, Mapping, Optional, Sequence, Tuple, Type
+from typing import Any, Dict, Iterable, List, Mapping, Optional, Sequence, Tuple, Type, Union
 
 from spfs import protocol
 from spfs.errors import SpfsError, reason
 from spfs.protocol import Reply
 from stubfs import wire
+from stubfs.rules import Rule
 
 SOCKET_VARIABLE = "SPFS_MANAGER_SOCK"
 MODE_VARIABLE = "SPFS_MODE"
@@ -163,11 +164,34 @@ class ManagerClient:
         )
 
     def mode(
-        self, mode: str, id: Optional[str] = None, *, proxy_dir: Optional[str] = None, ns_pid: Optional[int] = None
+        self,
+        mode: str,
+        id: Optional[str] = None,
+        *,
+        proxy_dir: Optional[str] = None,
+        ns_pid: Optional[int] = None,
+        timeout: Optional[float] = None,
+        errno: Union[None, int, str] = None,
+        exempt: Sequence[int] = (),
     ) -> List[str]:
-        """Change the mode of ``id``, or of all. In force on return; the ids of the mounts that it concerned."""
-        answer = self.request("mode", **_whom(id), mode=mode, proxy_dir=proxy_dir, ns_pid=ns_pid)
+        """Change the mode of ``id``, or of all. In force on return; the ids of the mounts that it concerned.
+
+        ``timeout``, ``errno``, ``exempt``: options of stub mode, as in FilesystemClient.mode().
+        """
+        answer = self.request(
+            "mode", **_whom(id), mode=mode, proxy_dir=proxy_dir, ns_pid=ns_pid, timeout=timeout, errno=errno,
+            exempt=list(exempt) or None,
+        )  # fmt: skip
         return list(answer["mounts"])
+
+    def set_rules(self, rules: Sequence[Rule], id: Optional[str] = None) -> List[str]:
+        """Put ``rules`` in force on ``id``, or on all, in place of those before; the ids of the mounts."""
+        return list(self.request("rules", **_whom(id), rules=[rule.as_json() for rule in rules])["mounts"])
+
+    def rules(self, id: Optional[str] = None) -> Dict[str, List[Rule]]:
+        """id -> the rules in force there."""
+        rows = self.request("rules", **_whom(id))["mounts"]
+        return {row["id"]: [Rule.from_json(item) for item in row["rules"]] for row in rows}
 
     def replace(
         self,

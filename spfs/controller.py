@@ -60,6 +60,7 @@ class Controller:
         self._handlers: Dict[Type[Any], Callable[[Any, Answer, Connection], None]] = {
             protocol.Mount: self._mount,
             protocol.Mode: self._mode,
+            protocol.Rules: self._rules,
             protocol.Replace: self._replace,
             protocol.Begin: self._begin,
             protocol.Switch: self._switch,
@@ -154,11 +155,28 @@ class Controller:
         self._supervisor.mount(request, _answering(answer))
 
     def _mode(self, request: protocol.Mode, answer: Answer, connection: Connection) -> None:
-        if request.id is not None:
-            chosen = [self._registry.get(request.id)]
-        else:
-            chosen = [managed for managed in self._registry if managed.state is State.MOUNTED]
-        self._supervisor.change_mode(chosen, request, _answering(answer))
+        self._supervisor.change_mode(self._mounted(request.id), request, _answering(answer))
+
+    def _mounted(self, id: Optional[str]) -> List[Managed]:
+        if id is not None:
+            return [self._registry.get(id)]
+        return [managed for managed in self._registry if managed.state is State.MOUNTED]
+
+    def _rules(self, request: protocol.Rules, answer: Answer, connection: Connection) -> None:
+        chosen = self._mounted(request.id)
+        if request.rules is not None:
+            return self._supervisor.set_rules(chosen, request.rules, _answering(answer))
+        found: List[Dict[str, Any]] = []
+        silent: List[str] = []
+
+        def add(managed: Managed, reply: Reply) -> None:
+            if reply.status != 0:
+                return silent.append(managed.id)
+            found.append({"id": managed.id, "rules": reply.data["rules"]})
+
+        self._ask_all(
+            chosen, "rules", add, lambda: answer(Reply(0, {"mounts": found, "not_answering": silent}), ())
+        )
 
     def _replace(self, request: protocol.Replace, answer: Answer, connection: Connection) -> None:
         managed = self._supervisor.ask_replace(request)

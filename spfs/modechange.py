@@ -1,4 +1,4 @@
-"""Changes of mode: put to the file systems without blocking, answered when they are in force."""
+"""Changes of mode and of rules: put to the file systems without blocking, answered when they are in force."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import errno
 import functools
 import logging
 import os
-from typing import Callable, List, Optional
+from typing import Any, Callable, Dict, List, Optional, Sequence
 
 from spfs import protocol
 from spfs.connection import Call
@@ -18,6 +18,7 @@ from spfs.registry import Managed, State
 from spfs.replacing import Replaces
 from stubfs import wire
 from stubfs.errors import StubfsError
+from stubfs.rules import Rule
 
 log = logging.getLogger(__name__)
 
@@ -29,8 +30,10 @@ class ModeChanges(Replaces):
         """``done`` when the change is in force everywhere."""
         for managed in chosen:
             self.registry.check_mode_change(managed)
+        change: Dict[str, Any] = {"command": "mode", "mode": request.mode}
         if request.mode != "proxy":
-            return self._change_all(chosen, request.mode, -1, done)
+            change.update(timeout=request.timeout, errno=request.errno, exempt=list(request.exempt) or None)
+            return self._change_all(chosen, change, -1, done)
         assert request.proxy_dir is not None
         path = request.proxy_dir
 
@@ -42,12 +45,18 @@ class ModeChanges(Replaces):
         def ended(outcome: Outcome) -> None:
             if outcome.error is not None:
                 return done(outcome.error, {})
-            self._change_all(chosen, request.mode, outcome.fds.steal(0), done)
+            self._change_all(chosen, change, outcome.fds.steal(0), done)
 
         self.start_job("mode change", work, ended)
 
-    def _change_all(self, chosen: List[Managed], mode: str, directory: int, done: Done) -> None:
-        """Takes ``directory`` over (-1: none)."""
+    def set_rules(self, chosen: List[Managed], rules: Sequence[Rule], done: Done) -> None:
+        """``done`` when they are in force everywhere."""
+        for managed in chosen:
+            self.registry.check_mode_change(managed)
+        self._change_all(chosen, {"command": "rules", "rules": [rule.as_json() for rule in rules]}, -1, done)
+
+    def _change_all(self, chosen: List[Managed], change: Dict[str, Any], directory: int, done: Done) -> None:
+        """``change``: the request to the file systems. Takes ``directory``, sent with it, over (-1: none)."""
         errors: List[StubfsError] = []
         waiting = {managed.number for managed in chosen}
 
@@ -61,37 +70,37 @@ class ModeChanges(Replaces):
         def finish() -> None:
             if directory >= 0:
                 os.close(directory)
-            done(errors[0] if errors else None, {"mode": mode, "mounts": [managed.id for managed in chosen]})
+            about = {key: value for key, value in change.items() if key in ("mode", "rules")}
+            done(errors[0] if errors else None, {**about, "mounts": [managed.id for managed in chosen]})
 
         if not chosen:
             return finish()
         for managed in chosen:
-            self._change_one(managed, mode, directory, functools.partial(one_done, managed))
+            self._change_one(managed, change, directory, functools.partial(one_done, managed))
 
     def _change_one(
-        self, managed: Managed, mode: str, directory: int, done: Callable[[Optional[StubfsError]], None]
+        self, managed: Managed, change: Dict[str, Any], directory: int, done: Callable[[Optional[StubfsError]], None]
     ) -> None:
         """One after the other for each file system: the last one asked for is the one in force at the end."""
         running = self._running.get(managed.number)
+        what = change["command"]
         if running is None:
-            return done(SpfsError(f"cannot change the mode of mount {managed.id!r}: it is gone", "", errno.ENOENT))
+            return done(SpfsError(f"cannot change the {what} of mount {managed.id!r}: it is gone", "", errno.ENOENT))
 
         def begin() -> None:
-            request = {"command": "mode", "mode": mode}
             fds = [directory] if directory >= 0 else []
-            Call(self._loop, managed.control, request, ended, MODE_TIMEOUT, fds)
+            Call(self._loop, managed.control, change, ended, MODE_TIMEOUT, fds)
 
         def ended(reply: Reply, fds: wire.Descriptors) -> None:
             error = None
             if reply.status == 0:
-                if mode != managed.mode:
-                    log.info("mount %s: %s mode", managed.id, mode)
-                self.registry.mode_changed(managed, mode)
+                self._changed(managed, change)
             else:
                 why = reply.data.get("message", os.strerror(-reply.status))
                 error = SpfsError(
-                    f"cannot change the mode of mount {managed.id!r}: {why}", reply.data.get("hint", ""), -reply.status
-                )
+                    f"cannot change the {what} of mount {managed.id!r}: {why}", reply.data.get("hint", ""),
+                    -reply.status,
+                )  # fmt: skip
                 log.warning("%s", error)
             running.mode_changes.popleft()
             done(error)
@@ -104,6 +113,15 @@ class ModeChanges(Replaces):
         running.mode_changes.append(begin)
         if len(running.mode_changes) == 1:
             begin()
+
+    def _changed(self, managed: Managed, change: Dict[str, Any]) -> None:
+        mode = change.get("mode")
+        if mode is None:
+            log.info("mount %s: %d rules", managed.id, len(change["rules"]))
+            return
+        if mode != managed.mode:
+            log.info("mount %s: %s mode", managed.id, mode)
+        self.registry.mode_changed(managed, mode)
 
     def mode_seen(self, managed: Managed, mode: str) -> None:
         """The file system says which mode it is in; somebody may have changed it by its own control socket."""

@@ -14,6 +14,8 @@ from dataclasses import MISSING, dataclass, fields
 from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Tuple, Type, Union
 
 from spfs.errors import UsageError
+from stubfs.errors import StubfsError
+from stubfs.rules import Rule, errno_number, pids_tuple
 
 MODES = ("restore", "stub", "proxy")
 NAMESPACES = ("user", "net", "mnt", "pid", "uts", "ipc", "cgroup")
@@ -38,12 +40,23 @@ class Mount:
 
 @dataclass(frozen=True)
 class Mode:
-    """``id`` None: of all file systems."""
+    """``id`` None: of all file systems. ``timeout``, ``errno``, ``exempt``: options of stub mode."""
 
     mode: str
     id: Optional[str] = None
     proxy_dir: Optional[str] = None
     ns_pid: Optional[int] = None
+    timeout: Optional[float] = None
+    errno: Optional[int] = None
+    exempt: Tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Rules:
+    """``rules``: as objects, see ``stubfs.rules``; None asks for those that are in force. ``id`` None: all of them."""
+
+    id: Optional[str] = None
+    rules: Optional[Tuple[Rule, ...]] = None
 
 
 @dataclass(frozen=True)
@@ -128,11 +141,12 @@ class Shutdown:
 
 
 Request = Union[
-    Mount, Mode, Replace, Begin, Switch, Status, Held, Wait, Abort, Unmount, Create, Staging, Shutdown
+    Mount, Mode, Rules, Replace, Begin, Switch, Status, Held, Wait, Abort, Unmount, Create, Staging, Shutdown
 ]  # fmt: skip
 COMMANDS: Dict[str, Type[Any]] = {
     "mount": Mount,
     "mode": Mode,
+    "rules": Rules,
     "replace": Replace,
     "switch": Switch,
     "status": Status,
@@ -145,9 +159,9 @@ COMMANDS: Dict[str, Type[Any]] = {
     "shutdown": Shutdown,
 }
 TEXT_COMMANDS = ("mount", "mode", "replace", "switch")
-JSON_ONLY_KEYS = ("strict", "timeout", "options")  # options: the second string of a text request
+JSON_ONLY_KEYS = ("strict", "timeout", "errno", "exempt", "options")  # options: the second string of a text request
 OPTIONS_FOR = (Mount, Replace)
-ALL_FOR = (Mode, Begin, Abort, Unmount)
+ALL_FOR = (Mode, Rules, Begin, Abort, Unmount)
 """Commands that take ``all`` in place of an id; their ``id`` is then None."""
 
 
@@ -266,6 +280,12 @@ def _check(command: str, request: Request) -> None:
             )
         if request.mode != "proxy" and request.proxy_dir is not None:
             raise BadRequest(f"cannot read the {command} request: key proxy_dir is for mode=proxy alone")
+    if isinstance(request, Mode):
+        for key in ("timeout", "errno", "exempt"):
+            if getattr(request, key) not in (None, ()) and request.mode != "stub":
+                raise BadRequest(f"cannot read the mode request: key {key} is for mode=stub alone")
+        if request.errno is not None and request.timeout is None:
+            raise BadRequest("cannot read the mode request: key errno is for a timeout", "give both")
     if isinstance(request, Mount) and request.ns_pid is None and request.ns_list is not None:
         raise BadRequest("cannot read the mount request: key ns_pid is missing", "ns_list names its namespaces")
     if isinstance(request, Switch) and (request.source is None) == (request.device is None):
@@ -367,6 +387,15 @@ def _seconds(value: object) -> float:
     return float(value)
 
 
+def _rules(value: object) -> Tuple[Rule, ...]:
+    if not isinstance(value, list):
+        raise ValueError("must be a list of objects")
+    try:
+        return tuple(Rule.from_json(item) for item in value)
+    except StubfsError as error:
+        raise ValueError(str(error)) from error
+
+
 def _files(value: object) -> Tuple[Dict[str, Any], ...]:
     if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
         raise ValueError("must be a list of objects")
@@ -394,6 +423,9 @@ _READERS: Mapping[str, Callable[[object], object]] = {
     "force": _flag,
     "unmount": _flag,
     "files": _files,
+    "errno": errno_number,
+    "exempt": pids_tuple,
+    "rules": _rules,
 }
 
 

@@ -194,6 +194,17 @@ class Rule:
         """Only what is given."""
         return {name: value for name, value in asdict(self).items() if value not in (None, ())}
 
+    def __str__(self) -> str:
+        """What parse() takes."""
+        values = self.as_json()
+        words = [values.pop("action")]
+        if "errno" in values:
+            values["errno"] = errno_module.errorcode.get(values["errno"], values["errno"])
+        for name, value in values.items():
+            listed = isinstance(value, (list, tuple))
+            words.append(shlex.quote(f"{name}={','.join(map(str, value)) if listed else value}"))
+        return " ".join(words)
+
     @classmethod
     def parse(cls, text: str) -> "Rule":
         """The form of the command line: ``ACTION key=value ...``, lists with commas, quotes as in a shell."""

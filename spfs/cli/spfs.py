@@ -15,6 +15,7 @@ from spfs.cli.arguments import Parser
 from spfs.client import ManagerClient, RequestFailed, find_manager
 from spfs.errors import SpfsError, UsageError, reason
 from stubfs.errors import StubfsError
+from stubfs.rules import Rule
 
 DESCRIPTION = """\
 A delayed mount is a stand-in for a network mount that cannot be there yet. It is mounted in restore mode (files can
@@ -79,6 +80,21 @@ def parser() -> argparse.ArgumentParser:
     _whom(mode)
     mode.add_argument("--proxy-dir", metavar="DIR", help="with proxy: where requests go to")
     mode.add_argument("--ns-pid", type=int, metavar="PID", help="look --proxy-dir up in this process's mount namespace")
+
+    mode.add_argument("--timeout", type=float, metavar="SECONDS", help="stub: an error for whoever waits so long")
+    mode.add_argument("--errno", metavar="NAME", help="stub: which one (default: EIO)")
+    mode.add_argument(
+        "--exempt", type=int, metavar="PID", action="append", default=[],
+        help="stub: serve this process as before; may be repeated",
+    )  # fmt: skip
+
+    rules = add("rules", _rules, "serve, hold, fail or delay some requests in every mode, or show the rules")
+    _whom(rules)
+    rules.add_argument(
+        "--rule", metavar="RULE", action="append", default=[],
+        help="in place of those before: ACTION key=value ..., see stubfs --help; may be repeated",
+    )  # fmt: skip
+    rules.add_argument("--none", action="store_true", help="end all rules")
 
     replace = add("replace", _replace, "replace the stand-in by the real file system, or let go what was asked before")
     _whom(replace)
@@ -171,8 +187,22 @@ def _mount(options: argparse.Namespace, client: ManagerClient) -> None:
 
 
 def _mode(options: argparse.Namespace, client: ManagerClient) -> None:
-    changed = client.mode(options.mode, _chosen(options), proxy_dir=options.proxy_dir, ns_pid=options.ns_pid)
+    changed = client.mode(
+        options.mode, _chosen(options), proxy_dir=options.proxy_dir, ns_pid=options.ns_pid,
+        timeout=options.timeout, errno=options.errno, exempt=options.exempt,
+    )  # fmt: skip
     _print(options, {"mode": options.mode, "mounts": changed})
+
+
+def _rules(options: argparse.Namespace, client: ManagerClient) -> None:
+    id = _chosen(options)
+    if options.rule and options.none:
+        raise UsageError("cannot set the rules: --rule and --none contradict each other")
+    if options.rule or options.none:
+        _print(options, {"mounts": client.set_rules([Rule.parse(text) for text in options.rule], id)})
+        return
+    found = {mount: [rule.as_json() for rule in rules] for mount, rules in client.rules(id).items()}
+    _print(options, found, tables.rules)
 
 
 def _replace(options: argparse.Namespace, client: ManagerClient) -> None:

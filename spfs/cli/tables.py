@@ -1,4 +1,4 @@
-"""What the answers of a manager look like to people. rich is imported only when something is shown."""
+"""What the answers of a manager look like to people: aligned columns, a line each."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import time
 from typing import Any, List, Mapping, Sequence
 
 from stubfs.errors import printable
+from stubfs.rules import Rule
 
 _COMMAND_WIDTH = 60  # characters of a command line
 
@@ -87,6 +88,14 @@ def held(entries: Sequence[Mapping[str, Any]]) -> None:
     _show(["ID", "PID", "COMMAND", "OPERATION", "PATH", "UID", "AGE"], rows)
 
 
+def rules(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
+    rows = [[mount, str(Rule.from_json(rule))] for mount, rules in found.items() for rule in rules]
+    if not rows:
+        print("no rules")
+        return
+    _show(["ID", "RULE"], rows)
+
+
 def command_line(pid: int, name: str) -> str:
     """How the process was called, cut where it is long; its ``name`` if that cannot be told."""
     import psutil
@@ -155,20 +164,17 @@ def _seconds(seconds: float) -> str:
 
 
 def _show(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
+    # rich's tables take seconds for thousands of rows; how wide a terminal shows a text is all that we need of it.
+    from rich.cells import cell_len
 
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for column in columns:
-        table.add_column(column, overflow="fold")
-    for row in rows:
-        # Text: names may hold what rich would take for markup.
-        table.add_row(*(Text(printable(cell)) for cell in row))
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=250)  # for grep: one line each
-    console.print(table)
+    cells = [list(columns), *([printable(cell) for cell in row] for row in rows)]
+    lengths = [[cell_len(cell) for cell in row] for row in cells]
+    widths = [max(column) for column in zip(*lengths)]
+    lines = []
+    for row, sizes in zip(cells, lengths):
+        padded = (cell + " " * (width - size) for cell, size, width in zip(row, sizes, widths))
+        lines.append("  ".join(padded).rstrip())
+    print("\n".join(lines))
 
 
 def planned(mounts: Sequence[Any]) -> None:

@@ -23,6 +23,7 @@ from manager_kit import ENVIRONMENT, Manager, alive, end, manager_in, reading
 from spfs.client import ManagerClient
 from spfs.errors import SpfsError
 from spfs.testing import process_state, wait_until
+from stubfs.rules import Rule
 
 pytestmark = [pytest.mark.needs_root, pytest.mark.needs_fuse]
 
@@ -92,6 +93,26 @@ def test_the_modes(manager: Manager, mnt: Path, tmp_path: Path) -> None:
         client.mode("proxy", "a", proxy_dir=str(real))
         assert reader.communicate(timeout=10)[0] == b"real"
     assert manager.row("a")["mode"] == "proxy"
+
+
+def test_options_of_stub_mode_and_rules(manager: Manager, mnt: Path) -> None:
+    client = manager.client()
+    client.mount("a", str(mnt))
+    (mnt / "file").write_text("x")
+    client.mode("stub", "a", timeout=0.1, errno="ENODATA", exempt=[os.getpid()])
+    assert (mnt / "file").read_text() == "x"
+    with reading(mnt / "file") as reader:
+        assert os.strerror(errno.ENODATA).encode() in reader.communicate(timeout=10)[1]
+    assert client.set_rules([Rule("fail", operations=["unlink"])], "a") == ["a"]
+    assert client.rules() == {"a": [Rule("fail", operations=["unlink"])]}
+    with refused(errno.ESRCH, "cannot change the mode"):
+        client.mode("stub", "a", exempt=[2**22])
+    assert (mnt / "file").read_text() == "x", "nothing has changed"
+    client.mode("restore", "a")
+    with pytest.raises(OSError, match=os.strerror(errno.EIO)):
+        (mnt / "file").unlink()
+    client.set_rules([])
+    (mnt / "file").unlink()
 
 
 def test_a_forced_unmount_lets_those_who_wait_go_with_an_error(manager: Manager, mnt: Path) -> None:

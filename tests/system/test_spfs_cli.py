@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -70,6 +71,26 @@ def test_a_delayed_mount_by_hand(manager: Manager, mnt: Path) -> None:
     assert not alive(pid)
 
 
+def test_rules_and_options_of_stub_mode(manager: Manager, mnt: Path) -> None:
+    spfs(manager, "mount", "data", str(mnt))
+    assert "no rules" in spfs(manager, "rules", "data")
+    spfs(manager, "rules", "data", "--rule", "fail operations=mkdir errno=ENOSPC", "--rule", "serve path='a b'")
+    assert spfs(manager, "rules", "--all").split("\n")[1:3] == [
+        "data  fail operations=mkdir errno=ENOSPC", "data  serve 'path=a b'",
+    ]  # fmt: skip
+    with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)):
+        (mnt / "d").mkdir()
+    assert json.loads(spfs(manager, "rules", "data", "--json"))["data"][1] == {"action": "serve", "path": "a b"}
+    spfs(manager, "rules", "data", "--none")
+    (mnt / "d").mkdir()
+    spfs(manager, "mode", "stub", "data", "--timeout", "0.1", "--errno", "ENODATA", "--exempt", str(os.getpid()))
+    assert os.listdir(mnt) == ["d"]
+    with reading(mnt / "d/file") as reader:
+        assert os.strerror(errno.ENODATA).encode() in reader.communicate(timeout=10)[1]
+    assert "fsink is none" in spfs(manager, "rules", "data", "--rule", "hold operations=fsink", code=2)
+    assert "timeout is for mode=stub alone" in spfs(manager, "mode", "restore", "data", "--timeout", "5", code=1)
+
+
 def test_everything_as_json(manager: Manager, mnt: Path) -> None:
     def answer(*arguments: str) -> Any:
         return json.loads(spfs(manager, *arguments, "--json"))
@@ -100,7 +121,7 @@ def test_exit_codes_and_hints(manager: Manager, mnt: Path) -> None:
     assert done.returncode == 1 and json.loads(done.stdout)["replace"]["phase"] == "aborted"
 
 
-COMMANDS = ["status", "held", "mount", "mode", "replace", "wait", "abort", "unmount", "shutdown"]
+COMMANDS = ["status", "held", "mount", "mode", "rules", "replace", "wait", "abort", "unmount", "shutdown"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -12,7 +12,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from spfs import protocol
-from spfs.protocol import BadRequest, Begin, Mode, Mount, Replace, Switch, parse
+from spfs.protocol import BadRequest, Begin, Mode, Mount, Replace, Rules, Switch, parse
+from stubfs.rules import Rule
 
 # What existing clients send: the packet, and what it means.
 KNOWN = [
@@ -219,3 +220,34 @@ def test_a_reply_is_four_bytes_and_json() -> None:
 
 def test_an_error_is_never_status_zero() -> None:
     assert protocol.error_reply("x", "", 0).status == -errno.EIO
+
+
+def test_options_of_stub_mode_and_rules() -> None:
+    options = b'"timeout": 5, "errno": "EIO", "exempt": [7]'
+    assert parse(b'{"command": "mode", "mode": "stub", "all": true, ' + options + b"}") == Mode(
+        "stub", timeout=5.0, errno=errno.EIO, exempt=(7,)
+    )
+    rules = b'[{"action": "fail", "operations": ["read"], "errno": "ENODATA"}]'
+    assert parse(b'{"command": "rules", "id": "a", "rules": ' + rules + b"}") == Rules(
+        "a", (Rule("fail", operations=["read"], errno=errno.ENODATA),)
+    )
+    assert parse(b'{"command": "rules", "all": true}') == Rules()
+
+
+@pytest.mark.parametrize(
+    "packet, words",
+    [
+        (b"mode;all;mode=stub;timeout=5", "unknown key 'timeout'"),
+        (b'{"command": "mode", "mode": "restore", "id": "a", "timeout": 5}', "timeout is for mode=stub alone"),
+        (b'{"command": "mode", "mode": "stub", "id": "a", "errno": "EIO"}', "errno is for a timeout"),
+        (b'{"command": "mode", "mode": "stub", "id": "a", "timeout": 5, "errno": 512}', "from 1 to 511"),
+        (b'{"command": "mode", "mode": "stub", "id": "a", "exempt": [0]}', "list of process ids"),
+        (b'{"command": "rules", "id": "a", "rules": {}}', "list of objects"),
+        (b'{"command": "rules", "id": "a", "rules": [{"action": "stop"}]}', "no such action"),
+        (b'{"command": "rules", "rules": []}', "key id is missing"),
+    ],
+)
+def test_bad_options_and_rules(packet: bytes, words: str) -> None:
+    with pytest.raises(BadRequest) as caught:
+        parse(packet)
+    assert words in str(caught.value)

@@ -147,7 +147,7 @@ class TestForms:
     )
     def test_text_and_json(self, text: str, rule: Rule) -> None:
         assert Rule.parse(text) == rule
-        assert Rule.from_json(rule.as_json()) == rule
+        assert Rule.from_json(rule.as_json()) == rule and Rule.parse(str(rule)) == rule
 
     @pytest.mark.parametrize(
         "text, why",
