@@ -250,11 +250,24 @@ def _check_unused(managed: Managed) -> None:
         )
 
 
-def count_instances(context: Context, managed: Managed, target: Target) -> None:
-    """Deliver ``instances``: in how many places the mount still is. For when its process has ended."""
+def look_after_end(context: Context, managed: Managed, target: Target) -> None:
+    """For when its process has ended. Delivers ``instances``: in how many places the mount still is, and ``root``:
+    device and inode number of the directory that is on its path now (None: there is none)."""
     from spfs import mounts
+    from spfs.linux import statx
 
-    context.deliver({"instances": len(mounts.instances(managed.device, [target], managed.source or None))})
+    found = len(mounts.instances(managed.device, [target], managed.source or None))
+    root = None
+    if not found:
+        try:
+            fd = mounts.open_root(target, managed.mountpoint, END_TIMEOUT)
+        except OSError:
+            pass  # who was to be replaced there is gone, and so is the place
+        else:
+            there = statx.examine("", fd, statx.AT_EMPTY_PATH)
+            root = [there.device, there.inode]
+            os.close(fd)
+    context.deliver({"instances": found, "root": root})
 
 
 def take_over(

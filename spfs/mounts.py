@@ -19,7 +19,9 @@ from spfs.mountswitch import PreparedSwitch, SwitchOutcome, prepare_switch
 from spfs.nschild import Answer
 from spfs.target import Target
 
-__all__ = ["Instance", "PreparedSwitch", "SwitchOutcome", "attach", "instances", "prepare_switch", "unmount"]
+__all__ = [
+    "Instance", "PreparedSwitch", "SwitchOutcome", "attach", "instances", "open_root", "prepare_switch", "unmount"
+]  # fmt: skip
 
 _TIMEOUT = 30.0  # seconds; a path to a mountpoint may lead over file systems that hang
 
@@ -42,6 +44,16 @@ def attach(mount_fd: int, target: Target, path: str, timeout: float = _TIMEOUT) 
         nschild.run(move, target, ("mnt",), timeout).close()
     except OSError as error:
         raise _not_attached(path, target, error) from error
+
+
+def open_root(target: Target, path: str, timeout: float = _TIMEOUT) -> int:
+    """O_PATH of directory ``path`` as the target sees it, the caller's; no request to what is mounted just there."""
+
+    def work() -> Answer:
+        return None, [os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)]
+
+    with nschild.run(work, target, ("mnt",), timeout) as result:
+        return result.steal()
 
 
 def _not_attached(path: str, target: Target, error: OSError) -> SpfsError:

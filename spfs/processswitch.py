@@ -18,6 +18,7 @@ from spfs.freezer import Freezer, open_freezer
 from spfs.instances import Instance, instances, pin_namespace
 from spfs.linknames import LinkNames
 from spfs.linux import mountapi, statx
+from spfs.mounts import open_root
 from spfs.nschild import Answer
 from spfs.references import HeldReference, MountRoot
 from spfs.surgery.selection import Everybody, Family, Members
@@ -134,14 +135,8 @@ def _source(place: Target, path: str) -> Tuple[int, List[Instance], str]:
 
 
 def _open(place: Target, path: str) -> int:
-    """The directory ``path`` as the target sees it, O_PATH; the caller's."""
-
-    def work() -> Answer:
-        return None, [os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)]
-
     try:
-        with nschild.run(work, place, ("mnt",), TIMEOUT) as result:
-            return result.steal()
+        return open_root(place, path)
     except OSError as error:
         raise SpfsError(
             f"cannot switch: {path} in {place.describe()}: {reason(error)}",

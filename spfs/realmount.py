@@ -46,20 +46,22 @@ def make(
     timeout: Optional[float] = None,
     *,
     user_namespace: bool = False,
+    helper_directory: Optional[str] = None,
 ) -> int:
     """The fd of a new detached mount's root; the caller's. One attempt, of at most ``timeout`` seconds.
 
     Kernel file systems are mounted in ``target``'s network and mount namespaces and root; in its user namespace if
     ``user_namespace`` and the type allows that. Mount helpers are *our* programs, so they see our root, with the
     target's network. OSError as mount(2), a helper's failure as an errno that fits with its words as strerror;
-    SpfsError for what cannot be asked for; TimeoutError after ``timeout``.
+    SpfsError for what cannot be asked for; TimeoutError after ``timeout``. ``helper_directory``: made for a helper to
+    mount on and removed again; who gives it can remove it, too, should we be killed (None: a temporary one).
     """
     wanted = MountOptions.parse(flags, options)
     if wanted.bind:
         return _in_child(lambda: (None, [_bind(source, wanted)]), target, ("mnt",), timeout)
     helper = _helper(fstype)
     if helper and not wanted.has(*_KERNEL_OPTIONS):
-        return _with_helper(helper, source, fstype, wanted, target, timeout)
+        return _with_helper(helper, source, fstype, wanted, target, timeout, helper_directory)
     if fstype.startswith(("fuse.", "fuseblk.")) and not wanted.has("fd"):
         raise SpfsError(
             f"cannot mount {source}: type {fstype}: there is no /sbin/mount.fuse to start its program",
@@ -98,15 +100,25 @@ def _helper(fstype: str) -> Optional[str]:
 
 
 def _with_helper(
-    helper: str, source: str, fstype: str, wanted: MountOptions, target: Target, timeout: Optional[float]
+    helper: str,
+    source: str,
+    fstype: str,
+    wanted: MountOptions,
+    target: Target,
+    timeout: Optional[float],
+    directory: Optional[str],
 ) -> int:
     # Made and removed by us: the child may be killed, and helpers want a path that they can resolve. Mounted on is it
     # only in the child's mount namespace.
-    directory = tempfile.mkdtemp(prefix="spfs-mount-")
+    if directory is None:
+        directory = tempfile.mkdtemp(prefix="spfs-mount-")
+    else:
+        os.makedirs(directory, 0o700, exist_ok=True)  # there already: its maker was killed
+    place = directory
     try:
-        return _in_child(lambda: _by_helper(helper, source, fstype, wanted, directory), target, ("net",), timeout)
+        return _in_child(lambda: _by_helper(helper, source, fstype, wanted, place), target, ("net",), timeout)
     finally:
-        os.rmdir(directory)
+        os.rmdir(place)
 
 
 def _in_child(work: Callable[[], Answer], target: Target, join: Tuple[str, ...], timeout: Optional[float]) -> int:

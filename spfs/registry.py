@@ -11,7 +11,7 @@ import errno
 import time
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any, Dict, Iterator, List, Mapping, Optional
+from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence
 
 from spfs import protocol
 from spfs.errors import SpfsError
@@ -292,6 +292,21 @@ class Registry:
         wanted = _wanted(managed)
         wanted.phase, wanted.report, wanted.error, wanted.job = phase, report, error, None
         wanted.since = time.time()
+
+    def was_replaced(self, managed: Managed, root: Optional[Sequence[int]]) -> bool:
+        """The file system has ended and is mounted nowhere: because it was replaced? ``root``: device and inode number
+        of what is on its path. A replace whose process was killed when all was done is known by that."""
+        wanted = managed.replacement
+        if wanted is None or wanted.phase is Phase.DONE:
+            return wanted is not None
+        meant = next((stage["root"] for stage in wanted.stages if stage["stage"] == "proxy" and "root" in stage), None)
+        if root is None or meant is None or list(root) != list(meant):
+            return False
+        if wanted.phase in PENDING:
+            note = "the process that replaced it was killed when all was done: what it moved is not known"
+            report = {"left": [], "mounts_left": [], "ended": True, "notes": [note]}
+            self.replace_ended(managed, Phase.DONE, report, None)
+        return True
 
 
 def check_usable(managed: Managed) -> None:

@@ -14,14 +14,13 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Callable, Dict, Iterable, Iterator, List, Optional, Set, Tuple
 
-from spfs import mounts, nschild, realmount
-from spfs.errors import SpfsError
+from spfs import mounts, realmount
+from spfs.errors import SpfsError, reason
 from spfs.freezer import Freezer, open_freezer
 from spfs.instances import Instance
 from spfs.linux import procfs, statx
 from spfs.linux.mountapi import MS
 from spfs.mountswitch import PreparedSwitch, SwitchOutcome, prepare_switch
-from spfs.nschild import Answer
 from spfs.processes import has_ended
 from spfs.realmount import Attempt, Retry, RetryPolicy
 from spfs.references import MountRoot
@@ -46,6 +45,7 @@ class ReplaceRequest:
     """What to mount in the file system's place: ``source``, ``fstype``, ``flags``, ``options`` as in mount(2).
 
     ``wait_for_tracers``: begin when no process of the cgroup is traced any more, as a restorer does until it is done.
+    ``helper_directory``: see ``realmount.make``.
     """
 
     source: str
@@ -57,6 +57,7 @@ class ReplaceRequest:
     strict: bool = False
     timeout: Optional[float] = None  # seconds to go on trying the real mount; None: until it is there
     wait_for_tracers: bool = False
+    helper_directory: Optional[str] = None
 
 
 @dataclass(frozen=True)
@@ -125,6 +126,7 @@ class _Step:
         self._progress = progress
         self._ended = ended
         self._proxied = False
+        self._bare = False  # nothing is mounted on the path
         self._late: Set[int] = set()  # old mounts whose new root was known only after the switch
         self.notes: List[str] = []
 
@@ -151,10 +153,7 @@ class _Step:
         self._note_missing_bindmounts(found)
         with ExitStack() as stack:
             if not found:
-                there = _on_path(self._filesystem, self._real_fd)
-                if there is not None:
-                    stack.callback(os.close, there)
-                    self._root_fd = there
+                self._look_at_the_path(stack)
             prepared = stack.enter_context(
                 prepare_switch(found, self._real_fd, [self._filesystem.target])
             )
@@ -193,6 +192,25 @@ class _Step:
             left = self._mounts_of_latecomers(outcomes[0]) if found else []
             return report, outcomes[0], left
 
+    def _look_at_the_path(self, stack: ExitStack) -> None:
+        """For a file system that is on no path any more: what is on its path?"""
+        filesystem = self._filesystem
+        try:
+            there = mounts.open_root(filesystem.target, filesystem.mountpoint, PATH_TIMEOUT)
+        except OSError as error:
+            self.notes.append(f"{filesystem.mountpoint}: nothing can be mounted there: {reason(error)}")
+            return
+        stack.callback(os.close, there)
+        if _is_same(there, self._real_fd):
+            # An earlier replace has put it there. What was left then must come to that mount: on another one of the
+            # same file system its paths would be unreachable.
+            self._root_fd = there
+        elif statx.is_mount_root(there):
+            self.notes.append(f"{filesystem.mountpoint}: something else is mounted there, and stays")
+        else:
+            # Somebody has unmounted it, or an earlier replace was killed just then (see ``mountworker._exchange``).
+            self._bare = True
+
     def _switch(self, prepared: PreparedSwitch) -> Switch:
         # References on a mount that was unmounted lazily are on none of the mounts found: any root will do for them.
         default = MountRoot(self._root_fd)
@@ -213,7 +231,13 @@ class _Step:
             # Also if it was proxy before, to what an earlier replace or somebody else had named.
             self._client.mode("proxy", self._root_fd)
             self._proxied = True
-            self._progress("proxy", {})
+            # Where the real file system's root can be told from others' by a later manager, if we should be killed.
+            root = statx.examine("", self._root_fd, statx.AT_EMPTY_PATH)
+            self._progress("proxy", {"root": [root.device, root.inode]})
+        if self._bare:
+            mounts.attach(self._real_fd, self._filesystem.target, self._filesystem.mountpoint)
+            self._bare = False
+            self.notes.append(f"{self._filesystem.mountpoint}: nothing was mounted there any more; now it is")
         prepared.prepare_nested()
 
     def _mounts_of_latecomers(self, outcome: SwitchOutcome) -> List[Tuple[Instance, str]]:
@@ -243,24 +267,10 @@ class _Step:
                 self.notes.append(f"bind mount {path}: the file system is not mounted there")
 
 
-def _on_path(filesystem: MountedFilesystem, real_fd: int) -> Optional[int]:
-    """The root of the mount on the path, if an earlier replace has put just this file system there; the caller's.
-
-    What was left then must come to that mount: on another one of the same file system its paths would be unreachable.
-    """
-
-    def work() -> Answer:
-        return None, [os.open(filesystem.mountpoint, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)]
-
-    try:
-        there = nschild.run(work, filesystem.target, ("mnt",), PATH_TIMEOUT).steal()
-    except OSError:
-        return None  # nothing is there
-    found, wanted = (statx.examine("", fd, statx.AT_EMPTY_PATH) for fd in (there, real_fd))
-    if (found.device, found.inode) == (wanted.device, wanted.inode):
-        return there
-    os.close(there)
-    return None
+def _is_same(first: int, second: int) -> bool:
+    """Are the two descriptors of the same directory?"""
+    one, other = (statx.examine("", fd, statx.AT_EMPTY_PATH) for fd in (first, second))
+    return (one.device, one.inode) == (other.device, other.inode)
 
 
 class _Names:
@@ -338,7 +348,15 @@ def _real_mount(request: ReplaceRequest, target: Target, progress: Progress) -> 
         progress("mounting", {**details, "next": failed.next})
 
     def attempt(timeout: Optional[float]) -> int:
-        return realmount.make(request.source, request.fstype, request.flags, request.options, target, timeout)
+        return realmount.make(
+            request.source,
+            request.fstype,
+            request.flags,
+            request.options,
+            target,
+            timeout,
+            helper_directory=request.helper_directory,
+        )
 
     # A directory that is to be bound there can be late, too: it is not there yet, as a server that does not answer yet.
     bind = request.flags & MS.BIND

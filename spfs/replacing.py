@@ -71,6 +71,7 @@ class Replaces(MountWork):
                     strict=request.strict,
                     timeout=request.timeout,
                     wait_for_tracers=not wanted.released,
+                    helper_directory=self._work.file(helper_directory(managed)),
                 ),
                 step.MountedFilesystem(
                     id=managed.id,
@@ -113,6 +114,8 @@ class Replaces(MountWork):
         begun = next((stage for stage in wanted.stages if stage["stage"] == "begun"), {})
         if outcome.died and wanted.request.freeze_cgroup is not None and not begun.get("frozen_before"):
             self._thaw(wanted.request.freeze_cgroup)
+        if outcome.died:
+            self._work.forget_directory(helper_directory(managed))
         if outcome.error is None:
             log.info("mount %s: replaced", managed.id)
             self.registry.replace_ended(managed, Phase.DONE, outcome.value, None)
@@ -217,6 +220,11 @@ def error_data(error: StubfsError) -> Dict[str, Any]:
 
 def result_file(managed: Managed) -> str:
     return f"{managed.name}.result"
+
+
+def helper_directory(managed: Managed) -> str:
+    """For a mount helper to mount on; only there while one works, or when its job was killed."""
+    return f"{managed.name}.real"
 
 
 def _no_namespace(managed: Managed) -> SpfsError:

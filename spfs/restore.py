@@ -248,6 +248,7 @@ class Restore:
     def __init__(self, client: ManagerClient) -> None:
         """The client is ours from now on."""
         self.client = client
+        self.request_replace = client.replace  # "request": it is accepted, and goes on by itself
 
     @classmethod
     def start(cls, work_dir: str, socket_path: Optional[str] = None) -> "Restore":
@@ -297,23 +298,6 @@ class Restore:
             create_files(directory, files)
         finally:
             os.close(directory)
-
-    def request_replace(
-        self,
-        id: str,
-        source: str,
-        fstype: str,
-        flags: int = 0,
-        options: str = "",
-        *,
-        bindmounts: Iterable[str] = (),
-        freeze_cgroup: Optional[str] = None,
-        begin: Optional[str] = None,
-    ) -> None:
-        """Ask for the real mount; see ManagerClient.replace for ``begin``."""
-        self.client.replace(
-            id, source, fstype, flags, options, bindmounts=bindmounts, freeze_cgroup=freeze_cgroup, begin=begin
-        )
 
     def mode(self, mode: str, id: Optional[str] = None) -> None:
         self.client.mode(mode, id)

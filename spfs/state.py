@@ -130,6 +130,15 @@ class WorkDirectory:
             except FileNotFoundError:
                 pass
 
+    def forget_directory(self, name: str) -> None:
+        """Remove the empty directory ``name``, if there is one."""
+        try:
+            os.rmdir(self.file(name))
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            log.error("cannot remove %s: %s", self.file(name), reason(error))
+
     def _is_empty_log(self, name: str) -> bool:
         return name.endswith(".log") and os.lstat(self.file(name)).st_size == 0
 

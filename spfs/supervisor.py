@@ -19,7 +19,7 @@ from spfs.modechange import ModeChanges
 from spfs.mountwork import Done, Running
 from spfs.processes import open_process
 from spfs.registry import Managed, Phase, State
-from spfs.replacing import result_file
+from spfs.replacing import helper_directory, result_file
 from spfs.target import Target, members
 from spfs.targetpacket import unpack_target
 from stubfs.errors import StubfsError
@@ -190,11 +190,11 @@ class Supervisor(ModeChanges):
         def work(context: Context) -> None:
             from spfs import filesystem
 
-            filesystem.count_instances(context, managed, target)
+            filesystem.look_after_end(context, managed, target)
 
         def ended(outcome: Outcome) -> None:
             if outcome.error is None and outcome.value["instances"] == 0:
-                replaced = managed.replacement is not None and managed.replacement.phase is Phase.DONE
+                replaced = self.registry.was_replaced(managed, outcome.value["root"])
                 return self._gone(managed, "replaced" if replaced else "unmounted")
             (code,) = running.ended or (None,)
             how = "" if code is None else f" (signal {-code})" if code < 0 else f" (exit code {code})"
@@ -234,6 +234,7 @@ class Supervisor(ModeChanges):
         if self._log_dir is None:
             names.append(os.path.basename(self._log_file(managed)))
         self._work.forget(*names, *([] if keep_record else [f"{managed.name}.json"]))
+        self._work.forget_directory(helper_directory(managed))
         for waiter in running.waiters:
             waiter()
 
@@ -352,6 +353,7 @@ class Supervisor(ModeChanges):
         if not outcome.died and not outcome.cancelled:
             self._replace_ended(managed, outcome)
         else:
+            self._work.forget_directory(helper_directory(managed))
             self.registry.replace_ended(managed, Phase.WAITING, None, None)
             wanted.released = True
         thaw = wanted.request.freeze_cgroup if outcome.died and not begun.get("frozen_before") else None

@@ -46,7 +46,11 @@ def process_state(pid: int) -> str:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What can be left behind: marked processes, mounts below a directory, frozen cgroups, our own fds."""
+    """What can be left behind: processes, mounts below a directory, frozen cgroups, our own fds.
+
+    Processes count that are marked, and those that have the directory's name in their command line: mount helpers run
+    in an environment of their own.
+    """
 
     processes: Dict[int, str] = field(default_factory=dict)
     mounts: FrozenSet[str] = frozenset()
@@ -65,19 +69,23 @@ class Snapshot:
 def snapshot(below: str, mark: Optional[str] = None, cgroups: Callable[[], List[str]] = list) -> Snapshot:
     """The present state; ``below``: directory whose mounts count; ``mark``: value of MARK; ``cgroups``: their paths."""
     return Snapshot(
-        processes=_marked_processes(mark) if mark else {},
+        processes=_processes(below, mark) if mark else {},
         mounts=frozenset(_mounts_below(below)),
         frozen=frozenset(path for path in cgroups() if _is_frozen(path)),
         fds=frozenset(_own_fds()),
     )
 
 
-def _marked_processes(mark: str) -> Dict[int, str]:
+def _processes(below: str, mark: str) -> Dict[int, str]:
     found = {}
+    ours = {os.getpid(), os.getppid()}  # pytest, which can have been told the directory
     for process in psutil.process_iter():
         try:
-            if process.pid != os.getpid() and process.environ().get(MARK) == mark:
-                found[process.pid] = f"{process.status()} {' '.join(process.cmdline())}"
+            if process.pid in ours:
+                continue
+            words = process.cmdline()
+            if process.environ().get(MARK) == mark or any(word.startswith(below) for word in words):
+                found[process.pid] = f"{process.status()} {' '.join(words)}"
         except psutil.Error:
             continue  # it ended meanwhile, or is a kernel thread
     return found

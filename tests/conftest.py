@@ -10,7 +10,7 @@ from typing import Iterator
 
 import pytest
 
-from spfs import features
+from spfs import features, workshop
 from spfs.testing import MARK, Snapshot, snapshot, wait_until
 
 RUN = uuid.uuid4().hex
@@ -28,6 +28,10 @@ MARKERS = {
 
 def pytest_configure(config: pytest.Config) -> None:
     os.environ[MARK] = RUN  # inherited by every process that a test starts
+    if features.probe("root").available:
+        # Whoever clones the mount namespace of a test, for a container, say, or in other tests that run at the same
+        # time, gets copies of the mounts that are there just then, and keeps their file systems alive.
+        workshop.private_namespace()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

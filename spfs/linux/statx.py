@@ -24,6 +24,7 @@ MASK = STATX_BASIC_STATS | STATX_MNT_ID
 
 SIZE = 256  # of struct statx
 DEVICE_WORDS = (34, 35)  # major and minor, as 32-bit words of the structure
+_MOUNT_ROOT = 0x2000  # STATX_ATTR_MOUNT_ROOT, since Linux 5.8
 _LAYOUT = struct.Struct("<28xHxx Q Q 88x II Q")  # mode, ino, size; 136: device; 144: mount id
 
 _statx = bind("statx", ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_uint, ctypes.c_void_p)
@@ -50,3 +51,11 @@ def examine(path: str, dirfd: int = AT_FDCWD, flags: int = 0) -> Object:
     buffer = ctypes.create_string_buffer(SIZE)
     _statx(dirfd, os.fsencode(path), AT_STATX_DONT_SYNC | flags, MASK, ctypes.addressof(buffer))
     return decode(buffer.raw)
+
+
+def is_mount_root(fd: int) -> bool:
+    """Is the directory ``fd`` the root of a mount?"""
+    buffer = ctypes.create_string_buffer(SIZE)
+    _statx(fd, b"", AT_STATX_DONT_SYNC | AT_EMPTY_PATH, MASK, ctypes.addressof(buffer))
+    (attributes,) = struct.unpack_from("<Q", buffer.raw, 8)
+    return bool(attributes & _MOUNT_ROOT)

@@ -41,8 +41,9 @@ PAUSES = ("begun", "prepared", "proxy", "frozen", "stopped", "exchanged", "opera
 # The manager with a replace step that waits at one point, each time it gets there, until it is told to go on. The
 # point is reached when somebody reads the first fifo, and is left when somebody has written to the second.
 PAUSED = """
-import os, select, sys
+import errno, os, select, sys
 from spfs import freezer, jobs, mountswitch
+from spfs.linux import mountapi
 from spfs.surgery import scheduler
 
 where, directory = sys.argv.pop(1), sys.argv.pop(1)
@@ -83,6 +84,14 @@ after(freezer.FreezerV2, "freeze", "frozen")
 before(mountswitch.PreparedSwitch, "commit", "stopped")
 after(mountswitch.PreparedSwitch, "commit", "exchanged")
 after(scheduler, "run", "operated")
+if where == "bare":
+    # As before Linux 6.5: between the umount of the old and the move of the new one, nothing is on the path.
+    def refuse(mount_fd, dirfd, path="", flags=0, real=mountapi.move_mount):
+        if flags & mountapi.MoveMount.BENEATH:
+            raise OSError(errno.ENOSYS, "Function not implemented")
+        real(mount_fd, dirfd, path, flags)
+    mountapi.move_mount = refuse
+    after(mountapi, "umount2", "bare")
 from spfs.cli import manager
 manager.main()
 """

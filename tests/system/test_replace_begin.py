@@ -168,7 +168,8 @@ def helpers(place: Path) -> List[int]:
     return found
 
 
-def test_a_mount_helper_ends_with_the_job_that_is_killed(slow: Scene, tmp_path: Path) -> None:
+@pytest.mark.parametrize("with_manager", [False, True])
+def test_a_mount_helper_ends_with_the_job_that_is_killed(slow: Scene, tmp_path: Path, with_manager: bool) -> None:
     slow.delay("stub", ns_pid=os.getpid(), ns_list=["mnt"])
     slow.ask(fstype="spfsslow", flags=0)
     (tmp_path / "helper/begun").read_text()
@@ -176,12 +177,21 @@ def test_a_mount_helper_ends_with_the_job_that_is_killed(slow: Scene, tmp_path: 
     job = parent(parent(helper))
     directory = Path(os.fsdecode(Path(f"/proc/{helper}/cmdline").read_bytes().split(b"\0")[3]))
     assert parent(job) == slow.manager.pid
+    if with_manager:
+        slow.manager.kill()
     os.kill(job, signal.SIGKILL)
-    with pytest.raises(SpfsError, match="was killed"):
-        slow.wait()
     wait_until(lambda: helpers(tmp_path) == [], what="the helper to end")
+    if with_manager:
+        assert directory.is_dir()
+        slow.manager.start()
+        slow.client = slow.manager.client(TIMEOUT)
+        (tmp_path / "helper/begun").read_text()  # the new one goes on by itself
+        assert slow.client.abort(slow.id) == [slow.id]
+    else:
+        with pytest.raises(SpfsError, match="was killed"):
+            slow.wait()
+    assert not directory.exists()
     slow.untouched()
-    directory.rmdir()  # empty: what it was made for was mounted in a namespace that is gone
 
 
 def parent(pid: int) -> int:

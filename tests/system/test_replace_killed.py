@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import signal
+from pathlib import Path
 
 import pytest
 from manager_kit import alive, reading
@@ -12,6 +13,7 @@ from replace_kit import PAUSES, TIMEOUT, Scene, paused_at, scene
 from surgery_kit import Victim
 
 from spfs.errors import SpfsError
+from spfs.linux import procfs
 from spfs.testing import wait_until
 
 __all__ = ["scene"]
@@ -98,6 +100,72 @@ def test_the_job_and_the_manager_are_killed(scene: Scene, user: Victim) -> None:
     works(scene, user)
     scene.replaced()
     wait_until(lambda: not scene.client.status()["mounts"])
+    row = scene.row()
+    assert (row["end"], row["replace"]["phase"]) == ("replaced", "done")
+    assert row["replace"]["report"]["left"] == []
+
+
+@pytest.mark.parametrize("kind", ["v1", pytest.param("v2", marks=pytest.mark.needs_cgroup2)])
+@paused_at("frozen")
+def test_all_are_killed_and_nobody_is_started_again(scene: Scene, user: Victim, kind: str) -> None:
+    """While a cgroup is frozen, somebody is there who thaws it, whoever is killed."""
+    other = scene.victim(cwd=scene.real)
+    group = scene.cgroup(kind, user.pid, other.pid)
+    scene.ask(freeze_cgroup=group)
+    job = scene.manager.reached()
+    for pid in (scene.manager.pid, job):
+        os.kill(pid, signal.SIGKILL)
+    runs(scene)
+    assert other.run("1 + 1") == 2
+    works(scene, user)
+    scene.manager.no_more()
+    scene.manager.kill()
+    scene.manager.start()
+    scene.client = scene.manager.client(TIMEOUT)
+    assert scene.wait()["left"] == []
+    scene.replaced()
+
+
+@paused_at("frozen")
+def test_a_cgroup_that_was_frozen_before_is_given_back_frozen(scene: Scene, user: Victim) -> None:
+    group = scene.cgroup("v1", user.pid)
+    assert group is not None
+    state = Path(group, "freezer.state")
+    state.write_text("FROZEN")
+    scene.ask(freeze_cgroup=group)
+    job = scene.manager.reached()
+    os.kill(job, signal.SIGKILL)
+    wait_until(lambda: not alive(job))
+    with pytest.raises(SpfsError, match="was killed"):
+        scene.wait()
+    assert state.read_text() == "FROZEN\n"
+    scene.manager.no_more()
+    assert scene.replace(freeze_cgroup=group)["left"] == []
+    assert state.read_text() == "FROZEN\n"
+    state.write_text("THAWED")
+    works(scene, user)
+    scene.replaced()
+
+
+@paused_at("bare")
+@pytest.mark.parametrize("with_manager", [False, True])
+def test_the_job_is_killed_when_nothing_is_on_the_path(scene: Scene, user: Victim, with_manager: bool) -> None:
+    """Before Linux 6.5 there is such a moment; asked again, the real file system is put there all the same."""
+    scene.ask(freeze_cgroup=scene.cgroup("v1", user.pid))
+    helper = scene.manager.reached()
+    assert scene.types() == []
+    kill_job(scene, procfs.parse_stat(procfs.read(f"/proc/{helper}/stat")).parent, with_manager)
+    runs(scene)
+    assert user.run("os.listdir('.')") == ["file"]  # its references are as good as before
+    if with_manager:
+        report = scene.wait()
+    else:
+        with pytest.raises(SpfsError, match="was killed"):
+            scene.wait()
+        report = scene.replace()
+    assert report["left"] == [] and any("nothing was mounted there any more" in note for note in report["notes"])
+    works(scene, user)
+    scene.replaced()
 
 
 @paused_at("prepared", "stopped", "exchanged", "verified")
