@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from spfs.freezer import NoFreezer
-from spfs.references import MountRoot
+from spfs.references import MountRoot, Remains
 from spfs.switch import Switch, SwitchReport
 
 CASES: List[Tuple[int, int, float]] = [(1, 1000, 4.0), (10, 100, 5.0), (50, 10, 15.0)]  # processes, fds, ratio to reach
@@ -49,6 +49,9 @@ class _Names:
 
     def paths(self, nodes: Iterable[int]) -> Dict[int, Optional[str]]:
         return {node: self._names.get(node) for node in nodes}
+
+    def remains(self, nodes: Iterable[int]) -> Dict[int, Remains]:
+        return {}
 
 
 class Case:

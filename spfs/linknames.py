@@ -12,6 +12,7 @@ from typing import Callable, Dict, Iterable, Iterator, List, Optional, Sequence
 from spfs.instances import Instance
 from spfs.linux import procfs, statx
 from spfs.linux.statx import Object
+from spfs.references import Remains
 
 LookUp = Callable[[Instance, List[str]], List[Optional[int]]]
 """For paths beneath a mount, the inode numbers of what is there now (None: nothing, or something else's)."""
@@ -44,6 +45,9 @@ class LinkNames:
                 if inode == paths[path]:
                     names[inode] = "/".join(filter(None, [instance.root, path]))
         return names
+
+    def remains(self, nodes: Iterable[int]) -> Dict[int, Remains]:
+        return {}  # it is the processes' descriptors alone that keep them
 
     def _beneath(self, found: Object, text: str) -> Optional[str]:
         mountpoint = self._instances[found.mount_id].mountpoint.rstrip("/")

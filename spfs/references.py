@@ -32,11 +32,23 @@ class MountRoot:
         return path[len(self.prefix) + 1 :] if path.startswith(self.prefix + "/") else None
 
 
+@dataclass(frozen=True)
+class Remains:
+    """A file without a name. ``fd``: O_PATH, of whoever gets the object. ``on_target``: it is on the new file system,
+    to which the old one only passes requests on, and so is what is to be had there itself."""
+
+    fd: int
+    on_target: bool
+
+
 class Resolver(Protocol):
     """Who knows what an inode number of the old mount stands for."""
 
     def paths(self, nodes: Iterable[int]) -> Dict[int, Optional[str]]:
         """The path of each inode number, relative to the file system's root ("" = the root); None = no name left."""
+
+    def remains(self, nodes: Iterable[int]) -> Dict[int, Remains]:
+        """What the old file system itself still has of those without a name; nothing for one that knows of none."""
 
 
 class Kind(enum.Enum):

@@ -23,7 +23,7 @@ from spfs.linux.mountapi import MS
 from spfs.mountswitch import PreparedSwitch, SwitchOutcome, prepare_switch
 from spfs.processes import has_ended
 from spfs.realmount import Attempt, Retry, RetryPolicy
-from spfs.references import MountRoot
+from spfs.references import MountRoot, Remains
 from spfs.switch import Switch, SwitchReport
 from spfs.target import Target
 from stubfs.client import FilesystemClient
@@ -281,6 +281,10 @@ class _Names:
 
     def paths(self, nodes: Iterable[int]) -> Dict[int, Optional[str]]:
         return self._client.nodes(nodes)
+
+    def remains(self, nodes: Iterable[int]) -> Dict[int, Remains]:
+        found = self._client.remains(nodes)
+        return {node: Remains(fd, on_target=not in_staging) for node, (fd, in_staging) in found.items()}
 
 
 class _Ended:

@@ -176,6 +176,7 @@ class Switch:
     def _round(self, when_stopped: Callable[[], None], cancelled: threading.Event) -> None:
         census = self._census
         processes = list(census.processes.values())
+        census.rehearse()
         comparison = Comparison(processes, self._device, census.locks)
         operations = execution.plan(processes, census.kinds, self._gadgets)
         bell = Bell()

@@ -147,6 +147,20 @@ class FilesystemClient:
         """node -> path relative to the root, None for one that has no name any more or is not known."""
         return {number: path for number, path in self._ask("nodes", nodes=list(numbers))["nodes"]}
 
+    def remains(self, numbers: Iterable[int]) -> Dict[int, Tuple[int, bool]]:
+        """For nodes without a name of which something is left: an O_PATH fd of it, which the caller closes, and
+        whether it is in the staging directory (else in a directory that was given for proxy)."""
+        found: Dict[int, Tuple[int, bool]] = {}
+        wanted = list(numbers)
+        while wanted:
+            answer, descriptors = self._call("remains", nodes=wanted)
+            with descriptors:
+                listed = answer["remains"]
+                found.update((node, (descriptors.steal(0), staging)) for node, staging in listed)
+            # Asked for in order, and cut off where a packet is full.
+            wanted = wanted[answer["asked"] :]
+        return found
+
     def staging(self) -> int:
         """A directory fd of restore mode's contents, which the caller closes."""
         _, descriptors = self._call("staging")

@@ -61,6 +61,7 @@ class Commands:
             "wait_held": self._wait_held,
             "handles": self._handles,
             "nodes": self._nodes,
+            "remains": self._remains,
             "staging": self._staging,
             "quit": self._quit,
         }
@@ -184,15 +185,21 @@ class Commands:
         return {"handles": listed}, ()
 
     def _nodes(self, call: Call) -> Reply:
-        numbers = call.request.get("nodes")
-        if (
-            not isinstance(numbers, list)
-            or len(numbers) > _MAX_NODES
-            or not all(type(number) is int for number in numbers)
-        ):
-            raise UsageError("cannot name nodes: nodes: a list of numbers is needed")
         paths = self._session.nodes.path
-        return {"nodes": [[number, _path(paths(number))] for number in numbers]}, ()
+        return {"nodes": [[number, _path(paths(number))] for number in _numbers(call)]}, ()
+
+    def _remains(self, call: Call) -> Reply:
+        """Of nodes that have no name: which of them are still there and whether they are in the staging directory, and
+        as many O_PATH descriptors. Only the first nodes, as many as fit into a packet; "asked" tells how many."""
+        numbers = _numbers(call)[: wire.MAX_FDS - 2]
+        fds: List[int] = []
+        listed: List[Tuple[int, bool]] = []
+        for number in numbers:
+            found = self._session.remains(number)
+            if found is not None:
+                fds.append(found.fd)
+                listed.append((number, found.generation == self._session.staging.number))
+        return {"remains": listed, "asked": len(numbers)}, tuple(fds)
 
     def _staging(self, call: Call) -> Reply:
         return {}, (self._session.staging.directory(),)
@@ -200,6 +207,17 @@ class Commands:
     def _quit(self, call: Call) -> Reply:
         self._leave()
         return {}, ()
+
+
+def _numbers(call: Call) -> List[int]:
+    numbers = call.request.get("nodes")
+    if (
+        not isinstance(numbers, list)
+        or len(numbers) > _MAX_NODES
+        or not all(type(number) is int for number in numbers)
+    ):
+        raise UsageError("cannot name nodes: nodes: a list of numbers is needed")
+    return numbers
 
 
 def _matcher(request: Mapping[str, Any]) -> Matcher:

@@ -119,6 +119,14 @@ class HandleTable:
                     break
             return found
 
+    def pin(self, node: int) -> Optional[Tuple[int, int]]:
+        """An O_PATH fd, the caller's, of what an open file of the node has open, and the number of its generation."""
+        file = self.of_node(node)
+        with self._lock:  # who is still in the table has not been closed
+            if file is None or file.fh not in self._files:
+                return None
+            return os.open(f"/proc/self/fd/{file.fd}", os.O_PATH | os.O_CLOEXEC), file.generation
+
     def use(self, fh: int, backing: Backing, identity: ThreadIdentity) -> OpenFile:
         """The handle, with its fd in ``backing``'s generation.
 

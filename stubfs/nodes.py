@@ -242,6 +242,14 @@ class NodeTable:
         self._drop(node, above)
         return kept
 
+    def remains(self, number: int) -> Optional[Orphan]:
+        """What is left of a node without a name, with an fd of the caller's own; None if nothing was kept."""
+        with self._lock:
+            node = self._nodes.get(number)
+            if node is None or node.orphan is None:
+                return None
+            return Orphan(os.dup(node.orphan.fd), node.orphan.generation)
+
     def lose(self, number: int) -> bool:
         """The name that path() gives was not there: somebody else has removed it. False: the node has no other."""
         with self._lock:

@@ -25,7 +25,7 @@ from stubfs.interrupts import Interrupts
 from stubfs.lanes import CurrentWorker, Lane, Monitor, Worker
 from stubfs.libfuse import Session as LibfuseSession
 from stubfs.modes import Mode, ModeSwitch, State, StubOptions
-from stubfs.nodes import NodeTable
+from stubfs.nodes import NodeTable, Orphan
 from stubfs.objects import Objects
 from stubfs.operations import Operations
 from stubfs.protocol import BODY, ROOT_NODE, InitFlags, Opcode, opcode_name
@@ -238,6 +238,16 @@ class Session:
             if request.opcode == Opcode.READ:
                 self._interrupts.look_after_reads()
         return False
+
+    def remains(self, node: int) -> Optional[Orphan]:
+        """The object of a node without a name (None if it has one): an fd, the caller's, and its generation."""
+        if self.nodes.path(node) is not None:
+            return None
+        kept = self.nodes.remains(node)
+        if kept is None:
+            opened = self.handles.pin(node)  # one that never had a name (O_TMPFILE)
+            kept = Orphan(*opened) if opened is not None else None
+        return kept
 
     def paths_of(self, request: Request) -> List[bytes]:
         """The paths that a request is on: of its node, or of the name or the two names that it carries."""

@@ -25,7 +25,8 @@ MASK = STATX_BASIC_STATS | STATX_MNT_ID
 SIZE = 256  # of struct statx
 DEVICE_WORDS = (34, 35)  # major and minor, as 32-bit words of the structure
 _MOUNT_ROOT = 0x2000  # STATX_ATTR_MOUNT_ROOT, since Linux 5.8
-_LAYOUT = struct.Struct("<28xHxx Q Q 88x II Q")  # mode, ino, size; 136: device; 144: mount id
+# 16: links, uid, gid; 28: mode; 32: ino, size; 128: device number of a device node; 136: device; 144: mount id
+_LAYOUT = struct.Struct("<16xIIIHxx Q Q 80x II II Q")
 
 _statx = bind("statx", ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_uint, ctypes.c_void_p)
 
@@ -39,11 +40,15 @@ class Object:
     mode: int
     mount_id: int
     size: int  # bytes; for a remote file as the kernel knew it last
+    links: int  # names, st_nlink
+    uid: int
+    gid: int
+    rdev: int  # of a device node, as st_rdev
 
 
 def decode(data: Union[bytes, bytearray], offset: int = 0) -> Object:
-    mode, inode, size, major, minor, mount_id = _LAYOUT.unpack_from(data, offset)
-    return Object(os.makedev(major, minor), inode, mode, mount_id, size)
+    links, uid, gid, mode, inode, size, rmajor, rminor, major, minor, mount_id = _LAYOUT.unpack_from(data, offset)
+    return Object(os.makedev(major, minor), inode, mode, mount_id, size, links, uid, gid, os.makedev(rmajor, rminor))
 
 
 def examine(path: str, dirfd: int = AT_FDCWD, flags: int = 0) -> Object:

@@ -67,7 +67,7 @@ class Census:
         """After a round: everything but the descriptions that were moved; ``find`` begins anew."""
         self._forget_processes()
         self._examiner.forget()
-        self._counterparts.close()
+        self._counterparts.forget()
 
     def _forget_processes(self) -> None:
         for process in (*self.processes.values(), *self._others):
@@ -152,6 +152,10 @@ class Census:
         for pid, process in list(self.processes.items()):
             if pid not in frozen and not process.uses_mount:
                 self._others.append(self.processes.pop(pid))
+
+    def rehearse(self) -> None:
+        """Just before all are stopped; the file system serves requests by now."""
+        self.kinds.rehearse(self.processes.values())
 
     def changed(self) -> List[Process]:
         """Those that hold something else by now, in ways that ``Comparison`` does not look at."""

@@ -131,9 +131,7 @@ class _Offsets:
 
     def finish(self, outcome: Sequence[int]) -> None:
         for index, description in enumerate(self._descriptions):
-            position, _, flags = outcome[self._first + 3 * index : self._first + 3 * index + 3]
-            if description.kind is Kind.DIRECTORY and position:
-                description.problem = "is being read, and its position means nothing on another file system"
+            description.position, _, flags = outcome[self._first + 3 * index : self._first + 3 * index + 3]
             if flags >= 0 and (flags ^ description.flags) & SETTABLE:
                 fcntl.fcntl(description.new, fcntl.F_SETFL, flags & SETTABLE)
 

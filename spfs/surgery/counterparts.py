@@ -17,6 +17,8 @@ from spfs.linux import procfs, statx
 from spfs.linux.openat2 import RESOLVE_BENEATH, RESOLVE_NO_MAGICLINKS, RESOLVE_NO_SYMLINKS, openat2
 from spfs.linux.process import Credentials
 from spfs.references import Kind, MountRoot, Resolver
+from spfs.surgery.kinds import devices
+from spfs.surgery.nameless import Nameless
 from spfs.surgery.records import Description, Place, Process, Region
 
 # What must not be done again when a file is opened once more; O_CLOEXEC belongs to the descriptor, O_ASYNC is set
@@ -36,10 +38,6 @@ _NAMES = {
     stat.S_IFCHR: "character device",
     stat.S_IFBLK: "block device",
 }
-_LATER = {
-    Kind.SOCKET: "sockets are not moved",
-    Kind.DEVICE: "devices are not moved",
-}
 
 
 class Counterparts:
@@ -53,8 +51,14 @@ class Counterparts:
         self._mapped: Dict[Tuple[int, int, bool], int] = {}
         # How each counterpart was opened, by its descriptor; of those that were closed meanwhile, too.
         self._how: Dict[int, Tuple[procfs.Status, statx.Object, int]] = {}
+        self._nameless = Nameless(resolver)
 
     def close(self) -> None:
+        self.forget()
+        self._nameless.close()
+
+    def forget(self) -> None:
+        """After a round: but what has no name is not made twice for who turns up with it later."""
         for fd in self._mapped.values():
             os.close(fd)
         self._mapped.clear()
@@ -110,7 +114,9 @@ class Counterparts:
                 wanted.update(region.object.inode for region in process.memory.regions)
         wanted -= self._paths.keys()
         if wanted:
-            self._paths.update(self._resolver.paths(wanted))
+            found = self._resolver.paths(wanted)
+            self._paths.update(found)
+            self._nameless.learn(inode for inode, path in found.items() if path is None)
 
     def _attempt(self, record: "Description | Place | Region", action: Callable[[], None]) -> None:
         if record.problem is not None or record.new >= 0:
@@ -125,10 +131,8 @@ class Counterparts:
 
     def _description(self, status: procfs.Status, description: Description) -> None:
         description.path = self._paths.get(description.object.inode)
-        if description.kind in _LATER and description.problem is None:
-            description.problem = _LATER[description.kind]
-        if description.kind is Kind.DIRECTORY and description.position and description.problem is None:
-            description.problem = "is being read, and its position means nothing on another file system"
+        if description.kind is Kind.DEVICE and description.problem is None:
+            description.problem = devices.obstacle(description.object)
 
         def action() -> None:
             flags = description.flags & ~_ONCE
@@ -138,6 +142,8 @@ class Counterparts:
             if flags & os.O_PATH and stat.S_ISLNK(mode):
                 flags |= os.O_NOFOLLOW
             description.new = self._open(status, description.object, flags)
+            if description.path is None:
+                description.carried = self._nameless.carried(description.object)
             _copy_owner(description.copy, description.new, description.flags)
 
         self._attempt(description, action)
@@ -166,7 +172,9 @@ class Counterparts:
         if fd is None:
             fd = self._open(status, region.object, os.O_RDWR if writable else os.O_RDONLY)
             self._mapped[key] = fd
-        size = os.fstat(fd).st_size
+        if region.path is None:
+            region.carried = self._nameless.carried(region.object)
+        size = region.object.size if region.carried is not None else os.fstat(fd).st_size
         end = region.mapping.offset + region.mapping.end - region.mapping.start
         if size < min(end, region.object.size) and -(-size // _PAGE) < -(-min(end, region.object.size) // _PAGE):
             region.problem = f"its counterpart is too short: {size} bytes, mapped are {end}"
@@ -181,16 +189,21 @@ class Counterparts:
     def _open_as(self, status: procfs.Status, old: statx.Object, flags: int) -> int:
         if stat.S_ISFIFO(old.mode) and not flags & os.O_PATH:
             return self._fifo(status, old, flags)
+        if _is_device(old.mode) and not flags & os.O_PATH:
+            fd = self._open_file(status, old, flags | os.O_NOCTTY | os.O_NONBLOCK)
+            fcntl.fcntl(fd, fcntl.F_SETFL, flags & SETTABLE)
+            return fd
         return self._open_file(status, old, flags)
 
     def _open_file(self, status: procfs.Status, old: statx.Object, flags: int) -> int:
-        path = self._paths.get(old.inode)
-        if path is None:
-            raise OSError(errno.ESTALE, "it has no name any more (deleted)")
         try:
             root = self._roots(old.mount_id)
         except LookupError:
             raise OSError(errno.ESTALE, f"mount {old.mount_id} is not among those that are replaced") from None
+        path = self._paths.get(old.inode)
+        if path is None:
+            link = self._nameless.link(old, status, root)
+            return _as_user(status, lambda: os.open(link, flags & ~os.O_NOFOLLOW | os.O_CLOEXEC))
         relative = root.relative(path)
         if relative is None:
             raise OSError(errno.EXDEV, "it lies outside of what its mount shows")
@@ -198,18 +211,28 @@ class Counterparts:
         # The type first: opening a fifo could wait, and opening a device could do anything.
         fd = openat2(root.fd, relative, os.O_PATH | os.O_NOFOLLOW, _RESOLVE)
         try:
-            found = os.fstat(fd).st_mode
+            found = os.fstat(fd)
         finally:
             os.close(fd)
-        if stat.S_IFMT(found) != stat.S_IFMT(old.mode):
-            old_name, new_name = (_NAMES.get(stat.S_IFMT(mode), "?") for mode in (old.mode, found))
+        if stat.S_IFMT(found.st_mode) != stat.S_IFMT(old.mode):
+            old_name, new_name = (_NAMES.get(stat.S_IFMT(mode), "?") for mode in (old.mode, found.st_mode))
             raise OSError(errno.EINVAL, f"it is a {new_name} there, not a {old_name}")
-        try:
-            with Credentials(status.uid, status.gid, status.groups):
-                return openat2(root.fd, relative, flags, _RESOLVE)
-        except PermissionError:
-            # The process may have opened it before it gave up privileges, or got it from somebody who had them.
-            return openat2(root.fd, relative, flags, _RESOLVE)
+        if _is_device(old.mode) and found.st_rdev != old.rdev:
+            raise OSError(errno.EINVAL, "it is another device there")
+        return _as_user(status, lambda: openat2(root.fd, relative, flags, _RESOLVE))
+
+
+def _is_device(mode: int) -> bool:
+    return stat.S_ISCHR(mode) or stat.S_ISBLK(mode)
+
+
+def _as_user(status: procfs.Status, open_it: Callable[[], int]) -> int:
+    try:
+        with Credentials(status.uid, status.gid, status.groups):
+            return open_it()
+    except PermissionError:
+        # The process may have opened it before it gave up privileges, or got it from somebody who had them.
+        return open_it()
 
 
 def _counterparts(process: Process) -> Iterator[Tuple[statx.Object, int]]:

@@ -16,6 +16,19 @@ from spfs.references import Kind
 
 
 @dataclass(eq=False)
+class Carried:
+    """A regular file that was made on the new mount for one without a name. The descriptors are not this record's.
+
+    ``target`` can be written to; ``source`` (O_PATH) is what the old file system has of it, -1 if only its users have.
+    """
+
+    inode: int
+    target: int
+    source: int = -1
+    done: bool = False  # it has its contents
+
+
+@dataclass(eq=False)
 class Description:
     """An open file description of the old mount: one object however many descriptors refer to it.
 
@@ -34,12 +47,12 @@ class Description:
     elsewhere: bool = False  # not in the part of the file system that is to be left
     moved: bool = False  # somebody has the counterpart by now: its offset and flags are its own
     locks: Tuple[Lock, ...] = ()  # those that belong to the description: flock, OFD locks, leases
-    carried: bool = False  # the counterpart is a file of ours that gets its contents when nobody runs
+    carried: Optional[Carried] = None  # the counterpart is a file of ours that gets its contents when nobody runs
 
     @property
     def special(self) -> bool:
         """Whether more than the descriptor, the offset and the flags must be taken care of."""
-        return self.kind not in _PLAIN or bool(self.locks) or self.carried
+        return self.kind not in _PLAIN or bool(self.locks) or self.carried is not None
 
     def close(self) -> None:
         for fd in (self.copy, self.new):
@@ -162,6 +175,7 @@ class Region:
     kind: Kind
     flags: FrozenSet[str]  # VmFlags of smaps
     file_mode: int  # how the file it was made from had been opened: stat.S_IRUSR, S_IWUSR
+    carried: Optional[Carried] = None
     new: int = -1
     path: Optional[str] = None
     problem: Optional[str] = None

@@ -13,7 +13,7 @@ from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Sequ
 import pytest
 
 from spfs.freezer import Freezer, NoFreezer
-from spfs.references import MountRoot
+from spfs.references import MountRoot, Remains
 from spfs.surgery.bulk import objects
 from spfs.switch import Preparation, Switch, SwitchReport
 from spfs.testing import process_state, wait_until
@@ -97,6 +97,9 @@ class Tree:
         names = {self._top.stat().st_ino: ""}
         names.update({path.lstat().st_ino: str(path.relative_to(self._top)) for path in self._top.rglob("*")})
         return {node: names.get(node) for node in nodes}
+
+    def remains(self, nodes: Iterable[int]) -> Dict[int, Remains]:
+        return {}
 
 
 class Mounts:

@@ -91,16 +91,6 @@ def test_directories_and_cwd(mounts: Mounts, victim: Victim) -> None:
     )
 
 
-def test_directory_being_read_is_left(mounts: Mounts, victim: Victim) -> None:
-    mounts.both(lambda root: (root / "a").touch())
-    victim.run(f"d = os.open({str(mounts.old)!r}, os.O_RDONLY); os.lseek(d, 2, 0)")
-    preparation, report = mounts.prepared_switch()
-    assert [(left.what, left.path) for left in report.left] == [(f"fd {victim.run('d')}", "")]
-    assert "being read" in report.left[0].reason and preparation.left == report.left
-    victim.run("os.lseek(d, 0, 0)")
-    assert mounts.switch().moved == {"directory": 1}
-
-
 def test_shared_descriptions_stay_shared(mounts: Mounts, victim: Victim) -> None:
     """By dup, fork and SCM_RIGHTS: one description before, one afterwards."""
     path = mounts.file("f")
@@ -342,13 +332,6 @@ def test_other_type_is_left(mounts: Mounts, victim: Victim) -> None:
     assert "directory there" in left.reason and victim.run("os.pread(t, 3, 0)") == b"old"
 
 
-def test_unlinked_is_left(mounts: Mounts, victim: Victim) -> None:
-    path = mounts.file("gone")
-    victim.run(f"g = os.open({path!r}, os.O_RDWR); os.unlink({path!r})")
-    (left,) = mounts.switch().left
-    assert "no name" in left.reason and victim.run("os.pread(g, 3, 0)") == b"old"
-
-
 def test_what_changes_after_the_preparation(mounts: Mounts, victim: Victim) -> None:
     """Opened, closed, exchanged, sought, forked and flags set between prepare and execute."""
     for name in "abcd":
@@ -375,14 +358,6 @@ if not child: signal.pause()
     )
     assert victim.run("[os.pread(fd, 3, 0) for fd in (a, b, d)]") == [b"new"] * 3
     victim.run("os.kill(child, 9); os.waitpid(child, 0)")
-
-
-def test_directory_read_after_the_preparation(mounts: Mounts, victim: Victim) -> None:
-    path = mounts.file("f")
-    victim.run(f"d = os.open({str(mounts.old)!r}, os.O_RDONLY); f = os.open({path!r}, os.O_RDONLY)")
-    _, report = mounts.prepared_switch(between=lambda: victim.run("os.lseek(d, 2, 0)"))
-    (left,) = report.left
-    assert "being read" in left.reason and report.moved == {"file": 1} and victim.run("os.lseek(d, 0, 1)") == 2
 
 
 def test_no_descriptor_to_spare(mounts: Mounts, victim: Victim) -> None:

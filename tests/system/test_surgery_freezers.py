@@ -13,7 +13,7 @@ import pytest
 from surgery_kit import Mounts, Victim, tasks_stopped
 
 from spfs.freezer import open_freezer
-from spfs.references import MountRoot
+from spfs.references import MountRoot, Remains
 from spfs.switch import Switch
 from spfs.testing import process_state, wait_until
 from stubfs.client import FilesystemClient
@@ -132,6 +132,9 @@ class NodeResolver:
 
     def paths(self, nodes: Iterable[int]) -> Dict[int, Optional[str]]:
         return self._client.nodes(list(nodes))
+
+    def remains(self, nodes: Iterable[int]) -> Dict[int, Remains]:
+        return {}
 
 
 @pytest.mark.needs_fuse

@@ -85,6 +85,11 @@ class Handler:
     def provide(self, counterparts: "Counterparts", process: Process) -> None:
         """Open on the new mount what will be needed. Not for descriptions, which ``Counterparts`` does itself."""
 
+    # When requests to the file system are served, and everybody still runs.
+
+    def rehearse(self, scene: Scene) -> None:
+        """Find out ahead what can only be had from the file systems themselves, which may take their time."""
+
     # While nobody runs.
 
     def changed(self, process: Process) -> bool:

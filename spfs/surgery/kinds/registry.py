@@ -7,16 +7,18 @@ from typing import Iterable, List, Tuple, Type
 from spfs.linux.procfs import FdInfo
 from spfs.surgery.counterparts import Counterparts
 from spfs.surgery.kinds.base import Found, Handler, Scene
+from spfs.surgery.kinds.directories import Directories
 from spfs.surgery.kinds.epolls import Epolls
 from spfs.surgery.kinds.fifos import Fifos
 from spfs.surgery.kinds.locks import Locks
 from spfs.surgery.kinds.sockets import Sockets
+from spfs.surgery.kinds.unlinked import Unlinked
 from spfs.surgery.kinds.watches import Watches
 from spfs.surgery.program import Program
 from spfs.surgery.records import Description, FdTable, Process
 
 # In this order they judge and act.
-KINDS: Tuple[Type[Handler], ...] = (Locks, Fifos, Sockets, Watches, Epolls)
+KINDS: Tuple[Type[Handler], ...] = (Unlinked, Directories, Locks, Fifos, Sockets, Watches, Epolls)
 
 
 class Kinds:
@@ -41,6 +43,11 @@ class Kinds:
         for process in processes:
             for handler in self._handlers:
                 handler.provide(counterparts, process)
+
+    def rehearse(self, processes: Iterable[Process]) -> None:
+        scene = Scene(processes)
+        for handler in self._handlers:
+            handler.rehearse(scene)
 
     def changed(self, processes: Iterable[Process]) -> List[Process]:
         return [process for process in processes if any(handler.changed(process) for handler in self._handlers)]
