@@ -131,7 +131,7 @@ class Subject:
 
     def close(self) -> None:
         try:
-            os.kill(self.pid, signal.SIGKILL)
+            os.killpg(self.pid, signal.SIGKILL)  # its children, too
         except ProcessLookupError:
             pass
         if self.process is not None:
