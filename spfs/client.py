@@ -206,8 +206,11 @@ class ManagerClient:
         begin: Optional[str] = None,
         strict: bool = False,
         timeout: Optional[float] = None,
+        remove: Iterable[str] = (),
     ) -> str:
         """Ask for the real file system to take the mount's place. Returns when that is accepted; see wait().
+
+        ``remove``: names of files on the real one, from its root, that are removed when all have been moved.
 
         ``begin``: "hold" until begin() is called, "release" to begin at once, None: when restore mode is over.
         """
@@ -223,6 +226,7 @@ class ManagerClient:
             mode=begin,
             strict=strict or None,
             timeout=timeout,
+            remove=list(remove) or None,
         )
         return str(answer["replace"])
 

@@ -73,6 +73,7 @@ class Replace:
     options: str = ""
     strict: bool = False
     timeout: Optional[float] = None
+    remove: Tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -159,7 +160,8 @@ COMMANDS: Dict[str, Type[Any]] = {
     "shutdown": Shutdown,
 }
 TEXT_COMMANDS = ("mount", "mode", "replace", "switch")
-JSON_ONLY_KEYS = ("strict", "timeout", "errno", "exempt", "options")  # options: the second string of a text request
+JSON_ONLY_KEYS = ("strict", "timeout", "errno", "exempt", "options", "remove")
+# options: the second string of a text request
 OPTIONS_FOR = (Mount, Replace)
 ALL_FOR = (Mode, Rules, Begin, Abort, Unmount)
 """Commands that take ``all`` in place of an id; their ``id`` is then None."""
@@ -365,6 +367,15 @@ def _paths(value: object) -> Tuple[str, ...]:
     return tuple(_path(item) for item in _list(value) if item != NULL)
 
 
+def _names(value: object) -> Tuple[str, ...]:
+    if not isinstance(value, list):
+        raise ValueError("must be a list of paths")
+    for path in value:
+        if not path or ".." in _text(path).split("/") or path.startswith("/"):
+            raise ValueError(f"{_shorten(path)} is no path from the root of the file system")
+    return tuple(value)
+
+
 def _namespaces(value: object) -> Tuple[str, ...]:
     names = _list(value)
     for name in names:
@@ -422,6 +433,7 @@ _READERS: Mapping[str, Callable[[object], object]] = {
     "device": _number,
     "force": _flag,
     "unmount": _flag,
+    "remove": _names,
     "files": _files,
     "errno": errno_number,
     "exempt": pids_tuple,

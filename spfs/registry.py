@@ -109,6 +109,7 @@ class Managed:
             inner = dict(values["replacement"])
             request = dict(inner["request"])
             request["bindmounts"] = tuple(request["bindmounts"])
+            request["remove"] = tuple(request.get("remove", ()))
             inner["request"] = protocol.Replace(**request)
             inner["phase"] = Phase(inner["phase"])
             values["replacement"] = Replacement(**inner)

@@ -18,7 +18,7 @@ from spfs import mounts, realmount
 from spfs.errors import SpfsError, reason
 from spfs.freezer import Freezer, open_freezer
 from spfs.instances import Instance
-from spfs.linux import procfs, statx
+from spfs.linux import openat2, procfs, statx
 from spfs.linux.mountapi import MS
 from spfs.mountswitch import PreparedSwitch, SwitchOutcome, prepare_switch
 from spfs.processes import has_ended
@@ -46,6 +46,7 @@ class ReplaceRequest:
 
     ``wait_for_tracers``: begin when no process of the cgroup is traced any more, as a restorer does until it is done.
     ``helper_directory``: see ``realmount.make``.
+    ``remove``: names on the real file system that only served those who have been moved; kept if anything is left.
     """
 
     source: str
@@ -58,6 +59,7 @@ class ReplaceRequest:
     timeout: Optional[float] = None  # seconds to go on trying the real mount; None: until it is there
     wait_for_tracers: bool = False
     helper_directory: Optional[str] = None
+    remove: Tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -133,11 +135,30 @@ class _Step:
     def run(self) -> Dict[str, object]:
         moved, mounted, left = self._moved()
         self._progress("verified", {"mounts": len(mounted.switched), "left": len(left)})
+        for path in self._request.remove:
+            self._remove(path, bool(moved.left or left))
         return {
             **moved.data(),
             "mounts": len(mounted.switched),
             "mounts_left": [{"mount": one.describe(), "reason": why} for one, why in left],
         }
+
+    def _remove(self, path: str, needed: bool) -> None:
+        if needed:
+            self.notes.append(f"{path}: not removed: not all references to the stand-in could be moved")
+            return
+        parent, name = os.path.split(path)
+        try:
+            beneath = openat2.RESOLVE_BENEATH | openat2.RESOLVE_NO_SYMLINKS
+            directory = openat2.openat2(self._real_fd, parent or ".", os.O_PATH | os.O_DIRECTORY, beneath)
+            try:
+                os.unlink(name, dir_fd=directory)
+            finally:
+                os.close(directory)
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            self.notes.append(f"{path}: not removed: {reason(error)}")
 
     def note_open_files(self) -> None:
         """What the file system still has open, also for those whom /proc does not show (in flight, io_uring …)."""

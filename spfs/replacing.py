@@ -72,6 +72,7 @@ class Replaces(MountWork):
                     timeout=request.timeout,
                     wait_for_tracers=not wanted.released,
                     helper_directory=self._work.file(helper_directory(managed)),
+                    remove=request.remove,
                 ),
                 step.MountedFilesystem(
                     id=managed.id,

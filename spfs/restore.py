@@ -18,6 +18,7 @@ import spfs
 from spfs.client import MODE_VARIABLE, SOCKET_VARIABLE, ManagerClient
 from spfs.errors import SpfsError, UsageError, reason
 from stubfs import syscalls
+from stubfs.backing import LINK_REMAP
 
 PERMISSIONS = 0o777
 """Of what is made without permissions being given, and of parents: whoever is restored must be able to get there."""
@@ -38,26 +39,29 @@ _TYPES = {
 class FileSpec:
     """A file to create. ``mode``: type and permissions as in st_mode; without permissions, PERMISSIONS.
 
-    ``size``: bytes of a regular file, all of them a hole; ``target``: of a symbolic link.
+    ``size``: bytes of a regular file, all of them a hole; ``target``: of a symbolic link. ``link_remap``: it stands for
+    the file of this name on the real side, also for those who still have it open when this name is removed here.
     """
 
     path: str
     mode: Optional[int]
     size: Optional[int] = None
     target: Optional[str] = None
+    link_remap: bool = False
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> "FileSpec":
         """UsageError for unknown keys or values of the wrong type."""
-        kinds: Dict[str, type] = {"path": str, "mode": int, "size": int, "target": str}
+        kinds: Dict[str, type] = {"path": str, "mode": int, "size": int, "target": str, "link_remap": bool}
         for key, value in record.items():
             if key not in kinds:
                 raise UsageError(f"cannot create a file: unknown key {key!r}", "one of: " + ", ".join(kinds))
-            if value is not None and (not isinstance(value, kinds[key]) or isinstance(value, bool)):
+            if value is not None and type(value) is not kinds[key]:
                 raise UsageError(f"cannot create a file: key {key}: {value!r} is no {kinds[key].__name__}")
         if record.get("path") is None:
             raise UsageError("cannot create a file: key path is missing")
-        return cls(record["path"], record.get("mode"), record.get("size"), record.get("target"))
+        link_remap = bool(record.get("link_remap"))
+        return cls(record["path"], record.get("mode"), record.get("size"), record.get("target"), link_remap)
 
 
 def create_file(
@@ -99,6 +103,8 @@ def _check(spec: FileSpec) -> None:
         raise _bad(spec, "a fifo with a size", "its contents are not a matter of the file", errno.ENOTSUP)
     if (kind == stat.S_IFLNK) != bool(spec.target):
         raise _bad(spec, "a target is for symbolic links, and they need one", "")
+    if spec.link_remap and kind != stat.S_IFREG:
+        raise _bad(spec, "a link remap is a regular file", "")
     names = _names(spec)
     if not names and kind != stat.S_IFDIR:
         raise _bad(spec, "that is the root directory itself", "give a path beneath it")
@@ -143,6 +149,8 @@ def _make(directory: int, name: bytes, kind: int, permissions: int, spec: FileSp
             if spec.size:
                 os.ftruncate(fd, spec.size)
             os.fchmod(fd, permissions)  # whatever the umask is
+            if spec.link_remap:
+                os.setxattr(fd, LINK_REMAP, b"/".join(_names(spec)))
         finally:
             os.close(fd)
         return

@@ -37,6 +37,10 @@ def reopen_flags(flags: int) -> int:
     return flags & ~_ONCE_FLAGS
 
 
+LINK_REMAP = b"security.spfs.link_remap"
+"""Extended attribute of a staging file: the name by which it is to be found on the real side, whatever it had here."""
+
+
 def list_xattrs(path: str) -> bytes:
     """The names as listxattr(2) gives them, each with its NUL."""
     return b"".join(os.fsencode(name) + b"\0" for name in os.listxattr(path))
@@ -101,6 +105,10 @@ class Backing:
             return os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
         finally:
             self._done(parent)
+
+    def keeps(self, path: bytes) -> bool:
+        """Whether this name is only to seem removed."""
+        return False
 
     def mkdir(self, path: bytes, mode: int) -> None:
         parent, name = self._parent(path)
@@ -272,6 +280,17 @@ class Staging(Backing):
             root = os.path.join(self._directory, "root")
             os.mkdir(root, 0o755)
             return os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+
+    def keeps(self, path: bytes) -> bool:
+        """A name that stands for the same name on the real side, where it is the only one left of a removed file.
+
+        A restorer has such names made at the dump, removes them here when it has opened the file, and cannot remove
+        them there. Those who have the file open find it by this name.
+        """
+        try:
+            return self.getxattr(path, LINK_REMAP) == path
+        except OSError:
+            return False
 
     def directory(self) -> int:
         """A new fd of the directory, open for reading; the caller closes it, and may do there what it likes."""

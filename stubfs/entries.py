@@ -145,6 +145,9 @@ class Entries:
     def remove(self, worker: Worker, request: Request) -> None:
         """UNLINK, RMDIR."""
         name = request.name()
+        if self._objects.by_path(request, lambda backing, path: backing.keeps(path), name):
+            request.answer()
+            return
         orphan = self._pin(request, request.node, name)
         self._nodes.change()
         try:

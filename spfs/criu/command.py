@@ -71,6 +71,7 @@ def dump_options(mounts: Sequence[DelayedMount], arguments: Sequence[str]) -> Li
 def restore_options(mounts: Sequence[DelayedMount], arguments: Sequence[str], script: str) -> List[str]:
     """What is to be added for a restore; namespaced ones are at ``host``."""
     added = ["--action-script", script]
+    added += ["--file-locks"] * (not given(arguments, "--file-locks", "-l"))
     # By default CRIU compares build ids, and warns of each program that has none: those of files of zeros.
     added += ["--file-validation", "filesize"] * (not given(arguments, "--file-validation"))
     for mount in mounts:

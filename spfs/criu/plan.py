@@ -123,7 +123,7 @@ def plan(
             stand_in = locator.locate(files[remap.stand_in].path, file.mount)
             if stand_in is not None:
                 tree.add(dataclasses.replace(_as_planned(file, stand_in[1], why), original=path))
-                tree.add(PlannedFile(os.path.dirname(path), _DIRECTORY), known=False)
+                tree.add(PlannedFile(os.path.dirname(path), _DIRECTORY, uses=why), known=False)
         else:
             tree.add(_as_planned(file, path, why), known=file.mode is not None)
     for key, path in locator.mounted_on():

@@ -81,8 +81,10 @@ class Restoration:
                 _bind(base, place)
         bindmounts = [place.mountpoint for place in mount.places if place.mountpoint != shown]
         restore.request_replace(
-            id, mount.source, mount.type, mount.flags, mount.options, bindmounts=bindmounts, begin="hold"
-        )
+            id, mount.source, mount.type, mount.flags, mount.options, bindmounts=bindmounts, begin="hold",
+            # CRIU has made these names on the server, and can remove them only here.
+            remove=[file.path for file in mount.files or () if file.original is not None],
+        )  # fmt: skip
 
     def _base(self, mount: DelayedMount) -> "tuple[str, str]":
         """Where it is to be mounted for CRIU, and the path that users know it by."""
@@ -98,11 +100,12 @@ class Restoration:
             )
         return mount.host, shown
 
-    def block(self) -> None:
-        """From now on whoever touches one of the mounts waits."""
+    def block(self, exempt: Sequence[int] = ()) -> None:
+        """From now on whoever touches one of the mounts waits, except for the processes ``exempt``."""
         with self._manager() as restore:
-            for mount in self.mounts():
-                restore.stub(self.id(mount))
+            for id, row in self._rows(restore).items():
+                if row["mode"] != "proxy":  # else its replace has begun
+                    restore.client.mode("stub", id, exempt=exempt)
 
     def release(self) -> None:
         """CRIU has let the processes go: the replaces may begin. The end of the restoration."""
@@ -191,7 +194,8 @@ def connect(start: bool = False) -> Restore:
 
 
 def _spec(file: PlannedFile) -> FileSpec:
-    return FileSpec(file.path, file.mode, file.size if stat.S_ISREG(file.mode) else None, file.target)
+    size = file.size if stat.S_ISREG(file.mode) else None
+    return FileSpec(file.path, file.mode, size, file.target, link_remap=file.original is not None)
 
 
 def _bind(base: str, place: Place) -> None:

@@ -1,8 +1,9 @@
 """What is done at the stages at which CRIU calls its action script: as little as possible, and the same if repeated.
 
 pre-restore   mount and create files. Later is too late: CRIU copies mounts into the namespaces that it makes.
-post-restore  the last stage whose failure undoes the restore.
-pre-resume    all processes are there, and stand still: block.
+post-restore  all processes are there, and stand still: block. The last stage whose failure undoes the restore, so
+              nobody runs who was not blocked; but CRIU itself still removes what it has made on the mounts.
+pre-resume    it has: block CRIU, too.
 post-resume   CRIU traces nobody any more: the replaces may begin.
 post-dump     write beside the images what is delayed at their restore.
 
@@ -76,6 +77,11 @@ def _pre_restore(call: Call) -> None:
         raise
 
 
+def _post_restore(call: Call) -> None:
+    if call.restoration.known:
+        call.restoration.block(exempt=_own(call.criu, call.pid))
+
+
 def _pre_resume(call: Call) -> None:
     if call.restoration.known:
         call.restoration.block()
@@ -96,10 +102,20 @@ def _post_dump(call: Call) -> None:
 
 _STAGES: Dict[str, Callable[[Call], None]] = {
     "pre-restore": _pre_restore,
+    "post-restore": _post_restore,
     "pre-resume": _pre_resume,
     "post-resume": _post_resume,
     "post-dump": _post_dump,
 }
+
+
+def _own(criu: int, restored: Optional[int]) -> List[int]:
+    """CRIU's own processes: in user namespaces it works by children. Those that it restores are not among them."""
+    found = [criu]
+    for pid in found:
+        with open(f"/proc/{pid}/task/{pid}/children") as file:
+            found += [child for child in map(int, file.read().split()) if child not in (restored, os.getpid())]
+    return found
 
 
 def _criu() -> int:

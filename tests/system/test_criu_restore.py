@@ -33,7 +33,7 @@ def test_the_main_road(world: World) -> None:
     world.restore()
     assert world.types() == ["fuse.stubfs"]
     subject.start("os.read(fd, 100)")
-    world.held_by(subject.pid)
+    world.somebody_waits()
     assert not subject.answered
 
     world.server_comes()

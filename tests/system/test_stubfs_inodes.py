@@ -6,11 +6,14 @@ import errno
 import fcntl
 import mmap
 import os
+import stat
 from pathlib import Path
 from typing import Iterator
 
 import pytest
 from stubfs_kit import Filesystem, mounted
+
+from spfs.restore import FileSpec, create_files
 
 pytestmark = [pytest.mark.needs_root, pytest.mark.needs_fuse]
 
@@ -149,3 +152,28 @@ def test_a_name_that_is_reused_while_the_former_file_is_open(fs: Filesystem) -> 
         former.seek(0)
         assert former.read() == "for" and (fs.path / "a").read_text() == "new"
         assert os.fstat(former.fileno()).st_ino != os.stat(fs.path / "a").st_ino
+
+
+def test_a_link_remap_keeps_its_name_for_who_has_it_open(tmp_path: Path) -> None:
+    """What a restorer does with one: link, open, remove both names; the real side has it only by the second one."""
+    with mounted(tmp_path) as filesystem:
+        staging = filesystem.client.staging()
+        try:
+            create_files(staging, [FileSpec("d/link_remap.7", stat.S_IFREG | 0o644, 4, link_remap=True)])
+        finally:
+            os.close(staging)
+        remap, name = filesystem.path / "d/link_remap.7", filesystem.path / "name"
+        os.link(remap, name)
+        fd = os.open(name, os.O_RDWR)
+        try:
+            name.unlink()
+            assert not name.exists()
+            remap.unlink()
+            (filesystem.real / "d").mkdir()
+            (filesystem.real / "d/link_remap.7").write_bytes(b"real")
+            filesystem.proxy()
+            assert os.pread(fd, 10, 0) == b"real"
+            remap.unlink()  # there it can be removed
+            assert not (filesystem.real / "d/link_remap.7").exists()
+        finally:
+            os.close(fd)
