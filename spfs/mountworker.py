@@ -28,7 +28,9 @@ class _Place:
     old one to give it back with.
 
     ``parent``: id of the mount that the old one was on. ``late``: nested mounts that could not be attached ahead of
-    time, with their paths beneath the root. ``how``: what was done ("" nothing yet).
+    time, with their paths beneath the root. ``how``: what was done ("" nothing yet). ``lined``: a mount of the same file
+    system is beneath the old one already, as a switch leaves it that was killed when half done; ``adopted``: that one
+    is on the path now, in place of ours.
     """
 
     path: str
@@ -39,6 +41,8 @@ class _Place:
     spare: int
     late: List[Tuple[int, str]] = field(default_factory=list)
     how: str = ""
+    lined: bool = False
+    adopted: bool = False
 
 
 class Worker:
@@ -79,8 +83,11 @@ class Worker:
                 # Not a peer of the old one: else the umount of what is nested there would propagate to the copy.
                 mountapi.mount_setattr(spare, flags=mountapi.AT_RECURSIVE, propagation=MS.PRIVATE)
                 real = os.dup(fd)
-                parent = table.by_id[number].parent_id
-                self._places[number] = _Place(path, parent, old, real, mount_id(real, self._proc), spare)
+                place = _Place(path, table.by_id[number].parent_id, old, real, mount_id(real, self._proc), spare)
+                beneath = table.by_id.get(place.parent)
+                if beneath is not None and beneath.mountpoint == table.by_id[number].mountpoint:
+                    place.lined = beneath.st_dev == os.fstat(real).st_dev
+                self._places[number] = place
             except OSError as error:
                 refused[number] = reason(error)
         return refused, []
@@ -132,7 +139,8 @@ class Worker:
         place = self._places[number]
         if self._top(place.path) != number:
             return "gone"
-        self._put_beneath(place, place.old)
+        if not place.lined:
+            self._put_beneath(place, place.old)
         return place.how
 
     @staticmethod
@@ -179,9 +187,29 @@ class Worker:
             if self._top(place.path) == number:
                 self._unmount(place.path, number)
         elif self._top(place.path) == number:
-            self._exchange(number, place)
+            if not (place.lined and self._adopt(number, place)):
+                self._exchange(number, place)
         # Neither: it went with a peer, and a copy of the peer's real mount is here.
         return place.how if self._top(place.path) == place.real_id else "gone"
+
+    def _adopt(self, number: int, place: _Place) -> bool:
+        """Take the old mount off; what is revealed stays if it is as the prepared one: else that is put onto it."""
+        try:
+            self._unmount(place.path, number)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.EPERM):
+                raise
+            return False  # locked
+        there = mountapi.open_tree(mountapi.AT_FDCWD, place.path, _HERE)
+        if not _is_alike(there, place.real):
+            os.close(there)
+            mountapi.move_mount(place.real, mountapi.AT_FDCWD, place.path)
+            place.how = "exchanged"
+            return True
+        place.real, ours = there, place.real
+        os.close(ours)
+        place.adopted = True  # for ``follow``, which can tell its root
+        return True
 
     def _exchange(self, number: int, place: _Place) -> None:
         """Without "beneath": the old one off, then the real one on. Between the two the path is bare.
@@ -239,8 +267,10 @@ class Worker:
                 mountapi.move_mount(place.real, mountapi.AT_FDCWD, place.path)
                 self._attach_late(place)
                 place.how = "exchanged"
-            elif top.mount_id != place.real_id and keep:
+            elif top.mount_id != place.real_id and (keep or place.adopted):
                 place.how = "propagated"
+                if place.adopted:
+                    self._attach_late(place)
                 answer[number] = [place.how, len(roots)]
                 roots.append(mountapi.open_tree(mountapi.AT_FDCWD, place.path, _HERE))
                 continue
@@ -300,6 +330,8 @@ class Worker:
                 self._unmount(place.path, place.real_id)
             else:
                 self._give_back(number, place)
+        elif place.adopted:
+            mountapi.move_mount(place.spare, mountapi.AT_FDCWD, place.path)
         place.how = ""
 
     def _give_back(self, number: int, place: _Place) -> None:
@@ -353,3 +385,9 @@ class Worker:
         if self._top(path) != expected:
             raise OSError(errno.EBUSY, "another mount covers it by now")
         mountapi.umount2(path, mountapi.MNT_DETACH | mountapi.UMOUNT_NOFOLLOW)
+
+
+def _is_alike(first: int, second: int) -> bool:
+    """Do the roots of two mounts show the same directory with the same flags (read-only, nosuid …)?"""
+    same = os.path.samestat(os.stat(first), os.stat(second))
+    return same and os.fstatvfs(first).f_flag == os.fstatvfs(second).f_flag

@@ -116,9 +116,9 @@ class PausingManager(Manager):
         self.pid = self.client().status()["manager"]["pid"]
         return self
 
-    def reached(self) -> int:
+    def reached(self, timeout: float = TIMEOUT) -> int:
         """Wait until the replace stands still; the pid of its process."""
-        return int(_read_fifo(self._pauses / "reached"))
+        return int(_read_fifo(self._pauses / "reached", timeout))
 
     def go(self) -> None:
         """Go on, once, from where it stands still."""
@@ -131,13 +131,13 @@ class PausingManager(Manager):
             self._pauses = self._pauses.rename(self._pauses.with_name("no-pauses"))
 
 
-def _read_fifo(path: Path) -> str:
+def _read_fifo(path: Path, timeout: float) -> str:
     fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     try:
         poll = select.poll()
         poll.register(fd, select.POLLIN)
-        if not poll.poll(TIMEOUT * 1000):
-            raise TimeoutError(f"nothing was written to {path} within {TIMEOUT} s")
+        if not poll.poll(timeout * 1000):
+            raise TimeoutError(f"nothing was written to {path} within {timeout} s")
         # Its end comes with the writer's close, which has been about to happen since the first byte.
         os.set_blocking(fd, True)
         with open(fd, closefd=False) as file:

@@ -409,3 +409,42 @@ def test_what_covers_it_meanwhile_is_never_unmounted(places: Places) -> None:  #
         assert outcome.switched == {} and why == "another mount covers it by now"
         assert prepared.verify() == mounts.instances(device) != []
     assert on("self", places.path("mnt"))[-1] == "ramfs"
+
+
+def test_a_switch_that_was_killed_half_way_leaves_nothing_beneath(places: Places) -> None:  # noqa: F811
+    """The real mount was put beneath, and the old one not taken off: the next switch makes that one the only one."""
+    device = fuse(places)
+    places.mount("-t", "tmpfs", "nested", places.path("mnt/nest"))
+    real_fd = real(places)
+    with mounts.prepare_switch(mounts.instances(device), real_fd) as prepared:
+        prepared.prepare_nested()
+        prepared._ask_all("place", prepared._leaders, time.monotonic() + 10)
+    assert sorted(on("self", places.path("mnt"))) == (["fuse", "tmpfs"] if SWITCHED == "beneath" else ["fuse"])
+    for undone in (True, False):
+        with mounts.prepare_switch(mounts.instances(device), real_fd) as prepared:
+            outcome = prepared.commit()
+            assert set(outcome.switched.values()) == {"propagated" if SWITCHED == "beneath" else "exchanged"}
+            assert prepared.verify() == []
+            assert on("self", places.path("mnt")) == on("self", places.path("mnt/nest")) == ["tmpfs"]
+            assert read_in(os.getpid(), places.path("mnt/who")) == "REAL"
+            (root,) = prepared.roots.values()
+            assert os.fstat(root.fd).st_dev == os.stat(places.path("mnt")).st_dev
+            if undone:
+                prepared.undo()
+                assert read_in(os.getpid(), places.path("mnt/who")) == "FUSE"
+                device = os.stat(places.path("mnt")).st_dev
+
+
+def test_another_part_of_the_real_one_beneath_the_old_mount_is_covered(places: Places) -> None:  # noqa: F811
+    places.base()
+    os.mkdir(places.path("mnt"))
+    real_fd = real(places)
+    part = mountapi.open_tree(real_fd, "nest", mountapi.OPEN_TREE_CLONE)
+    mountapi.move_mount(part, mountapi.AT_FDCWD, places.path("mnt"))
+    os.close(part)
+    device = places.bindfs("source", "mnt")
+    with mounts.prepare_switch(mounts.instances(device), real_fd) as prepared:
+        assert list(prepared.commit().switched.values()) == ["exchanged"]
+        assert prepared.verify() == []
+        assert read_in(os.getpid(), places.path("mnt/who")) == "REAL"
+        assert on("self", places.path("mnt")) == ["tmpfs", "tmpfs"]
