@@ -28,9 +28,9 @@ class _Place:
     old one to give it back with.
 
     ``parent``: id of the mount that the old one was on. ``late``: nested mounts that could not be attached ahead of
-    time, with their paths beneath the root. ``how``: what was done ("" nothing yet). ``lined``: a mount of the same file
-    system is beneath the old one already, as a switch leaves it that was killed when half done; ``adopted``: that one
-    is on the path now, in place of ours.
+    time, with their paths beneath the root. ``how``: what was done ("" nothing yet). ``lined``: a mount of the same
+    file system is beneath the old one already, as a switch leaves it that was killed when half done; ``adopted``: that
+    one is on the path now, in place of ours.
     """
 
     path: str
