@@ -11,15 +11,14 @@ import os
 from typing import Optional, Tuple
 
 from stubfs import protocol, syscalls
-from stubfs.backing import Backing, allowed_flags, list_xattrs
+from stubfs.backing import Backing, allowed_flags
 from stubfs.handles import HandleTable, OpenFile
 from stubfs.lanes import Worker
 from stubfs.nodes import NodeTable
-from stubfs.objects import Objects, backing_if_any, backing_of
-from stubfs.protocol import BODY, Opcode, SetattrValid
+from stubfs.objects import Objects, backing_if_any, backing_of, fd_link
+from stubfs.protocol import BODY, SetattrValid
 from stubfs.request import Request
 
-_BY_FD = (errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.ESTALE)
 # As plain ints: each "&" with an IntFlag costs a microsecond.
 _MODE, _UID, _SIZE, _FH = (
     int(flag) for flag in (SetattrValid.MODE, SetattrValid.UID, SetattrValid.SIZE, SetattrValid.FH)
@@ -28,7 +27,6 @@ _GID, _ATIME, _MTIME = int(SetattrValid.GID), int(SetattrValid.ATIME), int(Setat
 _ATIME_NOW, _MTIME_NOW = int(SetattrValid.ATIME_NOW), int(SetattrValid.MTIME_NOW)
 _HAS_TIMES, _HAS_OWNER = _ATIME | _MTIME, _UID | _GID
 _CAPABILITY = b"security.capability"
-_FD_LINK = "/proc/self/fd/{}"
 
 
 class Answers:
@@ -41,81 +39,53 @@ class Answers:
         try:
             return self._objects.by_path(request, Backing.stat)
         except OSError as error:
-            # fstat(2) of an open file needs no name and no right to the way there.
-            fd = self._objects.own_fd(request.node) if error.errno in _BY_FD else None
-            if fd is None:
+            if error.errno == errno.EACCES:
+                return self._objects.by_fd(request, os.fstat)
+            # fstat(2) of an open file needs no name, nor does it matter if somebody else has removed it.
+            fd = self._objects.own_fd(request.node)
+            if fd is None or error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ESTALE):
                 raise
             return os.fstat(fd)
 
+    # --- by the object
+
     def statfs(self, worker: Worker, request: Request) -> None:
-        fd = self._objects.own_fd(request.node)
-        status = os.fstatvfs(fd) if fd is not None else self._objects.by_path(request, Backing.statvfs)
-        request.answer(protocol.statfs_out(status))
+        request.answer(protocol.statfs_out(self._objects.by_fd(request, os.fstatvfs)))
 
     def access(self, worker: Worker, request: Request) -> None:
         (mask,) = protocol.U32.unpack_from(request.buffer, BODY)
-        fd = self._objects.nameless_fd(request.node)
-        if fd is not None:
-            syscalls.faccessat2(fd, b"", mask, syscalls.AT_EMPTY_PATH)
-        else:
-            self._objects.by_path(request, lambda backing, path: backing.access(path, mask))
+        self._objects.by_fd(request, lambda fd: syscalls.faccessat2(fd, b"", mask, syscalls.AT_EMPTY_PATH))
         request.answer()
 
     def readlink(self, worker: Worker, request: Request) -> None:
-        fd = self._objects.nameless_fd(request.node)
-        if fd is not None:
-            request.answer(os.readlink(b"", dir_fd=fd))
-        else:
-            request.answer(self._objects.by_path(request, Backing.readlink))
+        request.answer(self._objects.by_fd(request, lambda fd: os.readlink(b"", dir_fd=fd)))
 
     def setxattr(self, worker: Worker, request: Request) -> None:
         size, flags = protocol.SETXATTR_IN.unpack_from(request.buffer, BODY)
         name = request.name(BODY + protocol.SETXATTR_IN.size)
         start = BODY + protocol.SETXATTR_IN.size + len(name) + 1
         value = bytes(request.buffer[start : start + size])
-        fd = self._objects.nameless_fd(request.node)
         backing_of(request).may_have_capabilities = True
-        if fd is not None:
-            os.setxattr(_FD_LINK.format(fd), name, value, flags)
-        else:
-            self._objects.by_path(request, lambda backing, path: backing.setxattr(path, name, value, flags))
+        self._objects.by_fd(request, lambda fd: os.setxattr(fd_link(fd), name, value, flags))
         request.answer()
 
     def removexattr(self, worker: Worker, request: Request) -> None:
         name = request.name()
-        fd = self._objects.nameless_fd(request.node)
-        if fd is not None:
-            os.removexattr(_FD_LINK.format(fd), name)
-        else:
-            self._objects.by_path(request, lambda backing, path: backing.removexattr(path, name))
+        self._objects.by_fd(request, lambda fd: os.removexattr(fd_link(fd), name))
         request.answer()
 
     def getxattr(self, worker: Worker, request: Request) -> None:
-        """GETXATTR and LISTXATTR: asked before the first write to every file, so not by way of libfuse."""
         size, _ = protocol.GETXATTR_IN.unpack_from(request.buffer, BODY)
-        listing = request.opcode == Opcode.LISTXATTR
-        name = b"" if listing else request.name(BODY + protocol.GETXATTR_IN.size)
-        backing = backing_of(request)
-        if name == _CAPABILITY and not backing.may_have_capabilities:
+        name = request.name(BODY + protocol.GETXATTR_IN.size)
+        if name == _CAPABILITY and not backing_of(request).may_have_capabilities:
             request.fail(errno.ENODATA)  # asked before every truncation
             return
-        fd = self._fd_now(request)
-        if fd is not None:
-            # By the link, not the fd alone: that may be an O_PATH one.
-            value = list_xattrs(_FD_LINK.format(fd)) if listing else os.getxattr(_FD_LINK.format(fd), name)
-        elif listing:
-            value = self._objects.by_path(request, Backing.listxattr)
-        else:
-            value = self._objects.by_path(request, lambda backing, path: backing.getxattr(path, name))
-        self._answer_sized(request, size, value)
+        self._answer_sized(request, size, self._objects.by_fd(request, lambda fd: os.getxattr(fd_link(fd), name)))
 
-    def _fd_now(self, request: Request) -> Optional[int]:
-        """An fd of the node in the generation that the request is served from, or the one that a nameless node has."""
-        fd = self._objects.nameless_fd(request.node)
-        if fd is not None:
-            return fd
-        file = self._handles.of_node(request.node)
-        return file.fd if file is not None and file.generation == backing_of(request).number else None
+    def listxattr(self, worker: Worker, request: Request) -> None:
+        size, _ = protocol.GETXATTR_IN.unpack_from(request.buffer, BODY)
+        names = self._objects.by_fd(request, lambda fd: os.listxattr(fd_link(fd)))
+        self._answer_sized(request, size, b"".join(os.fsencode(name) + b"\0" for name in names))
 
     @staticmethod
     def _answer_sized(request: Request, size: int, value: bytes) -> None:
@@ -143,42 +113,33 @@ class Answers:
         (valid, _, fh, size, _, atime, mtime, _, atime_nsec, mtime_nsec, _, mode, _, uid, gid, _) = (
             protocol.SETATTR_IN.unpack_from(request.buffer, BODY)
         )
-        fd: Optional[int] = None
-        if valid & _FH:
-            fd = self._objects.by_handle(worker, request, fh).fd
-            worker.identity.assume(worker.identity.of(request.uid, request.gid, request.tid))
-        else:
-            fd = self._objects.nameless_fd(request.node)
-        if valid & _MODE:
-            if fd is None:
-                self._objects.by_path(request, lambda backing, path: backing.chmod(path, mode & 0o7777))
-            else:
-                os.chmod(_FD_LINK.format(fd), mode & 0o7777)
-        if valid & _HAS_OWNER:
-            owner = uid if valid & _UID else -1
-            group = gid if valid & _GID else -1
-            if fd is None:
-                self._objects.by_path(request, lambda backing, path: backing.chown(path, owner, group))
-            else:
-                os.chown(_FD_LINK.format(fd), owner, group)
-        if valid & _SIZE:
-            if fd is None:
-                self._objects.by_path(request, lambda backing, path: backing.truncate(path, size))
-            elif valid & _FH:
-                os.ftruncate(fd, size)
-            else:
-                os.truncate(_FD_LINK.format(fd), size)
-        if valid & _HAS_TIMES:
-            times = (
-                _time(valid, _ATIME, _ATIME_NOW, atime, atime_nsec),
-                _time(valid, _MTIME, _MTIME_NOW, mtime, mtime_nsec),
-            )
-            if fd is None:
-                self._objects.by_path(request, lambda backing, path: backing.utimens(path, *times))
-            else:
+
+        def change(fd: int) -> os.stat_result:
+            link = fd_link(fd)
+            if valid & _MODE:
+                os.chmod(link, mode & 0o7777)
+            if valid & _HAS_OWNER:
+                os.chown(link, uid if valid & _UID else -1, gid if valid & _GID else -1)
+            if valid & _SIZE:
+                if valid & _FH:
+                    os.ftruncate(fd, size)
+                else:
+                    os.truncate(link, size)
+            if valid & _HAS_TIMES:
                 # By the link, not futimens: it also takes an O_PATH fd.
-                syscalls.utimensat_following(_FD_LINK.format(fd).encode(), *times)
-        status = os.fstat(fd) if fd is not None else self._status(request)
+                syscalls.utimensat_following(
+                    link.encode(),
+                    _time(valid, _ATIME, _ATIME_NOW, atime, atime_nsec),
+                    _time(valid, _MTIME, _MTIME_NOW, mtime, mtime_nsec),
+                )
+            return os.fstat(fd)
+
+        if valid & _FH:
+            file = self._objects.by_handle(worker, request, fh)
+            worker.identity.assume(worker.identity.of(request.uid, request.gid, request.tid))
+            status = change(file.fd)
+        else:
+            status = self._objects.by_fd(request, change)
         request.answer(protocol.attr_out(request.node, status))
 
     def open(self, worker: Worker, request: Request) -> None:
@@ -190,13 +151,13 @@ class Answers:
 
     def _open(self, worker: Worker, request: Request, flags: int, is_directory: bool) -> None:
         backing = backing_of(request)
+        allowed = allowed_flags(flags)
         try:
-            fd = self._objects.by_path(request, lambda backing, path: backing.open(path, flags))
+            fd = self._objects.by_path(request, lambda backing, path: backing.open(path, allowed))
         except OSError as error:
-            own = self._objects.own_fd(request.node) if error.errno == errno.ESTALE else None
-            if own is None:
+            if error.errno not in (errno.ESTALE, errno.EACCES):
                 raise
-            fd = os.open(_FD_LINK.format(own), allowed_flags(flags))
+            fd = self._objects.by_fd(request, lambda own: os.open(fd_link(own), allowed))
         credentials = worker.identity.of(request.uid, request.gid, request.tid)
         file = self._handles.add(request.node, is_directory, flags, backing, fd, credentials, request.tid)
         if not request.answer(protocol.OPEN_OUT.pack(file.fh, self._objects.open_flags(request, file), 0)):
@@ -212,19 +173,15 @@ class Answers:
         request.device.reply_data(request.unique, worker.output[:length])
 
     def write(self, worker: Worker, request: Request) -> None:
-        fh, offset, size, flags, _, _, _ = protocol.WRITE_IN.unpack_from(request.buffer, BODY)
+        fh, offset, size, write_flags, _, flags, _ = protocol.WRITE_IN.unpack_from(request.buffer, BODY)
         start = BODY + protocol.WRITE_IN.size
         data = memoryview(request.buffer)[start : start + size]
         file = self._objects.by_handle(worker, request, fh)
         self._has_pages(request.node)
-        fd = file.fd
-        if flags & protocol.WRITE_CACHE:
-            fd = file.without_append()
-        elif flags & protocol.WRITE_KILL_SUIDGID:
-            # The caller may not keep set-id bits; written in its name, the file loses them as on any file system.
-            worker.identity.assume(worker.identity.of(request.uid, request.gid, request.tid))
-        written = os.pwrite(fd, data, offset)
-        request.answer(protocol.WRITE_OUT.pack(written, 0))
+        # In the caller's name: it decides whether the file keeps its set-id bits.
+        worker.identity.assume(worker.identity.of(request.uid, request.gid, request.tid))
+        fd = file.appending(bool(flags & os.O_APPEND) and not write_flags & protocol.WRITE_CACHE)
+        request.answer(protocol.WRITE_OUT.pack(os.pwrite(fd, data, offset), 0))
 
     def _has_pages(self, number: int) -> None:
         node = self._nodes.get(number)
@@ -257,7 +214,9 @@ class Answers:
 
     def fallocate(self, worker: Worker, request: Request) -> None:
         fh, offset, length, mode, _ = protocol.FALLOCATE_IN.unpack_from(request.buffer, BODY)
-        syscalls.fallocate(self._objects.by_handle(worker, request, fh).fd, mode, offset, length)
+        fd = self._objects.by_handle(worker, request, fh).fd
+        worker.identity.assume(worker.identity.of(request.uid, request.gid, request.tid))
+        syscalls.fallocate(fd, mode, offset, length)
         request.answer()
 
     def lseek(self, worker: Worker, request: Request) -> None:

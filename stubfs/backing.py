@@ -2,16 +2,17 @@
 
 Paths are bytes relative to the directory, without a leading slash; b"" is the directory itself. Parents are
 resolved by openat2 without following any link, the last component never is one that gets followed.
-Credentials are the calling thread's. Everything raises OSError.
+Credentials are the calling thread's, but for the way to the parent: the kernel has asked for each step of the caller's
+own way already, which may have begun in a directory that this caller could not have got to. Everything raises OSError.
 """
 
 from __future__ import annotations
 
 import os
-import stat
-from typing import Dict, Sequence, Tuple
+from typing import Dict, Tuple
 
 from stubfs import syscalls
+from stubfs.credentials import ourselves
 from stubfs.syscalls import Resolve
 
 _INSIDE = Resolve.BENEATH | Resolve.NO_SYMLINKS | Resolve.NO_MAGICLINKS
@@ -41,11 +42,6 @@ LINK_REMAP = b"security.spfs.link_remap"
 """Extended attribute of a staging file: the name by which it is to be found on the real side, whatever it had here."""
 
 
-def list_xattrs(path: str) -> bytes:
-    """The names as listxattr(2) gives them, each with its NUL."""
-    return b"".join(os.fsencode(name) + b"\0" for name in os.listxattr(path))
-
-
 class Backing:
     """Owns ``fd`` (a directory, O_PATH or not), which close() closes."""
 
@@ -66,7 +62,11 @@ class Backing:
         parent, slash, name = path.rpartition(b"/")
         if not slash:
             return self.fd, name or b"."
-        return syscalls.openat2(self.fd, parent, _PARENT, 0, _INSIDE), name
+        try:
+            return syscalls.openat2(self.fd, parent, _PARENT, 0, _INSIDE), name
+        except PermissionError:
+            with ourselves():
+                return syscalls.openat2(self.fd, parent, _PARENT, 0, _INSIDE), name
 
     def _done(self, parent: int) -> None:
         if parent != self.fd:
@@ -79,32 +79,27 @@ class Backing:
         finally:
             self._done(parent)
 
-    def open(self, path: bytes, flags: int) -> int:
-        """An open(2) of something that exists, with the flags that make sense here; the caller closes the fd."""
-        allowed = allowed_flags(flags)
-        if b"/" not in path:
-            return os.open(path or b".", allowed | os.O_NOFOLLOW, dir_fd=self.fd)
-        return syscalls.openat2(self.fd, path, allowed, 0, _INSIDE)
-
-    def create(self, path: bytes, flags: int, mode: int) -> int:
-        allowed = flags & (_OPEN_FLAGS | os.O_EXCL) | os.O_CREAT
+    def open(self, path: bytes, flags: int, mode: int = 0) -> int:
+        """open(2) with these flags, following nothing; the caller closes the fd."""
         if b"/" not in path:
             # Nothing to resolve, and no link to follow: what os has does it, at half the price.
-            return os.open(path, allowed | os.O_NOFOLLOW | os.O_CLOEXEC, stat.S_IMODE(mode), dir_fd=self.fd)
-        return syscalls.openat2(self.fd, path, allowed, stat.S_IMODE(mode), _INSIDE)
-
-    def tmpfile(self, path: bytes, flags: int, mode: int) -> int:
-        """A file without a name in the directory; the caller closes the fd."""
-        allowed = flags & (_OPEN_FLAGS | os.O_EXCL) & ~os.O_TRUNC | os.O_TMPFILE
-        return syscalls.openat2(self.fd, path or b".", allowed, stat.S_IMODE(mode), _INSIDE)
+            return os.open(path or b".", flags | os.O_NOFOLLOW | os.O_CLOEXEC, mode, dir_fd=self.fd)
+        try:
+            return syscalls.openat2(self.fd, path, flags, mode, _INSIDE)
+        except PermissionError:
+            parent, name = self._parent(path)
+            try:
+                return syscalls.openat2(parent, name, flags, mode, _INSIDE)
+            finally:
+                self._done(parent)
 
     def pin(self, path: bytes) -> int:
-        """An O_PATH fd of the object, of whatever type; the caller closes it."""
-        parent, name = self._parent(path)
+        """An O_PATH fd of the object, of whatever type, which nobody needs a right to; the caller closes it."""
         try:
-            return os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
-        finally:
-            self._done(parent)
+            return self.open(path, os.O_PATH | os.O_NOFOLLOW)
+        except PermissionError:
+            with ourselves():
+                return self.open(path, os.O_PATH | os.O_NOFOLLOW)
 
     def keeps(self, path: bytes) -> bool:
         """Whether this name is only to seem removed."""
@@ -128,13 +123,6 @@ class Backing:
         parent, name = self._parent(path)
         try:
             os.symlink(target, name, dir_fd=parent)
-        finally:
-            self._done(parent)
-
-    def readlink(self, path: bytes) -> bytes:
-        parent, name = self._parent(path)
-        try:
-            return os.readlink(name, dir_fd=parent)
         finally:
             self._done(parent)
 
@@ -185,80 +173,6 @@ class Backing:
         finally:
             self._done(parent)
 
-    def chmod(self, path: bytes, mode: int) -> None:
-        parent, name = self._parent(path)
-        try:
-            syscalls.fchmodat(parent, name, mode)
-        finally:
-            self._done(parent)
-
-    def chown(self, path: bytes, uid: int, gid: int) -> None:
-        parent, name = self._parent(path)
-        try:
-            os.chown(name, uid, gid, dir_fd=parent, follow_symlinks=False)
-        finally:
-            self._done(parent)
-
-    def truncate(self, path: bytes, size: int) -> None:
-        fd = self.open(path, os.O_WRONLY)
-        try:
-            os.ftruncate(fd, size)
-        finally:
-            os.close(fd)
-
-    def utimens(self, path: bytes, atime: Sequence[int], mtime: Sequence[int]) -> None:
-        parent, name = self._parent(path)
-        try:
-            syscalls.utimensat(parent, name, atime, mtime)
-        finally:
-            self._done(parent)
-
-    def access(self, path: bytes, mode: int) -> None:
-        parent, name = self._parent(path)
-        try:
-            syscalls.faccessat2(parent, name, mode)
-        finally:
-            self._done(parent)
-
-    def statvfs(self, path: bytes) -> os.statvfs_result:
-        """Of the file system that the object is in, which may be one that is mounted beneath the directory."""
-        fd = self.pin(path)
-        try:
-            return os.fstatvfs(fd)
-        finally:
-            os.close(fd)
-
-    # There is no getxattrat before Linux 6.13: go by the magic link of an O_PATH fd, which names the object itself.
-
-    def getxattr(self, path: bytes, name: bytes) -> bytes:
-        fd = self.pin(path)
-        try:
-            return os.getxattr(f"/proc/self/fd/{fd}", name)
-        finally:
-            os.close(fd)
-
-    def setxattr(self, path: bytes, name: bytes, value: bytes, flags: int) -> None:
-        self.may_have_capabilities = True
-        fd = self.pin(path)
-        try:
-            os.setxattr(f"/proc/self/fd/{fd}", name, value, flags)
-        finally:
-            os.close(fd)
-
-    def listxattr(self, path: bytes) -> bytes:
-        fd = self.pin(path)
-        try:
-            return list_xattrs(f"/proc/self/fd/{fd}")
-        finally:
-            os.close(fd)
-
-    def removexattr(self, path: bytes, name: bytes) -> None:
-        fd = self.pin(path)
-        try:
-            os.removexattr(f"/proc/self/fd/{fd}", name)
-        finally:
-            os.close(fd)
-
 
 class Staging(Backing):
     """Where restore mode keeps its files: a tmpfs that is mounted nowhere, so nothing can be left behind.
@@ -288,9 +202,15 @@ class Staging(Backing):
         them there. Those who have the file open find it by this name.
         """
         try:
-            return self.getxattr(path, LINK_REMAP) == path
+            fd = self.pin(path)
         except OSError:
             return False
+        try:
+            return os.getxattr(f"/proc/self/fd/{fd}", LINK_REMAP) == path
+        except OSError:
+            return False
+        finally:
+            os.close(fd)
 
     def directory(self) -> int:
         """A new fd of the directory, open for reading; the caller closes it, and may do there what it likes."""

@@ -6,8 +6,10 @@ So ownership and permission come out on the real side as if the caller had acted
 from __future__ import annotations
 
 import os
+import threading
 import time
-from typing import Dict, NamedTuple, Tuple
+from contextlib import contextmanager
+from typing import Dict, Iterator, NamedTuple, Optional, Tuple
 
 from stubfs import syscalls
 
@@ -22,6 +24,28 @@ class Credentials(NamedTuple):
 
 
 ROOT = Credentials(0, 0, ())
+
+
+class _OfThread(threading.local):
+    identity: Optional["ThreadIdentity"] = None
+
+
+_of_thread = _OfThread()
+
+
+@contextmanager
+def ourselves() -> Iterator[None]:
+    """The calling thread's own credentials, for what the caller of an operation need not have a right to."""
+    identity = _of_thread.identity
+    if identity is None:
+        yield
+        return
+    callers = identity.current
+    identity.assume(ROOT)
+    try:
+        yield
+    finally:
+        identity.assume(callers)
 
 
 def _read_groups(tid: int) -> Tuple[int, ...]:
@@ -42,9 +66,10 @@ class ThreadIdentity:
     """
 
     def __init__(self) -> None:
-        self._current = ROOT
+        self.current = ROOT
         self._groups: Dict[Tuple[int, int, int], Tuple[float, Credentials]] = {}
         self._privileged = os.geteuid() == 0
+        self._umask: Optional[int] = None  # the process's
 
     def of(self, uid: int, gid: int, tid: int) -> Credentials:
         """The credentials of a caller; its supplementary groups come from /proc."""
@@ -67,7 +92,7 @@ class ThreadIdentity:
 
     def assume(self, credentials: Credentials) -> None:
         """OSError as setgroups(2)."""
-        current = self._current
+        current = self.current
         if credentials == current or not self._privileged:
             return
         if credentials.groups != current.groups:
@@ -76,4 +101,13 @@ class ThreadIdentity:
             syscalls.setfsgid(credentials.gid)
         if credentials.uid != current.uid:
             syscalls.setfsuid(credentials.uid)
-        self._current = credentials
+        self.current = credentials
+        _of_thread.identity = self
+
+    def mask(self, umask: int) -> None:
+        """Make files with the caller's umask: the backing file system knows when it counts."""
+        if umask != self._umask:
+            if self._umask is None:
+                syscalls.unshare(syscalls.CLONE_FS)
+            os.umask(umask)
+            self._umask = umask

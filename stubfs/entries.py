@@ -11,12 +11,12 @@ import os
 from typing import Optional, Tuple
 
 from stubfs import protocol
-from stubfs.backing import Backing
+from stubfs.backing import Backing, allowed_flags
 from stubfs.handles import HandleTable, OpenFile
 from stubfs.lanes import Worker
 from stubfs.libfuse import Session as LibfuseSession
 from stubfs.nodes import Node, NodeTable, Orphan
-from stubfs.objects import Objects, backing_of, stale
+from stubfs.objects import Objects, backing_of, fd_link, stale
 from stubfs.protocol import BODY, ROOT_NODE, Opcode
 from stubfs.request import Request
 
@@ -60,11 +60,13 @@ class Entries:
     # --- make
 
     def create(self, worker: Worker, request: Request) -> None:
-        flags, mode, _, _ = protocol.CREATE_IN.unpack_from(request.buffer, BODY)
+        flags, mode, umask, _ = protocol.CREATE_IN.unpack_from(request.buffer, BODY)
+        worker.identity.mask(umask)
         name = request.name(BODY + protocol.CREATE_IN.size)
         self._nodes.change()
         try:
-            fd = self._objects.by_path(request, lambda backing, path: backing.create(path, flags, mode), name)
+            allowed = allowed_flags(flags) | flags & os.O_EXCL | os.O_CREAT
+            fd = self._objects.by_path(request, lambda backing, path: backing.open(path, allowed, mode & 0o7777), name)
             file, status = self._opened(worker, request, fd, flags)
             node = self._entered(request, name, status)
         finally:
@@ -72,8 +74,10 @@ class Entries:
         self._answer_open(request, node, status, file)
 
     def tmpfile(self, worker: Worker, request: Request) -> None:
-        flags, mode, _, _ = protocol.CREATE_IN.unpack_from(request.buffer, BODY)
-        fd = self._objects.by_path(request, lambda backing, path: backing.tmpfile(path, flags, mode))
+        flags, mode, umask, _ = protocol.CREATE_IN.unpack_from(request.buffer, BODY)
+        worker.identity.mask(umask)
+        allowed = allowed_flags(flags) & ~os.O_TRUNC | flags & os.O_EXCL | os.O_TMPFILE
+        fd = self._objects.by_fd(request, lambda directory: os.open(fd_link(directory), allowed, mode & 0o7777))
         file, status = self._opened(worker, request, fd, flags)
         self._answer_open(request, self._nodes.enter_nameless(status, file.generation), status, file)
 
@@ -99,6 +103,10 @@ class Entries:
         name = request.name(name_at)
         head = bytes(request.buffer[BODY:name_at])
         tail = bytes(request.buffer[name_at + len(name) : request.length])  # its NUL, and a link's target
+        if request.opcode == Opcode.MKNOD:
+            worker.identity.mask(protocol.MKNOD_IN.unpack(head)[2])
+        elif request.opcode == Opcode.MKDIR:
+            worker.identity.mask(protocol.MKDIR_IN.unpack(head)[1])
         worker.status = None
         self._nodes.change()
         try:

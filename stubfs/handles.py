@@ -11,17 +11,16 @@ import os
 import threading
 from typing import Dict, List, Optional, Tuple
 
-from stubfs import backing as backing_module
 from stubfs import protocol
-from stubfs.backing import Backing
-from stubfs.credentials import Credentials, ThreadIdentity
+from stubfs.backing import Backing, allowed_flags, reopen_flags
+from stubfs.credentials import Credentials, ThreadIdentity, ourselves
 from stubfs.nodes import NodeTable
 
 
 class OpenFile:
     __slots__ = (
         "fh", "node", "is_directory", "flags", "generation", "fd", "former", "credentials", "tid", "position",
-        "lock", "unappended", "in_staging",
+        "lock", "opposite", "in_staging",
     )  # fmt: skip
 
     def __init__(
@@ -39,7 +38,7 @@ class OpenFile:
         self.tid = tid
         self.position = -1  # of a directory: the offset at which fd stands; -1: unknown
         self.lock = threading.Lock()  # reopening, and a directory's position
-        self.unappended = -1
+        self.opposite = -1  # of fd, as to O_APPEND; -1: not needed yet
         self.in_staging = in_staging  # where it was opened
 
     def open_flags(self) -> int:
@@ -49,18 +48,24 @@ class OpenFile:
         """
         return protocol.FOPEN_NOFLUSH if self.in_staging else 0
 
-    def without_append(self) -> int:
-        """An fd whose pwrite(2) obeys the offset: with O_APPEND it never does, and a page has its place."""
-        if not self.flags & os.O_APPEND:
+    def appending(self, wanted: bool) -> int:
+        """An fd whose pwrite(2) goes to the end of the file, or obeys the offset.
+
+        The opener may change its own mind with fcntl(2), and a page that is written back has its place.
+        """
+        if bool(self.flags & os.O_APPEND) == wanted:
             return self.fd
         with self.lock:
-            if self.unappended < 0:
-                self.unappended = os.open(f"/proc/self/fd/{self.fd}", os.O_WRONLY | os.O_CLOEXEC)
-            return self.unappended
+            if self.opposite < 0:
+                with ourselves():  # it is open already: nobody's rights matter any more
+                    self.opposite = os.open(
+                        f"/proc/self/fd/{self.fd}", os.O_WRONLY | os.O_CLOEXEC | (os.O_APPEND if wanted else 0)
+                    )
+            return self.opposite
 
     def close(self) -> None:
-        fds = [self.fd, self.unappended, *self.former]
-        self.fd = self.unappended = -1
+        fds = [self.fd, self.opposite, *self.former]
+        self.fd = self.opposite = -1
         self.former = []
         for fd in fds:
             if fd >= 0:
@@ -143,7 +148,7 @@ class HandleTable:
             if path is None:
                 return file
             identity.assume(file.credentials)
-            flags = backing_module.reopen_flags(file.flags)
+            flags = allowed_flags(reopen_flags(file.flags))
             try:
                 fd = backing.open(path, flags | os.O_DIRECTORY if file.is_directory else flags)
             except OSError as error:
@@ -151,9 +156,9 @@ class HandleTable:
                     raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), path) from error
                 raise
             file.former.append(file.fd)
-            if file.unappended >= 0:
-                file.former.append(file.unappended)
-                file.unappended = -1
+            if file.opposite >= 0:
+                file.former.append(file.opposite)
+                file.opposite = -1
             file.fd, file.position = fd, -1
             file.generation = backing.number  # last: who sees it without the lock goes on to use fd
             return file

@@ -39,6 +39,11 @@ def backing_of(request: Request) -> Backing:
     return backing
 
 
+def fd_link(fd: int) -> str:
+    """A path to the very object, whatever its names: proc(5), /proc/PID/fd."""
+    return f"/proc/self/fd/{fd}"
+
+
 class Objects:
     """``has_locked_pages``: whether a request that waits, for whatever reason, keeps pages of a node locked."""
 
@@ -59,6 +64,8 @@ class Objects:
 
         Of a file with several names, one that somebody else has removed is left for another.
         """
+        if name == b"..":  # which the kernel resolves itself; nobody gets it by name
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
         backing = backing_of(request)
         tries = 0
         while tries < _RETRIES:
@@ -88,6 +95,26 @@ class Objects:
             flags |= protocol.FOPEN_KEEP_CACHE
         return flags
 
+    def by_fd(self, request: Request, action: Callable[[int], _T]) -> _T:
+        """``action`` on an fd of the node's object, which may be an O_PATH one: go by fd_link() of it.
+
+        So nothing but the rights to the object itself matter: whoever has got hold of it may have come by a way that
+        is closed to others.
+        """
+        if self._nodes.path(request.node) is None:
+            fd = self.own_fd(request.node)
+            if fd is None:
+                raise stale()
+            return action(fd)
+        file = self._handles.of_node(request.node)
+        if file is not None and file.generation == backing_of(request).number:
+            return action(file.fd)
+        pinned = self.by_path(request, Backing.pin)
+        try:
+            return action(pinned)
+        finally:
+            os.close(pinned)
+
     def own_fd(self, node: int) -> Optional[int]:
         """An fd that we have of the node anyway: of an open file, or what was kept of a removed name."""
         file = self._handles.of_node(node)
@@ -95,12 +122,3 @@ class Objects:
             return file.fd
         known = self._nodes.get(node)
         return known.orphan.fd if known is not None and known.orphan is not None else None
-
-    def nameless_fd(self, node: int) -> Optional[int]:
-        """own_fd() of a node that has no path any more; None for one that has."""
-        if self._nodes.path(node) is not None:
-            return None
-        fd = self.own_fd(node)
-        if fd is None:
-            raise stale()
-        return fd

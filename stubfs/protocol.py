@@ -111,7 +111,6 @@ FOPEN_KEEP_CACHE = 1 << 1
 FOPEN_NOFLUSH = 1 << 5
 GETATTR_FH = 1 << 0
 WRITE_CACHE = 1 << 0
-WRITE_KILL_SUIDGID = 1 << 2
 FSYNC_FDATASYNC = 1 << 0
 NOTIFY_INVAL_INODE = 2
 
@@ -129,6 +128,8 @@ NATIVE_DIRENT = struct.Struct("=QqHB")  # struct linux_dirent64: ino off reclen 
 GETATTR_IN = struct.Struct("=IIQ")  # flags dummy fh
 SETATTR_IN = struct.Struct("=IIQQQQQQIIIIIIII")
 OPEN_IN = struct.Struct("=II")  # flags open_flags
+MKNOD_IN = struct.Struct("=IIII")  # mode rdev umask padding; the name follows
+MKDIR_IN = struct.Struct("=II")  # mode umask; the name follows
 CREATE_IN = struct.Struct("=IIII")  # flags mode umask open_flags; the name follows
 RELEASE_IN = struct.Struct("=QIIQ")  # fh flags release_flags lock_owner
 READ_IN = struct.Struct("=QQIIQII")  # fh offset size read_flags lock_owner flags padding

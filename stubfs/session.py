@@ -14,7 +14,7 @@ import threading
 import time
 from typing import Callable, Dict, List, Optional, Sequence, Tuple
 
-from stubfs import caches, protocol
+from stubfs import caches, protocol, syscalls
 from stubfs.answers import Answers
 from stubfs.backing import Staging
 from stubfs.credentials import ROOT
@@ -41,6 +41,8 @@ _ADDED_FLAGS = (
     # Else lookups in one directory wait for each other, unkillable, when one of them is held.
     | InitFlags.PARALLEL_DIROPS
     | InitFlags.MAX_PAGES
+    # The umask comes with what makes files: where there is a default ACL it does not count.
+    | InitFlags.DONT_MASK
     # Else every write asks for security.capability first. Set-id bits are ours to remove then.
     | InitFlags.HANDLE_KILLPRIV_V2
 )
@@ -279,19 +281,21 @@ class Session:
 
     def _access(self, worker: Worker, request: Request) -> None:
         if request.state is not None and request.state.backing is None:
-            self.staging.access(b"", int.from_bytes(request.buffer[BODY : BODY + 4], "little"))
+            (mask,) = protocol.U32.unpack_from(request.buffer, BODY)
+            syscalls.faccessat2(self.staging.fd, b"", mask, syscalls.AT_EMPTY_PATH)
             request.answer()
             return
         self._answers.access(worker, request)
 
     def _getxattr(self, worker: Worker, request: Request) -> None:
+        listing = request.opcode == Opcode.LISTXATTR
         if request.state is None or request.state.backing is not None:
-            self._answers.getxattr(worker, request)
-        elif request.opcode == Opcode.GETXATTR:
-            request.fail(errno.ENODATA)
-        else:
+            (self._answers.listxattr if listing else self._answers.getxattr)(worker, request)
+        elif listing:
             (size, _) = protocol.GETXATTR_IN.unpack_from(request.buffer, BODY)
             request.answer(b"" if size else protocol.GETXATTR_OUT.pack(0, 0))
+        else:
+            request.fail(errno.ENODATA)
 
     def _init(self, worker: Worker, request: Request) -> None:
         """libfuse must know of it, and what it does not know of is added to its answer."""

@@ -77,6 +77,7 @@ _setgroups = bind_syscall(
 )
 _setfsuid = bind("setfsuid", ctypes.c_uint32)
 _setfsgid = bind("setfsgid", ctypes.c_uint32)
+_unshare = bind("unshare", ctypes.c_int)
 _fsopen = bind("fsopen", ctypes.c_char_p, ctypes.c_uint)
 _fsconfig = bind(
     "fsconfig", ctypes.c_int, ctypes.c_uint, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_int
@@ -146,6 +147,11 @@ def setfsgid(gid: int) -> None:
 def setgroups(groups: Sequence[int]) -> None:
     """Of this thread alone."""
     _setgroups(len(groups), (ctypes.c_uint32 * len(groups))(*groups))
+
+
+def unshare(flags: int) -> None:
+    """With CLONE_FS: the calling thread has a umask and a working directory of its own."""
+    _unshare(flags)
 
 
 def fsopen(name: str) -> int:

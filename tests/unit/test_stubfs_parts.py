@@ -11,11 +11,12 @@ from typing import Iterator
 
 import pytest
 
-from stubfs import messages, mount, wire
-from stubfs.backing import Backing, reopen_flags
+from stubfs import messages, mount, syscalls, wire
+from stubfs.backing import Backing, allowed_flags, reopen_flags
 from stubfs.client import FilesystemClient
 from stubfs.credentials import ROOT, Credentials, ThreadIdentity
 from stubfs.errors import StubfsError, UsageError
+from stubfs.objects import fd_link
 from stubfs.syscalls import MountAttr
 
 
@@ -41,12 +42,11 @@ class TestContainment:
     def test_no_way_out(self, inside: Backing, path: bytes) -> None:
         attempts = [
             lambda: inside.stat(path), lambda: inside.open(path, os.O_RDONLY), lambda: inside.unlink(path),
-            lambda: inside.create(path + b"2", os.O_WRONLY, 0o600), lambda: inside.mkdir(path + b"2", 0o700),
-            lambda: inside.chmod(path, 0o777), lambda: inside.chown(path, -1, -1), lambda: inside.truncate(path, 0),
-            lambda: inside.rename(b"d", path), lambda: inside.link(path, b"x"), lambda: inside.symlink(b"x", path),
-            lambda: inside.access(path, os.R_OK), lambda: inside.listxattr(path), lambda: inside.readlink(path),
-            lambda: inside.utimens(path, (0, 0), (0, 0)), lambda: inside.mknod(path, stat.S_IFIFO, 0),
-            lambda: inside.rmdir(path), lambda: inside.pin(path),
+            lambda: inside.open(path + b"2", os.O_WRONLY | os.O_CREAT, 0o600), lambda: inside.mkdir(path + b"2", 0o700),
+            lambda: inside.rename(b"d", path), lambda: inside.rename(path, b"x"), lambda: inside.link(path, b"x"),
+            lambda: inside.link(b"d", path), lambda: inside.link_fd(inside.fd, path),
+            lambda: inside.symlink(b"x", path), lambda: inside.mknod(path, stat.S_IFIFO, 0),
+            lambda: inside.rmdir(path), lambda: inside.pin(path), lambda: inside.open(path, os.O_PATH),
         ]  # fmt: skip
         for attempt in attempts:
             with pytest.raises(OSError) as caught:
@@ -56,24 +56,28 @@ class TestContainment:
     @pytest.mark.parametrize("path", [b"d/file", b"absolute"])
     def test_the_last_component_is_not_followed(self, inside: Backing, path: bytes, tmp_path: Path) -> None:
         assert stat.S_ISLNK(inside.stat(path).st_mode)
-        for attempt in (
-            lambda: inside.open(path, os.O_RDONLY),
-            lambda: inside.create(path, os.O_WRONLY, 0o600),
-            lambda: inside.truncate(path, 0),
-        ):
+        for flags in (os.O_RDONLY, os.O_WRONLY | os.O_TRUNC, os.O_WRONLY | os.O_CREAT):
             with pytest.raises(OSError) as caught:
-                attempt()
+                inside.open(path, flags, 0o600 if flags & os.O_CREAT else 0)
             assert caught.value.errno in (errno.ELOOP, errno.ENOTDIR)
-        inside.utimens(path, (1, 0), (1, 0))
-        assert (tmp_path / "outside" / "secret").stat().st_mtime > 1
+        fd = inside.pin(path)
+        try:
+            assert stat.S_ISLNK(os.fstat(fd).st_mode)
+            syscalls.utimensat_following(fd_link(fd).encode(), (1, 0), (1, 0))
+            os.chown(fd_link(fd), 1, 1)
+            assert os.fstat(fd).st_mtime == 1 and os.fstat(fd).st_uid == 1
+        finally:
+            os.close(fd)
+        status = (tmp_path / "outside" / "secret").stat()
+        assert status.st_mtime > 1 and status.st_uid != 1
         assert (tmp_path / "outside" / "secret").read_text() == "secret"
 
 
 def test_a_fifo_in_the_place_of_a_file_blocks_nobody(inside: Backing) -> None:
     inside.mknod(b"fifo", stat.S_IFIFO | 0o600, 0)
-    os.close(inside.open(b"fifo", os.O_RDONLY))
+    os.close(inside.open(b"fifo", allowed_flags(os.O_RDONLY)))
     with pytest.raises(OSError) as caught:
-        inside.open(b"fifo", os.O_WRONLY)
+        inside.open(b"fifo", allowed_flags(os.O_WRONLY))
     assert caught.value.errno == errno.ENXIO
 
 
@@ -165,11 +169,11 @@ def test_a_thread_takes_an_identity_and_gives_it_back(tmp_path: Path) -> None:
         identity = ThreadIdentity()
         identity.assume(Credentials(1234, 1234, (5, 6)))
         try:
-            backing.create(b"x", os.O_WRONLY, 0o600)
+            backing.open(b"x", os.O_WRONLY | os.O_CREAT, 0o600)
         except PermissionError:
             results.append("refused")
         identity.assume(ROOT)
-        os.close(backing.create(b"x", os.O_WRONLY, 0o600))
+        os.close(backing.open(b"x", os.O_WRONLY | os.O_CREAT, 0o600))
         results.append("allowed")
 
     thread = threading.Thread(target=run)

@@ -1,0 +1,385 @@
+"""Everything happens with the caller's ids, groups and umask; and nothing leads out of the tree."""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+import socket
+import stat
+import struct
+import subprocess
+import threading
+import time
+from pathlib import Path
+from typing import Any, Callable, Iterator, List, Tuple
+
+import pytest
+from stubfs_kit import Filesystem, as_user, command, environment, mounted, wait_until
+
+from stubfs import syscalls
+
+pytestmark = [pytest.mark.needs_root, pytest.mark.needs_fuse]
+ALICE, BOB, STAFF = 1001, 1002, 2000
+
+
+@pytest.fixture(params=["restore", "proxy"])
+def fs(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Filesystem]:
+    tmp_path.chmod(0o755)
+    tmp_path.parent.chmod(0o755)
+    tmp_path.parent.parent.chmod(0o755)
+    with mounted(tmp_path, request.param) as filesystem:
+        filesystem.path.chmod(0o777)
+        yield filesystem
+
+
+def outcome(action: Callable[[], Any]) -> Any:
+    try:
+        return action()
+    except OSError as error:
+        return errno.errorcode[error.errno or 0]
+
+
+def beneath(fs: Filesystem, uid: int, groups: List[int], action: Callable[[], Any]) -> Any:
+    """What a user's process gets that works in the mount, which it need not be able to find."""
+
+    def enter() -> Any:
+        os.chdir(fs.path)
+        return as_user(uid, uid, groups, lambda: outcome(action))()
+
+    return fs.run(enter).result()
+
+
+def test_files_belong_to_who_makes_them(fs: Filesystem) -> None:
+    def make() -> None:
+        os.umask(0o027)
+        os.close(os.open("file", os.O_CREAT | os.O_WRONLY, 0o666))
+        os.mkdir("dir", 0o777)
+        os.mkfifo("fifo", 0o666)
+        os.symlink("file", "link")
+        with socket.socket(socket.AF_UNIX) as sock:
+            sock.bind("sock")
+
+    beneath(fs, ALICE, [STAFF], make)
+    for name, mode in (("file", 0o640), ("dir", 0o750), ("fifo", 0o640), ("link", 0o777), ("sock", 0o750)):
+        status = os.lstat(fs.path / name)
+        assert (name, status.st_uid, status.st_gid, status.st_mode & 0o777) == (name, ALICE, ALICE, mode)
+
+
+def test_supplementary_groups(fs: Filesystem) -> None:
+    (fs.path / "shared").write_text("text")
+    os.chown(fs.path / "shared", 0, STAFF)
+    (fs.path / "shared").chmod(0o640)
+    read = Path("shared").read_text
+    assert beneath(fs, ALICE, [STAFF], read) == "text"
+    assert beneath(fs, ALICE, [STAFF + 1], read) == "EACCES"
+    assert beneath(fs, ALICE, list(range(5000, 5100)) + [STAFF], read) == "text"
+
+
+def test_each_thread_has_groups_of_its_own(fs: Filesystem) -> None:
+    """setgroups(2) itself changes one thread; only the C library's changes them all."""
+    (fs.path / "shared").write_text("text")
+    os.chown(fs.path / "shared", 0, STAFF)
+    (fs.path / "shared").chmod(0o640)
+
+    def both() -> Tuple[List[Any], List[Any]]:
+        os.chdir(fs.path)
+        results: List[List[Any]] = [[], []]
+        turn = threading.Barrier(2)
+
+        def run(number: int, groups: List[int]) -> None:
+            syscalls.setgroups(groups)
+            syscalls.setfsgid(ALICE)
+            syscalls.setfsuid(ALICE)
+            for _ in range(20):
+                turn.wait()
+                results[number].append(outcome(Path("shared").read_text))
+
+        threads = [threading.Thread(target=run, args=args) for args in ((0, [STAFF]), (1, []))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return results[0], results[1]
+
+    assert fs.run(both).result() == (["text"] * 20, ["EACCES"] * 20)
+
+
+def acl(*entries: Tuple[int, int, int]) -> bytes:
+    return struct.pack("<I", 2) + b"".join(struct.pack("<HHI", *entry) for entry in entries)
+
+
+NOBODY = 0xFFFFFFFF
+
+
+def test_an_acl_that_grants_more_than_the_mode(fs: Filesystem) -> None:
+    secret = fs.path / "secret"
+    secret.write_text("text")
+    granted = acl((1, 6, NOBODY), (2, 4, ALICE), (4, 0, NOBODY), (0x10, 4, NOBODY), (0x20, 0, NOBODY))
+    os.setxattr(secret, "system.posix_acl_access", granted)
+    assert os.getxattr(secret, "system.posix_acl_access") == granted
+    assert stat.S_IMODE(secret.stat().st_mode) == 0o640  # the mask shows as the group's bits
+    assert beneath(fs, ALICE, [], Path("secret").read_text) == "text"
+    assert beneath(fs, BOB, [], Path("secret").read_text) == "EACCES"
+    assert beneath(fs, ALICE, [], lambda: os.access("secret", os.R_OK)) is True
+    assert beneath(fs, BOB, [], lambda: os.access("secret", os.R_OK)) is False
+    assert beneath(fs, ALICE, [], lambda: Path("secret").write_text("x")) == "EACCES"
+
+
+def test_a_default_acl_counts_in_place_of_the_umask(fs: Filesystem) -> None:
+    top = fs.path / "d"
+    top.mkdir()
+    top.chmod(0o777)
+    default = acl((1, 7, NOBODY), (2, 7, BOB), (4, 7, NOBODY), (0x10, 7, NOBODY), (0x20, 0, NOBODY))
+    os.setxattr(top, "system.posix_acl_default", default)
+
+    def make() -> None:
+        os.umask(0o077)
+        os.close(os.open("d/file", os.O_CREAT | os.O_WRONLY, 0o666))
+        os.mkdir("d/sub", 0o777)
+        os.close(os.open("plain", os.O_CREAT | os.O_WRONLY, 0o666))
+
+    beneath(fs, ALICE, [], make)
+    modes = [stat.S_IMODE(os.stat(fs.path / name).st_mode) for name in ("d/file", "d/sub", "plain")]
+    assert modes == [0o660, 0o770, 0o600]
+    assert os.getxattr(top / "sub", "system.posix_acl_default") == default
+    assert beneath(fs, BOB, [], lambda: Path("d/file").write_text("bob's")) == 5
+
+
+def test_a_setgid_directory_gives_its_group(fs: Filesystem) -> None:
+    top = fs.path / "d"
+    top.mkdir()
+    os.chown(top, 0, STAFF)
+    top.chmod(0o2777)
+    beneath(fs, ALICE, [], lambda: (Path("d/file").write_text(""), os.mkdir("d/sub")))
+    assert os.stat(top / "file").st_gid == os.stat(top / "sub").st_gid == STAFF
+    assert os.stat(top / "sub").st_mode & stat.S_ISGID
+
+
+def test_a_sticky_directory(fs: Filesystem) -> None:
+    top = fs.path / "d"
+    top.mkdir()
+    top.chmod(0o1777)
+    beneath(fs, ALICE, [], lambda: Path("d/file").write_text(""))
+    assert beneath(fs, BOB, [], lambda: os.unlink("d/file")) == "EPERM"
+    assert beneath(fs, BOB, [], lambda: os.rename("d/file", "d/other")) == "EPERM"
+    assert beneath(fs, ALICE, [], lambda: os.unlink("d/file")) is None
+
+
+def test_set_id_bits_are_lost_when_others_write(fs: Filesystem) -> None:
+    program = fs.path / "program"
+
+    def fresh() -> None:
+        program.write_bytes(b"text")
+        program.chmod(0o6777)
+
+    def bits() -> int:
+        return stat.S_IMODE(program.stat().st_mode) & 0o7000
+
+    def opened(action: Callable[[int], Any]) -> Callable[[], None]:
+        def run() -> None:
+            fd = os.open("program", os.O_RDWR)
+            action(fd)
+            os.close(fd)
+
+        return run
+
+    for change in (
+        opened(lambda fd: os.write(fd, b"x")),
+        opened(lambda fd: os.ftruncate(fd, 1)),
+        lambda: os.truncate("program", 1),
+        opened(lambda fd: syscalls.fallocate(fd, 0, 0, 100)),
+        lambda: os.close(os.open("program", os.O_WRONLY | os.O_TRUNC)),
+    ):
+        fresh()
+        beneath(fs, ALICE, [], change)
+        assert bits() == 0
+        fresh()
+        beneath(fs, ALICE, [], lambda: os.stat("program"))  # the thread that serves has been Alice
+        beneath(fs, 0, [], change)
+        assert bits() == 0o6000  # root may keep them
+    fresh()
+    os.chown(program, ALICE, ALICE)
+    assert bits() == 0  # any change of owner
+
+
+def test_who_has_got_into_a_directory_need_not_find_the_way_again(fs: Filesystem) -> None:
+    """A daemon goes to its directory, then drops its privileges: what is above it does not matter any more."""
+    inner = fs.path / "private" / "inner"
+    inner.mkdir(parents=True)
+    (inner / "file").write_text("text")
+    (inner / "sub").mkdir()
+    inner.chmod(0o777)
+    (fs.path / "private").chmod(0o700)
+
+    def work() -> List[Any]:
+        os.chdir(inner)
+        directory = os.open("sub", os.O_RDONLY)
+
+        def rest() -> List[Any]:
+            Path("mine").write_text("mine")
+            os.mkdir("made")
+            os.rename("mine", "made/mine")
+            os.link("made/mine", "again")
+            os.chmod("again", 0o600)
+            os.utime("again", (1, 1))
+            os.symlink("again", "soft")
+            return [
+                os.stat(".").st_mode & 0o777, Path("file").read_text(), Path("soft").read_text(),
+                sorted(os.listdir(".")), os.stat("again").st_nlink, os.stat("again").st_mtime, os.listdir(directory),
+                outcome(lambda: os.stat(inner)), os.statvfs(".").f_bsize > 0, os.readlink("soft"),
+                os.unlink("again"), os.access("made", os.W_OK), os.truncate("made/mine", 1),
+            ]  # fmt: skip
+
+        return as_user(ALICE, ALICE, [], rest)()
+
+    names = ["again", "file", "made", "soft", "sub"]
+    expected = [0o777, "text", "mine", names, 2, 1, [], "EACCES", True, "again", None, True, None]
+    assert fs.run(work).result() == expected
+
+
+def test_an_open_file_needs_no_permission_any_more(fs: Filesystem) -> None:
+    (fs.path / "file").write_text("text")
+    os.chown(fs.path / "file", ALICE, ALICE)
+
+    def work() -> Any:
+        fd = os.open("file", os.O_RDWR | os.O_APPEND)
+        os.chmod("file", 0)
+        os.write(fd, b"+")
+        os.ftruncate(fd, 3)
+        return os.pread(fd, 10, 0), os.fstat(fd).st_size, outcome(lambda: os.open("file", os.O_RDONLY))
+
+    assert beneath(fs, ALICE, [], work) == (b"tex", 3, "EACCES")
+
+
+def test_where_root_has_no_rights(tmp_path: Path) -> None:
+    """A server that takes root for nobody (root_squash): here a FUSE mount of a user's that admits nobody else."""
+    for path in (tmp_path, tmp_path.parent, tmp_path.parent.parent):
+        path.chmod(0o755)
+    store, squashed = tmp_path / "store", tmp_path / "squashed"
+    for path in (store, squashed):
+        path.mkdir()
+        os.chown(path, ALICE, ALICE)
+    with subprocess.Popen(
+        ["bindfs", "-f", str(store), str(squashed)], preexec_fn=lambda: as_user(ALICE, ALICE, [], lambda: None)()
+    ) as bindfs:
+        try:
+            wait_until(lambda: outcome(lambda: os.listdir(squashed)) == "EACCES", 10)
+            # Whoever starts it there must be let in: the directory is handed over as an fd.
+            with mounted(tmp_path, "restore") as fs:
+                fs.path.chmod(0o777)
+                fs.client.mode("proxy", _directory_of(squashed))
+
+                def work() -> Any:
+                    Path("file").write_text("text")
+                    os.mkdir("d")
+                    Path("d/x").write_text("x")
+                    return Path("file").read_text(), sorted(os.listdir(".")), os.stat("d/x").st_uid
+
+                assert beneath(fs, ALICE, [], work) == ("text", ["d", "file"], ALICE)
+                assert beneath(fs, 0, [], lambda: os.listdir(".")) == "EACCES"
+                assert beneath(fs, BOB, [], lambda: Path("file").read_text()) == "EACCES"
+                assert os.stat(store / "d" / "x").st_uid == ALICE
+        finally:
+            bindfs.terminate()
+
+
+def _directory_of(path: Path) -> int:
+    """An fd that Alice opens, for us who may not."""
+    ours, its = socket.socketpair()
+    pid = os.fork()
+    if not pid:
+        try:
+            as_user(ALICE, ALICE, [], lambda: None)()
+            socket.send_fds(its, [b"x"], [os.open(path, os.O_PATH | os.O_DIRECTORY)])
+        finally:
+            os._exit(0)
+    with ours, its:
+        _, fds, _, _ = socket.recv_fds(ours, 1, 1)
+    os.waitpid(pid, 0)
+    return fds[0]
+
+
+def test_no_race_leads_out_of_the_tree(tmp_path: Path) -> None:
+    """Somebody swaps a directory for a link to the outside while names beneath it are used."""
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "file").write_text("outside")
+    marks = outside.stat().st_mtime_ns
+    with mounted(tmp_path, "proxy") as fs:
+        real = fs.real / "d"
+        real.mkdir()
+        (real / "file").write_text("inside")
+        os.symlink(outside, fs.real / "link")
+
+        def swap() -> None:
+            while True:
+                syscalls.renameat2(syscalls.AT_FDCWD, bytes(real), syscalls.AT_FDCWD, bytes(fs.real / "link"), 2)
+
+        fs.run(swap)
+        top = os.open(fs.path / "d" if (fs.path / "d").is_dir() else fs.path / "link", os.O_PATH | os.O_DIRECTORY)
+        source, seen, deadline = random.Random(7), {"inside": 0, "error": 0}, time.monotonic() + 4
+        actions: List[Callable[[], Any]] = [
+            lambda: os.stat("file", dir_fd=top),
+            lambda: os.close(os.open("new", os.O_CREAT | os.O_WRONLY, dir_fd=top)),
+            lambda: os.mkdir("dir", dir_fd=top),
+            lambda: os.rmdir("dir", dir_fd=top),
+            lambda: os.unlink("new", dir_fd=top),
+            lambda: os.rename("file", "other", src_dir_fd=top, dst_dir_fd=top),
+            lambda: os.rename("other", "file", src_dir_fd=top, dst_dir_fd=top),
+            lambda: os.link("file", "hard", src_dir_fd=top, dst_dir_fd=top),
+            lambda: os.unlink("hard", dir_fd=top),
+            lambda: os.symlink("x", "soft", dir_fd=top),
+            lambda: os.unlink("soft", dir_fd=top),
+            lambda: os.chmod("file", 0o600, dir_fd=top),
+            lambda: os.utime("file", (5, 5), dir_fd=top),
+            lambda: os.listdir(top),
+        ]
+
+        def read() -> None:
+            fd = os.open("file", os.O_RDONLY, dir_fd=top)
+            try:
+                assert os.read(fd, 100) == b"inside"
+            finally:
+                os.close(fd)
+
+        try:
+            while time.monotonic() < deadline:
+                for action in (read, source.choice(actions)):
+                    try:
+                        action()
+                        seen["inside"] += 1
+                    except OSError:
+                        seen["error"] += 1
+        finally:
+            os.close(top)
+        # Both happened: the link was in the way, and it was not.
+        assert min(seen.values()) > 50, seen
+    assert os.listdir(outside) == ["file"] and (outside / "file").read_text() == "outside"
+    assert outside.stat().st_mtime_ns == marks and (outside / "file").stat().st_mtime > 5
+
+
+def test_links_are_the_readers_own_affair(fs: Filesystem, tmp_path: Path) -> None:
+    """The kernel follows a link in the name space of whoever follows it; the file system never does."""
+    outside = tmp_path / "outside"
+    outside.write_text("outside")
+    os.symlink(outside, fs.path / "link")
+    assert (fs.path / "link").read_text() == "outside"  # as on any file system
+    os.symlink("/proc/self/root", fs.path / "magic")
+    assert os.readlink(fs.path / "magic") == "/proc/self/root"
+
+
+def test_not_for_others_without_allow_other(tmp_path: Path) -> None:
+    for path in (tmp_path, tmp_path.parent, tmp_path.parent.parent):
+        path.chmod(0o755)
+    mountpoint = tmp_path / "mnt"
+    mountpoint.mkdir()
+    os.chown(mountpoint, ALICE, ALICE)
+    with subprocess.Popen(
+        command("-f", str(mountpoint)), env=environment(), cwd="/",
+        preexec_fn=lambda: as_user(ALICE, ALICE, [], lambda: None)(),
+    ) as process:  # fmt: skip
+        try:
+            wait_until(lambda: outcome(lambda: os.listdir(mountpoint)) == "EACCES", 10)  # not even root
+        finally:
+            process.terminate()
