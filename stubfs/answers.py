@@ -37,7 +37,9 @@ class Answers:
 
     def _status(self, request: Request) -> os.stat_result:
         try:
-            return self._objects.by_path(request, Backing.stat)
+            status = self._objects.by_path(request, Backing.stat)
+            self._objects.check(request, status)
+            return status
         except OSError as error:
             if error.errno == errno.EACCES:
                 return self._objects.by_fd(request, os.fstat)
@@ -153,7 +155,7 @@ class Answers:
         backing = backing_of(request)
         allowed = allowed_flags(flags)
         try:
-            fd = self._objects.by_path(request, lambda backing, path: backing.open(path, allowed))
+            fd = self._objects.by_path(request, lambda backing, path: self._open_checked(request, path, allowed))
         except OSError as error:
             if error.errno not in (errno.ESTALE, errno.EACCES):
                 raise
@@ -162,6 +164,15 @@ class Answers:
         file = self._handles.add(request.node, is_directory, flags, backing, fd, credentials, request.tid)
         if not request.answer(protocol.OPEN_OUT.pack(file.fh, self._objects.open_flags(request, file), 0)):
             self._handles.release(file.fh)
+
+    def _open_checked(self, request: Request, path: bytes, flags: int) -> int:
+        fd = backing_of(request).open(path, flags)
+        try:
+            self._objects.check(request, os.fstat(fd))
+        except OSError:
+            os.close(fd)
+            raise
+        return fd
 
     # --- by handle
 

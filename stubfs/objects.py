@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 from typing import Callable, Optional, TypeVar
 
 from stubfs import protocol
@@ -15,6 +16,7 @@ from stubfs.handles import HandleTable, OpenFile
 from stubfs.lanes import Worker
 from stubfs.modes import State
 from stubfs.nodes import NodeTable
+from stubfs.protocol import ROOT_NODE
 from stubfs.request import Request
 
 _T = TypeVar("_T")
@@ -111,9 +113,27 @@ class Objects:
             return action(file.fd)
         pinned = self.by_path(request, Backing.pin)
         try:
+            self.check(request, os.fstat(pinned))
             return action(pinned)
         finally:
             os.close(pinned)
+
+    def check(self, request: Request, status: os.stat_result) -> None:
+        """ESTALE if what was found at the node's path is something else, by somebody else's doing.
+
+        The kernel then looks the name up again. An answer of another type would make it refuse the inode for good.
+        """
+        node = self._nodes.get(request.node)
+        if node is None or node.number == ROOT_NODE:
+            return
+        identity = (backing_of(request).number, status.st_dev, status.st_ino)
+        if node.kind != stat.S_IFMT(status.st_mode) or (
+            node.kind != stat.S_IFDIR
+            and node.identity is not None
+            and node.identity[0] == identity[0]
+            and node.identity != identity
+        ):
+            raise stale()
 
     def own_fd(self, node: int) -> Optional[int]:
         """An fd that we have of the node anyway: of an open file, or what was kept of a removed name."""

@@ -74,6 +74,7 @@ SAID_FIRST = {
     *((operation, early, late) for operation in ("rmdir", "unlink", "rename")
       for early in ("ENOTDIR", "EISDIR", "ENOENT") for late in ("EPERM", "EACCES")),
     ("mknod", "EPERM", "EACCES"),
+    ("link_open", "ENOENT", "EPERM"),  # no links left
     ("open", "EPERM", "EACCES"),  # O_NOATIME
 }  # fmt: skip
 
