@@ -163,11 +163,11 @@ class Census:
 
     def transfer(self) -> None:
         """What does not take the processes' own help to be moved."""
-        self.kinds.transfer(self.processes.values())
+        self.kinds.transfer()
 
     def conclude(self) -> None:
         """When all has been moved that could be, and nobody runs yet."""
-        self.kinds.conclude(self.processes.values())
+        self.kinds.conclude()
 
     def examine_again(self, theatre: Theatre, pids: List[int], comparison: Comparison) -> List[Process]:
         """Bring the records of stopped processes up to date; those of ``pids`` that are still there."""

@@ -49,6 +49,7 @@ class _Program(Program):
                 self.add("close", slot, load=LOAD_ARGUMENT_0)
         if operation.table is not None:
             operation.kinds.finish(self, operation.table)
+        self.seal()
 
     def _directory(self, place: Place, slot: int) -> None:
         add = self.add
@@ -172,7 +173,7 @@ class Operation:
             # Fewer items at most: some turned out not to be movable when all stood still.
             self._program = _Program(self, tracee.base)
         program = self._program
-        tracee.write(program.base + USER, program.encode())
+        tracee.write(program.base + USER, program.image)
         yield from tracee.run(program.table, len(program), program.groups)
         self._collect(tracee)
         if self.memory is not None and exchange is not None:

@@ -29,6 +29,7 @@ class Program:
         self.base = base
         self.groups: List[Sequence[int]] = []
         self.exchanged: Set[int] = set()
+        self.image = b""
         self._data = bytearray()
         self._calls = CallTable()
         self._references: List[Tuple[int, int, int]] = []  # entry, argument, entry whose result it takes
@@ -78,13 +79,14 @@ class Program:
     def __len__(self) -> int:
         return len(self._calls)
 
-    def encode(self) -> bytes:
-        """What is to be written at ``base + USER``."""
+    def seal(self) -> None:
+        """When all is added: make the ``image``, which is to be written at ``base + USER``."""
         table = self._calls.encode()
         for entry, position, other in self._references:
             start = entry * ENTRY + 8 * (position + 1)
             table[start : start + 8] = result_address(self.table, other).to_bytes(8, "little")
-        return bytes(self._data) + bytes(-len(self._data) % _LINE) + bytes(table)
+        self._data += bytes(-len(self._data) % _LINE)
+        self.image = bytes(self._data + table)
 
     def settle(self, outcome: Sequence[int]) -> None:
         """Tell the results, in the order of the entries."""

@@ -52,16 +52,15 @@ class Description:
     @property
     def special(self) -> bool:
         """Whether more than the descriptor, the offset and the flags must be taken care of."""
-        return self.kind not in _PLAIN or bool(self.locks) or self.carried is not None
+        if self.kind is Kind.FILE:  # nearly all are, and thousands are asked
+            return bool(self.locks) or self.carried is not None
+        return self.kind is not Kind.PATH and self.kind is not Kind.SYMLINK
 
     def close(self) -> None:
         for fd in (self.copy, self.new):
             if fd >= 0:
                 os.close(fd)
         self.copy = self.new = -1
-
-
-_PLAIN = frozenset([Kind.FILE, Kind.PATH, Kind.SYMLINK])
 
 
 @dataclass(eq=False)

@@ -26,13 +26,17 @@ class Kinds:
 
     def __init__(self, device: int) -> None:
         self._handlers: List[Handler] = [kind(device) for kind in KINDS]
+        self._scene = Scene([])
+        # Asked for each of thousands of descriptors.
+        self._noters = [one for one in self._handlers if type(one).note is not Handler.note]
+        self._preparers = [one for one in self._handlers if type(one).before is not Handler.before]
 
     def survey(self, pids: List[int]) -> None:
         for handler in self._handlers:
             handler.survey(pids)
 
     def note(self, table: FdTable, number: int, description: Description, info: FdInfo) -> None:
-        for handler in self._handlers:
+        for handler in self._noters:
             handler.note(table, number, description, info)
 
     def look(self, found: Found) -> None:
@@ -53,7 +57,7 @@ class Kinds:
         return [process for process in processes if any(handler.changed(process) for handler in self._handlers)]
 
     def judge(self, processes: Iterable[Process]) -> None:
-        scene = Scene(processes)
+        self._scene = scene = Scene(processes)
         before = -1
         # What one of them makes stay can make something else stay.
         while before != _problems(scene):
@@ -61,18 +65,17 @@ class Kinds:
             for handler in self._handlers:
                 handler.judge(scene)
 
-    def transfer(self, processes: Iterable[Process]) -> None:
-        scene = Scene(processes)
+    def transfer(self) -> None:
+        """For those that were judged last, as ``conclude``."""
         for handler in self._handlers:
-            handler.transfer(scene)
+            handler.transfer(self._scene)
 
-    def conclude(self, processes: Iterable[Process]) -> None:
-        scene = Scene(processes)
+    def conclude(self) -> None:
         for handler in self._handlers:
-            handler.conclude(scene)
+            handler.conclude(self._scene)
 
     def before(self, program: Program, table: FdTable, number: int) -> None:
-        for handler in self._handlers:
+        for handler in self._preparers:
             handler.before(program, table, number)
 
     def finish(self, program: Program, table: FdTable) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import errno
 import os
-from typing import Dict, List, Tuple, Union
+from typing import Dict, List, Optional, Tuple, Union
 
 from spfs.errors import reason
 from spfs.surgery.kinds.base import Handler, Scene
@@ -22,8 +22,9 @@ class Unlinked(Handler):
     """All who have such a file go, or nobody does: the ones would not see what the others write."""
 
     def judge(self, scene: Scene) -> None:
-        for _, users in _users(scene):
+        for carried, users in _users(scene):
             why = next(filter(None, (process.problem or record.problem for process, record in users)), None)
+            why = why or _left_out(scene, carried.inode)
             if why is not None:
                 for _, record in users:
                     record.problem = record.problem or f"it has no name, and another user of it cannot go: {why}"
@@ -53,6 +54,15 @@ def _users(scene: Scene) -> List[Tuple[Carried, List[User]]]:
         for region in process.memory.regions if process.memory is not None else ():
             add(process, region)
     return list(found.values())
+
+
+def _left_out(scene: Scene, inode: int) -> Optional[str]:
+    """Why somebody will keep the old one who is not even to be moved."""
+    for process, table in scene.tables():
+        for one in table.held.values():
+            if one.object.inode == inode and one.carried is None:
+                return process.problem or one.problem
+    return None
 
 
 def _carry(carried: Carried, users: List[User]) -> None:
