@@ -11,6 +11,7 @@ from typing import Dict
 
 from stubfs.libc import bind
 
+CLONE_FS = 0x00000200
 CLONE_NEWNS = 0x00020000
 CLONE_NEWCGROUP = 0x02000000
 CLONE_NEWUTS = 0x04000000

@@ -56,6 +56,7 @@ class Status:
     gid: int
     groups: Tuple[int, ...]
     seccomp: int  # 0 off, 1 strict, 2 filter
+    umask: int
 
 
 def parse_status(data: bytes) -> Status:
@@ -70,6 +71,7 @@ def parse_status(data: bytes) -> Status:
         gid=int(values["Gid"].split()[3]),
         groups=tuple(int(group) for group in values.get("Groups", "").split()),
         seccomp=int(values.get("Seccomp", "0")),
+        umask=int(values.get("Umask", "022"), 8),
     )
 
 

@@ -9,15 +9,15 @@ import os
 import socket
 import struct
 from dataclasses import dataclass
-from typing import Iterator, List, Tuple
+from typing import Dict, Iterator, List, Tuple
 
 _NETLINK_SOCK_DIAG = 4
 _SOCK_DIAG_BY_FAMILY = 20
 _DUMP = 0x301  # NLM_F_REQUEST | NLM_F_DUMP
 _ERROR, _DONE = 2, 3
 _ALL_STATES = 0xFFFFFFFF
-_SHOW_VFS = 2
-_VFS = 1  # attribute: inode and device number of the path
+_SHOW = 0x2 | 0x4 | 0x10  # UDIAG_SHOW_VFS, _PEER, _RQLEN
+_VFS, _PEER, _QUEUES = 1, 2, 4  # attributes, linux/unix_diag.h
 _BUFFER = 1 << 18
 
 _HEADER = struct.Struct("=IHHII")
@@ -26,21 +26,30 @@ _MESSAGE = struct.Struct("=BBBxIII")
 _ATTRIBUTE = struct.Struct("=HH")
 
 
+LISTENING = 10  # TCP_LISTEN
+ESTABLISHED = 1
+
+
 @dataclass(frozen=True)
-class BoundSocket:
-    """A unix socket with a path: ``number`` as in its /proc link, and the 32 bits of the inode number it shows."""
+class UnixSocket:
+    """A unix socket: ``number`` as in its /proc link, and the 32 bits of the inode number that are told of its path."""
 
     number: int
-    device: int  # st_dev
-    inode: int
+    type: int  # SOCK_STREAM …
+    state: int
+    device: int = 0  # st_dev of the path it is bound to; 0: to none
+    inode: int = 0
+    peer: int = 0  # the number of the socket it is connected to
+    queued: int = 0  # messages or bytes that were not read; of a listening one, connections that were not accepted
+    limit: int = 0  # of a listening one, its backlog
 
 
-def bound_sockets() -> List[BoundSocket]:
+def unix_sockets() -> List[UnixSocket]:
     """Those of the network namespace of the calling thread. An accepted socket has its listener's path. OSError."""
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, _NETLINK_SOCK_DIAG) as link:
-        body = _REQUEST.pack(socket.AF_UNIX, 0, _ALL_STATES, 0, _SHOW_VFS, 0, 0)
+        body = _REQUEST.pack(socket.AF_UNIX, 0, _ALL_STATES, 0, _SHOW, 0, 0)
         link.send(_HEADER.pack(_HEADER.size + len(body), _SOCK_DIAG_BY_FAMILY, _DUMP, 1, 0) + body)
-        found: List[BoundSocket] = []
+        found: List[UnixSocket] = []
         while True:
             for kind, message in _messages(link.recv(_BUFFER)):
                 if kind == _DONE:
@@ -48,7 +57,7 @@ def bound_sockets() -> List[BoundSocket]:
                 if kind == _ERROR:
                     (number,) = struct.unpack_from("=i", message)
                     raise OSError(-number, os.strerror(-number), "sock_diag")
-                found += _bound(message)
+                found.append(_parsed(message))
 
 
 def _messages(data: bytes) -> Iterator[Tuple[int, bytes]]:
@@ -58,16 +67,22 @@ def _messages(data: bytes) -> Iterator[Tuple[int, bytes]]:
         data = data[_aligned(length) :]
 
 
-def _bound(message: bytes) -> Iterator[BoundSocket]:
-    _, _, _, number, _, _ = _MESSAGE.unpack_from(message)
+def _parsed(message: bytes) -> UnixSocket:
+    _, kind, state, number, _, _ = _MESSAGE.unpack_from(message)
+    values: Dict[str, int] = {}
     rest = message[_MESSAGE.size :]
     while len(rest) >= _ATTRIBUTE.size:
-        length, kind = _ATTRIBUTE.unpack_from(rest)
-        if kind == _VFS:
-            inode, device = struct.unpack_from("=II", rest, _ATTRIBUTE.size)
+        length, attribute = _ATTRIBUTE.unpack_from(rest)
+        if attribute == _VFS:
+            values["inode"], device = struct.unpack_from("=II", rest, _ATTRIBUTE.size)
             # The kernel's own encoding: 12 bits for the major number, 20 for the minor one.
-            yield BoundSocket(number, os.makedev(device >> 20, device & 0xFFFFF), inode)
+            values["device"] = os.makedev(device >> 20, device & 0xFFFFF)
+        elif attribute == _PEER:
+            (values["peer"],) = struct.unpack_from("=I", rest, _ATTRIBUTE.size)
+        elif attribute == _QUEUES:
+            values["queued"], values["limit"] = struct.unpack_from("=II", rest, _ATTRIBUTE.size)
         rest = rest[_aligned(length) :]
+    return UnixSocket(number, kind, state, **values)
 
 
 def _aligned(length: int) -> int:

@@ -28,6 +28,7 @@ _TMPFILE = 0o20000000  # __O_TMPFILE
 SETTABLE = os.O_APPEND | os.O_NONBLOCK | os.O_DIRECT | os.O_NOATIME | os.O_ASYNC  # by F_SETFL, fcntl(2)
 _RESOLVE = RESOLVE_BENEATH | RESOLVE_NO_MAGICLINKS | RESOLVE_NO_SYMLINKS
 _PAGE = 4096
+_NO_MOUNT = -1  # an id that no mount has
 
 _NAMES = {
     stat.S_IFREG: "regular file",
@@ -99,6 +100,27 @@ class Counterparts:
                 self._attempt(directory, partial(self._place, process.status, directory))
             for region in process.memory.regions if process.memory else ():
                 self._attempt(region, partial(self._region, process.status, region))
+
+    def open_parent(self, status: procfs.Status, inode: int) -> int:
+        """The directory on the new mount that the counterpart of ``inode`` is in, as O_PATH; the caller's. OSError.
+
+        For what is not known to be on any one of the old mounts.
+        """
+        path = self._paths.get(inode)
+        if not path:
+            raise OSError(errno.ESTALE, "it has no name that is known")
+        root = self._root(_NO_MOUNT)
+        relative = root.relative(path)
+        if relative is None:
+            raise OSError(errno.EXDEV, "it lies outside of what its mount shows")
+        parent = os.path.dirname(relative) or "."
+        return _as_user(status, lambda: openat2(root.fd, parent, os.O_PATH | os.O_DIRECTORY, _RESOLVE))
+
+    def _root(self, mount_id: int) -> MountRoot:
+        try:
+            return self._roots(mount_id)
+        except LookupError:
+            raise OSError(errno.ESTALE, f"mount {mount_id} is not among those that are replaced") from None
 
     def path(self, inode: int) -> Optional[str]:
         """Of something that the processes given to ``provide`` hold, relative to the file system's root."""
@@ -196,10 +218,7 @@ class Counterparts:
         return self._open_file(status, old, flags)
 
     def _open_file(self, status: procfs.Status, old: statx.Object, flags: int) -> int:
-        try:
-            root = self._roots(old.mount_id)
-        except LookupError:
-            raise OSError(errno.ESTALE, f"mount {old.mount_id} is not among those that are replaced") from None
+        root = self._root(old.mount_id)
         path = self._paths.get(old.inode)
         if path is None:
             link = self._nameless.link(old, status, root)
@@ -245,11 +264,16 @@ def _counterparts(process: Process) -> Iterator[Tuple[statx.Object, int]]:
 
 def _copy_state(old: int, new: int) -> None:
     """Offset, status flags and owner, from one description that is ours to another one."""
-    flags = fcntl.fcntl(old, fcntl.F_GETFL)
-    fcntl.fcntl(new, fcntl.F_SETFL, flags & SETTABLE)
-    _copy_owner(old, new, flags)
+    copy_flags(old, new)
     if not stat.S_ISFIFO(os.fstat(old).st_mode):
         os.lseek(new, os.lseek(old, 0, os.SEEK_CUR), os.SEEK_SET)
+
+
+def copy_flags(old: int, new: int) -> None:
+    """Status flags and owner."""
+    flags = fcntl.fcntl(old, fcntl.F_GETFL)
+    fcntl.fcntl(new, fcntl.F_SETFL, flags & SETTABLE & ~os.O_ASYNC)
+    _copy_owner(old, new, flags)
 
 
 def _copy_owner(old: int, new: int, flags: int) -> None:

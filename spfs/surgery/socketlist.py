@@ -1,24 +1,23 @@
-"""Unix sockets that are bound on the old mount: they keep it in use without a descriptor of it. They are reported.
-
-An accepted socket has the path of its listener, and so holds the mount as well.
-"""
+"""The unix sockets of the network namespaces that processes are in."""
 
 from __future__ import annotations
 
 import logging
 import os
 import threading
-from typing import Dict, Iterable, List
+from typing import Callable, Iterable, List, Sequence, Tuple, TypeVar
 
 from spfs.linux import namespaces, sockdiag
+from spfs.linux.sockdiag import UnixSocket
+
+T = TypeVar("T")
 
 _log = logging.getLogger(__name__)
 
 
-def bound_on(device: int, pids: Iterable[int]) -> Dict[int, int]:
-    """The sockets bound on ``device`` in any network namespace of ``pids``: the number in the socket's /proc link →
-    the inode number of its path on the device (32 bits of it, which is all that the kernel tells)."""
-    found: Dict[int, int] = {}
+def of_processes(pids: Iterable[int]) -> List[UnixSocket]:
+    """The sockets of every network namespace that one of ``pids`` is in; the kernel is asked, no file system."""
+    found: List[UnixSocket] = []
     seen = set()
     for pid in pids:
         try:
@@ -30,7 +29,7 @@ def bound_on(device: int, pids: Iterable[int]) -> Dict[int, int]:
         # Not tried again through others that fail: each attempt could make the kernel look for a module.
         seen.add(namespace)
         try:
-            sockets = _sockets_of(pid)
+            found += _sockets_of(pid)
         except (FileNotFoundError, ProcessLookupError) as error:
             if not os.path.exists(f"/proc/{pid}"):
                 seen.discard(namespace)  # it has ended in between: by way of another process
@@ -40,32 +39,34 @@ def bound_on(device: int, pids: Iterable[int]) -> Dict[int, int]:
             return found
         except OSError as error:
             _log.debug("the sockets of process %d's network namespace cannot be listed: %s", pid, error)
-            continue
-        found.update({one.number: one.inode for one in sockets if one.device == device})
     return found
 
 
-def _sockets_of(pid: int) -> List[sockdiag.BoundSocket]:
+def _sockets_of(pid: int) -> List[UnixSocket]:
     if namespaces.inode(pid, "net") == namespaces.inode("self", "net"):
-        return sockdiag.bound_sockets()
-    found: List[sockdiag.BoundSocket] = []
-    failures: List[OSError] = []
+        return sockdiag.unix_sockets()
+    with open(f"/proc/{pid}/ns/net", "rb") as file:
+        return in_thread(sockdiag.unix_sockets, [(file.fileno(), namespaces.CLONE_NEWNET)])
 
-    def work() -> None:
-        # A network namespace is joined by a thread alone, and that ends here.
+
+def in_thread(work: Callable[[], T], places: Sequence[Tuple[int, int]]) -> T:
+    """Run ``work`` in a thread of its own in namespaces (descriptor, kind), which it leaves by its end. A thread can
+    join a mount namespace when it shares its directories with no other (setns(2))."""
+    found: List[T] = []
+    failures: List[BaseException] = []
+
+    def body() -> None:
         try:
-            fd = os.open(f"/proc/{pid}/ns/net", os.O_RDONLY | os.O_CLOEXEC)
-            try:
-                namespaces.setns(fd, namespaces.CLONE_NEWNET)
-            finally:
-                os.close(fd)
-            found.extend(sockdiag.bound_sockets())
-        except OSError as error:
+            namespaces.unshare(namespaces.CLONE_FS)
+            for fd, kind in places:
+                namespaces.setns(fd, kind)
+            found.append(work())
+        except BaseException as error:
             failures.append(error)
 
-    thread = threading.Thread(target=work, name="sockets")
+    thread = threading.Thread(target=body, name="sockets")
     thread.start()
     thread.join()
     if failures:
         raise failures[0]
-    return found
+    return found[0]

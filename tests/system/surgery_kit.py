@@ -88,7 +88,7 @@ class Victim:
 
 
 class Tree:
-    """Resolves inode numbers by a walk through the whole tree at ``top``."""
+    """Resolves inode numbers by a walk through the whole tree at ``top``, whatever is mounted over it by then."""
 
     def __init__(self, top: Path) -> None:
         self._top = top
@@ -139,11 +139,11 @@ class Mounts:
         **options: Any,
     ) -> "tuple[Preparation, SwitchReport]":
         """The whole switch; ``between`` is called after prepare, ``when_stopped`` while all stand still."""
-        new = os.open(self.new, os.O_PATH)
+        new, old = os.open(self.new, os.O_PATH), os.open(self.old, os.O_PATH)
         try:
-            device = os.stat(self.old).st_dev
+            device = os.fstat(old).st_dev
             with Switch(
-                device, Tree(self.old), lambda mount: MountRoot(new), freezer or NoFreezer(), **options
+                device, Tree(Path(f"/proc/self/fd/{old}")), lambda mount: MountRoot(new), freezer or NoFreezer(), **options
             ) as switch:
                 preparation = switch.prepare()
                 between()
@@ -151,6 +151,7 @@ class Mounts:
             return preparation, report
         finally:
             os.close(new)
+            os.close(old)
 
     def users(self) -> List[int]:
         """Who still holds something of the old mount, by what /proc shows (and no file system is asked)."""
