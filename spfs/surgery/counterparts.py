@@ -28,7 +28,7 @@ _TMPFILE = 0o20000000  # __O_TMPFILE
 SETTABLE = os.O_APPEND | os.O_NONBLOCK | os.O_DIRECT | os.O_NOATIME | os.O_ASYNC  # by F_SETFL, fcntl(2)
 _RESOLVE = RESOLVE_BENEATH | RESOLVE_NO_MAGICLINKS | RESOLVE_NO_SYMLINKS
 _PAGE = 4096
-_NO_MOUNT = -1  # an id that no mount has
+NO_MOUNT = -1  # an id that no mount has
 
 _NAMES = {
     stat.S_IFREG: "regular file",
@@ -101,22 +101,28 @@ class Counterparts:
             for region in process.memory.regions if process.memory else ():
                 self._attempt(region, partial(self._region, process.status, region))
 
-    def open_parent(self, status: procfs.Status, inode: int) -> int:
-        """The directory on the new mount that the counterpart of ``inode`` is in, as O_PATH; the caller's. OSError.
+    def open_path(self, status: procfs.Status, inode: int) -> int:
+        """The counterpart of what is not known to be on any one of the old mounts, as O_PATH; the caller's. OSError."""
+        return self._open_beneath(status, inode, lambda relative: relative, os.O_PATH | os.O_NOFOLLOW)
 
-        For what is not known to be on any one of the old mounts.
-        """
-        path = self._paths.get(inode)
-        if not path:
+    def open_parent(self, status: procfs.Status, inode: int) -> int:
+        """The directory that it is in."""
+        return self._open_beneath(status, inode, os.path.dirname, os.O_PATH | os.O_DIRECTORY)
+
+    def _open_beneath(
+        self, status: procfs.Status, inode: int, which: Callable[[str], str], flags: int
+    ) -> int:
+        path, root = self._paths.get(inode), self.root(NO_MOUNT)
+        if path is None:
             raise OSError(errno.ESTALE, "it has no name that is known")
-        root = self._root(_NO_MOUNT)
         relative = root.relative(path)
         if relative is None:
             raise OSError(errno.EXDEV, "it lies outside of what its mount shows")
-        parent = os.path.dirname(relative) or "."
-        return _as_user(status, lambda: openat2(root.fd, parent, os.O_PATH | os.O_DIRECTORY, _RESOLVE))
+        found = which(relative) or "."
+        return _as_user(status, lambda: openat2(root.fd, found, flags, _RESOLVE))
 
-    def _root(self, mount_id: int) -> MountRoot:
+    def root(self, mount_id: int) -> MountRoot:
+        """OSError ESTALE if none is to take the place of that mount."""
         try:
             return self._roots(mount_id)
         except LookupError:
@@ -218,7 +224,7 @@ class Counterparts:
         return self._open_file(status, old, flags)
 
     def _open_file(self, status: procfs.Status, old: statx.Object, flags: int) -> int:
-        root = self._root(old.mount_id)
+        root = self.root(old.mount_id)
         path = self._paths.get(old.inode)
         if path is None:
             link = self._nameless.link(old, status, root)

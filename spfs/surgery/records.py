@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
-from typing import Dict, FrozenSet, List, Optional, Set, Tuple
+from typing import Dict, FrozenSet, List, NamedTuple, Optional, Set, Tuple
 
 from spfs.linux import procfs, statx
 from spfs.linux.procfs import Lock
@@ -125,6 +125,14 @@ class EpollEntry:
     device: int  # st_dev
 
 
+class Loss(NamedTuple):
+    """What did not survive the move of descriptor ``number``, or of what it holds."""
+
+    kind: Kind
+    number: int
+    why: str
+
+
 @dataclass(eq=False)
 class FdTable:
     """A descriptor table: ``numbers`` are all its descriptors, ``held`` those of the old mount."""
@@ -140,7 +148,7 @@ class FdTable:
     owner: Optional["FdTable"] = None  # another process's record of the same table, which is operated on instead
     moved: Set[int] = field(default_factory=set)
     failures: Dict[int, str] = field(default_factory=dict)
-    losses: List[Tuple[int, str]] = field(default_factory=list)  # descriptor that was moved, and what it lost
+    losses: List[Loss] = field(default_factory=list)
 
     @property
     def in_use(self) -> bool:

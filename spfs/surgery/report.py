@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Dict, Iterable, Iterator, List, Optional, Tuple
 
-from spfs.references import HeldReference, Kind, LeftReference
+from spfs.references import HeldReference, LeftReference
 from spfs.surgery.records import Process
 
 
@@ -54,9 +54,9 @@ def moved(process: Process) -> Iterator[Tuple[str, str]]:
 def lost(process: Process) -> Iterator[LeftReference]:
     """What did not survive the move of something else."""
     for table in process.tables:
-        for number, why in table.losses:
+        for kind, number, why in table.losses:
             path = table.held[number].path if number in table.held else None
-            yield LeftReference(process.pid, process.command, Kind.LOCK.value, f"fd {number}", path, why)
+            yield LeftReference(process.pid, process.command, kind.value, f"fd {number}", path, why)
 
 
 def held(processes: Iterable[Process]) -> Iterator[HeldReference]:

@@ -110,6 +110,7 @@ class Mounts:
         for path in (self.old, self.new):
             path.mkdir()
             subprocess.run(["mount", "-t", "tmpfs", "-o", "mode=777", "test", str(path)], check=True)
+        self.device = self.old.stat().st_dev
 
     def close(self) -> None:
         for path in (self.old, self.new):
@@ -141,10 +142,8 @@ class Mounts:
         """The whole switch; ``between`` is called after prepare, ``when_stopped`` while all stand still."""
         new, old = os.open(self.new, os.O_PATH), os.open(self.old, os.O_PATH)
         try:
-            device = os.fstat(old).st_dev
-            with Switch(
-                device, Tree(Path(f"/proc/self/fd/{old}")), lambda mount: MountRoot(new), freezer or NoFreezer(), **options
-            ) as switch:
+            tree = Tree(Path(f"/proc/self/fd/{old}"))
+            with Switch(self.device, tree, lambda mount: MountRoot(new), freezer or NoFreezer(), **options) as switch:
                 preparation = switch.prepare()
                 between()
                 report = switch.execute(when_stopped)
@@ -155,8 +154,7 @@ class Mounts:
 
     def users(self) -> List[int]:
         """Who still holds something of the old mount, by what /proc shows (and no file system is asked)."""
-        device = os.stat(self.old).st_dev
-        found = []
+        device, found = self.device, []
         for pid in (int(name) for name in os.listdir("/proc") if name.isdigit()):
             on_it = [thing for thing in objects(list(_links(pid))) if thing is not None and thing.device == device]
             if pid != os.getpid() and (on_it or _maps(pid, device)):

@@ -15,9 +15,10 @@ from typing import Dict, Iterable, List, Set, Tuple
 from spfs.errors import reason
 from spfs.linux import procfs
 from spfs.linux.procfs import FdInfo, Lock
+from spfs.references import Kind
 from spfs.surgery.kinds.base import Handler, Scene
 from spfs.surgery.program import Program
-from spfs.surgery.records import Description, FdTable, Process
+from spfs.surgery.records import Description, FdTable, Loss, Process
 
 _STAYS = "holds a lock that cannot be moved"
 _TAKEN = "its lock cannot be had on the new mount"
@@ -102,7 +103,8 @@ class Locks(Handler):
         def told(result: int) -> None:
             if result < 0:
                 what = f"its {lock.mode.lower()} lock of the bytes from {lock.start} was lost"
-                table.losses.append((number, f"{what}: somebody else took it meanwhile ({os.strerror(-result)})"))
+                why = f"{what}: somebody else took it meanwhile ({os.strerror(-result)})"
+                table.losses.append(Loss(Kind.LOCK, number, why))
 
         free = program.put(_structure(lock._replace(mode="UNLCK")))
         program.add("fcntl", number, _F_OFD_SETLK, free)

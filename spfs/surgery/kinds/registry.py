@@ -9,16 +9,17 @@ from spfs.surgery.counterparts import Counterparts
 from spfs.surgery.kinds.base import Found, Handler, Scene
 from spfs.surgery.kinds.directories import Directories
 from spfs.surgery.kinds.epolls import Epolls
+from spfs.surgery.kinds.fanotify import Fanotify
 from spfs.surgery.kinds.fifos import Fifos
+from spfs.surgery.kinds.inotify import Inotify
 from spfs.surgery.kinds.locks import Locks
 from spfs.surgery.kinds.sockets import Sockets
 from spfs.surgery.kinds.unlinked import Unlinked
-from spfs.surgery.kinds.watches import Watches
 from spfs.surgery.program import Program
 from spfs.surgery.records import Description, FdTable, Process
 
 # In this order they judge and act.
-KINDS: Tuple[Type[Handler], ...] = (Unlinked, Directories, Locks, Fifos, Sockets, Watches, Epolls)
+KINDS: Tuple[Type[Handler], ...] = (Inotify, Unlinked, Directories, Locks, Fifos, Sockets, Epolls, Fanotify)
 
 
 class Kinds:
