@@ -10,10 +10,10 @@ import os
 import select
 import socket
 import time
-from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Tuple
+from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional
 
 from stubfs import messages, wire
-from stubfs.callers import process_of
+from stubfs.callers import Processes
 from stubfs.errors import StubfsError, UsageError, reason
 from stubfs.messages import FilesystemStatus, Handle, HeldRequest, Reply
 from stubfs.modes import Mode, StubOptions, check_directory
@@ -123,14 +123,12 @@ class Commands:
     def _held(self, call: Call) -> Reply:
         matcher, paths_of = _matcher(call.request), self._session.paths_of
         self._session.end_orphaned_reads()
-        processes: Dict[int, Tuple[int, str]] = {}
+        processes = Processes()
         listed: List[Dict[str, Any]] = []
         for held, age, path, name in self._session.held_requests():
             if not matcher.matches_all and not matcher.matches(held, paths_of):
                 continue
-            if held.tid not in processes:
-                processes[held.tid] = process_of(held.tid)
-            pid, command = processes[held.tid]
+            pid, command = processes.of(held.tid)
             listed.append(
                 messages.as_dict(
                     HeldRequest(

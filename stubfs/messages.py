@@ -6,7 +6,6 @@ or ``{"message", "hint"}``. Paths are relative to the file system's root, which 
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import struct
 from dataclasses import dataclass
@@ -80,7 +79,7 @@ def decode(payload: bytes) -> Dict[str, Any]:
 
 def as_dict(message: Any) -> Dict[str, Any]:
     """A dataclass of this module; flat, so that no deep copy is made of each."""
-    return {field.name: getattr(message, field.name) for field in dataclasses.fields(message)}
+    return dict(vars(message))
 
 
 Reply = Tuple[Dict[str, Any], Tuple[int, ...]]

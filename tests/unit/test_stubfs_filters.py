@@ -7,12 +7,13 @@ import os
 import subprocess
 import sys
 import threading
+from pathlib import Path
 from typing import Any, Dict, List, Optional
 
 import pytest
 
 from stubfs import protocol
-from stubfs.callers import ThreadGroup, process_of
+from stubfs.callers import Processes, ThreadGroup
 from stubfs.errors import StubfsError, UsageError
 from stubfs.held import Wait
 from stubfs.modes import StubOptions
@@ -74,7 +75,7 @@ class TestFilters:
         finally:
             other.communicate(b"")
         assert other.pid not in group
-        assert process_of(other.pid) == (other.pid, "") and process_of(0) == (0, "")
+        assert Processes().of(other.pid) == (other.pid, "") and Processes().of(0) == (0, "")
         with pytest.raises(StubfsError) as caught:
             Matcher(RequestFilter(pids=[other.pid]))
         assert caught.value.errno == errno.ESRCH
@@ -87,6 +88,15 @@ class TestFilters:
         thread.start()
         thread.join()
         assert seen == [True]
+
+    def test_the_process_of_a_thread(self) -> None:
+        found: List[object] = []
+        thread = threading.Thread(target=lambda: found.append(Processes().of(threading.get_native_id())))
+        thread.start()
+        thread.join()
+        processes = Processes()
+        command = Path("/proc/self/comm").read_text()[:-1]
+        assert found == [(os.getpid(), command)] == [processes.of(os.getpid())]
 
 
 class TestDecisions:
