@@ -10,7 +10,7 @@ import os
 import select
 import socket
 import time
-from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional
+from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Tuple
 
 from stubfs import messages, wire
 from stubfs.callers import Processes
