@@ -32,6 +32,7 @@ from spfs.surgery.operation import Operation
 from spfs.surgery.scheduler import Bell
 from spfs.surgery.selection import Everybody
 from spfs.surgery.theatre import Theatre, in_group_stop, in_own_thread, task_state
+from spfs.surgery.waits import Waits
 
 FREEZE_TIMEOUT = 5.0  # seconds
 STOP_TIMEOUT = 2.0  # seconds until every seized task must stand still
@@ -180,7 +181,9 @@ class Switch:
         comparison = Comparison(processes, self._device, census.locks)
         operations = execution.plan(processes, census.kinds, self._gadgets)
         bell = Bell()
-        theatre = Theatre(bell)
+        waits = Waits(self._architecture)
+        waits.note([*census.processes, *(pid for pid in self._freezer.pids() if pid not in census.processes)])
+        theatre = Theatre(bell, waits)
         # Reading /proc/locks waits for an RCU grace period (locks_start: percpu_down_write), but not again right after
         # that. So once now, for nothing, to have the comparison's look in a twentieth of a millisecond.
         locks.held(self._device)
@@ -190,6 +193,7 @@ class Switch:
         begin = time.perf_counter()
         try:
             self._stop(theatre)
+            waits.stopped(2 if self._freezer.path is not None else 1)
             self._stage("stop", begin)
             stale = self._compare(theatre, comparison)
             if stale:

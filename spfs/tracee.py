@@ -37,12 +37,6 @@ _SO_SNDBUFFORCE = 32
 _RLIMIT_NOFILE = 7
 _WORD = (1 << 64) - 1
 
-# System calls that fail with EINTR after any stop, signal or not (signal(7)), and the argument that makes them wait
-# for ever: those can be restarted without harm. index of the argument, and whether "for ever" is a negative number.
-_RESTARTABLE = {232: (3, True), 281: (3, True), 441: (3, False), 128: (2, False), 65: (-1, False), 220: (3, False)}
-_ERESTARTNOHAND = -514
-_EINTR = -errno.EINTR
-
 
 class Wait(enum.Enum):
     """What a script waits for."""
@@ -194,7 +188,7 @@ class Tracee:
         lets it fail with EINTR, as the signals that are pending by then demand."""
         # The mask first: should we die between the two, the net sets the registers right, but nothing the mask.
         ptrace.set_signal_mask(self.tid, self._mask)
-        self._buffer.set(self._endless_wait_restarted())
+        self._buffer.set(self._registers)
         self._buffer.write(self.tid)
         self._take_net_in()
 
@@ -328,21 +322,6 @@ class Tracee:
         if start <= pointer < start + length:
             words[self.architecture.instruction_pointer] = abort
             self._registers = struct.pack(f"<{len(words)}Q", *words)
-
-    def _endless_wait_restarted(self) -> bytes:
-        words = self._words(self._registers)
-        if words[self.architecture.result] - (1 << 64) != _EINTR:
-            return self._registers
-        rule = _RESTARTABLE.get(words[self.architecture.original])
-        if rule is None:
-            return self._registers
-        argument, negative = rule
-        if argument >= 0:
-            value = words[self.architecture.arguments[argument]]
-            if not (value & 0x80000000 if negative else value == 0):
-                return self._registers
-        words[self.architecture.result] = _ERESTARTNOHAND & _WORD
-        return struct.pack(f"<{len(words)}Q", *words)
 
 
 _STREAM = socket.SOCK_STREAM | socket.SOCK_CLOEXEC

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import struct
 from dataclasses import dataclass
-from typing import Dict, Optional, Sequence, Tuple
+from typing import Dict, MutableSequence, Optional, Sequence, Tuple
 
 # One entry of a call table: number, six arguments, result; see ``spfs.linux.calls``.
 _CORE_LISTING = """
@@ -109,6 +109,10 @@ LOAD_ARGUMENT_2 = 1 << 34  # a 32-bit integer, sign-extended: a flag word
 LOAD_ARGUMENT_4 = 1 << 35  # a 32-bit integer, sign-extended: mmap's file descriptor
 
 
+_ERESTARTNOHAND = -514
+_WORD = (1 << 64) - 1
+
+
 @dataclass(frozen=True)
 class Architecture:
     """One processor type. Registers are named by their index in the 64-bit words of NT_PRSTATUS's register set."""
@@ -132,6 +136,20 @@ class Architecture:
 
     def words(self, registers: bytes) -> Sequence[int]:
         return struct.unpack(f"<{self.registers}Q", registers)
+
+    def interrupted_call(self, words: Sequence[int]) -> Optional[int]:
+        """The number of the system call that a task was stopped in, or at the end of; None if in none."""
+        number = words[self.original]
+        return number if number >> 63 == 0 else None
+
+    def call_result(self, words: Sequence[int]) -> int:
+        """What the interrupted call is about to return, negative errno or one of the kernel's own restart codes."""
+        result = words[self.result]
+        return result - (1 << 64) if result >> 63 else result
+
+    def restart_unless_handled(self, words: MutableSequence[int]) -> None:
+        """Have the kernel begin the call anew when the task goes on, or fail with EINTR if a handler runs before."""
+        words[self.result] = _ERESTARTNOHAND & _WORD
 
 
 _X86_64_CALLS = {
@@ -164,6 +182,18 @@ _X86_64_CALLS = {
     "pidfd_getfd": 438,
     "gettid": 186,
     "process_vm_readv": 310,
+    # Those that are waited in, see ``spfs.surgery.waits``.
+    "epoll_wait": 232,
+    "epoll_pwait": 281,
+    "epoll_pwait2": 441,
+    "rt_sigtimedwait": 128,
+    "semop": 65,
+    "semtimedop": 220,
+    "io_getevents": 208,
+    "io_uring_enter": 426,
+    "select": 23,
+    "pselect6": 270,
+    "ppoll": 271,
 }
 
 _AARCH64_CALLS = {
@@ -196,6 +226,15 @@ _AARCH64_CALLS = {
     "pidfd_getfd": 438,
     "gettid": 178,
     "process_vm_readv": 270,
+    "epoll_pwait": 22,
+    "epoll_pwait2": 441,
+    "rt_sigtimedwait": 137,
+    "semop": 193,
+    "semtimedop": 192,
+    "io_getevents": 4,
+    "io_uring_enter": 426,
+    "pselect6": 72,
+    "ppoll": 73,
 }
 
 X86_64 = Architecture(

@@ -104,10 +104,14 @@ class Registers:
     def set(self, content: bytes) -> None:
         ctypes.memmove(self._content, content, self._size)
 
-    def read(self, tid: int) -> None:
+    def read(self, tid: int) -> bool:
+        """False for a task that has not so many: a 32-bit one."""
+        self._vector.length = self._size  # the kernel sets it to what there is
         _ptrace(_GETREGSET, tid, _NT_PRSTATUS, self._address)
+        return int(self._vector.length) == self._size
 
     def write(self, tid: int) -> None:
+        self._vector.length = self._size
         _ptrace(_SETREGSET, tid, _NT_PRSTATUS, self._address)
 
 

@@ -14,6 +14,7 @@ from typing import Callable, Dict, List, Optional, Set, Tuple, TypeVar
 
 from spfs.linux import procfs, ptrace
 from spfs.surgery.scheduler import Bell, has_ended
+from spfs.surgery.waits import Waits
 
 T = TypeVar("T")
 
@@ -24,8 +25,9 @@ _UNINTERRUPTIBLE = 0.05  # seconds after which a task in D state (vfork(2), a hu
 class Theatre:
     """``stops``: the stopped tasks by tid, each with (signal, event) of its stop."""
 
-    def __init__(self, bell: Bell) -> None:
+    def __init__(self, bell: Bell, waits: Waits) -> None:
         self._bell = bell
+        self._waits = waits
         self._members: Dict[int, Set[int]] = {}
         self._pending: Dict[int, int] = {}  # tid -> pid: interrupted, not yet stopped
         self.stops: Dict[int, Tuple[int, int]] = {}
@@ -103,6 +105,7 @@ class Theatre:
     def _detach(self, tid: int) -> None:
         self.stops.pop(tid, None)
         try:
+            self._waits.resume(tid)
             ptrace.detach(tid)
         except ProcessLookupError:
             pass  # killed meanwhile

@@ -1,0 +1,258 @@
+"""System calls that any stop ends early, with EINTR (signal(7)): they are made to go on for the time that is left.
+
+Of most calls the kernel itself knows how to go on after a stop. It does not for those here: it neither restarts them
+nor keeps what is left of their time. An endless wait is simply begun again. Of a timed one is wanted when it began,
+which nothing tells but the scheduler: when the task last ran. That is noted before anything is stopped.
+
+select(2), pselect(2) and ppoll(2) are restarted by the kernel, with the time that was left when they were stopped, in
+the caller's own structure: there, the time of the standstill is taken off.
+"""
+
+from __future__ import annotations
+
+import enum
+import errno
+import os
+import re
+import struct
+import time
+from dataclasses import dataclass
+from typing import Dict, Iterable, Sequence, Tuple
+
+from spfs.linux import procfs, ptrace
+from spfs.linux.arch import Architecture
+
+
+class _Form(enum.Enum):
+    """How a call is told its time limit."""
+
+    NONE = enum.auto()
+    MILLISECONDS = enum.auto()  # an int, negative: endless
+    TIMESPEC = enum.auto()  # an address, 0: endless
+    IO_URING = enum.auto()  # flags, and an address in the next argument
+    KEPT_TIMESPEC = enum.auto()  # an address, where the kernel has put what is left
+    KEPT_TIMEVAL = enum.auto()
+
+
+_CALLS: Dict[str, Tuple[_Form, int]] = {  # with the argument's index
+    "epoll_wait": (_Form.MILLISECONDS, 3),
+    "epoll_pwait": (_Form.MILLISECONDS, 3),
+    "epoll_pwait2": (_Form.TIMESPEC, 3),
+    "rt_sigtimedwait": (_Form.TIMESPEC, 2),
+    "semop": (_Form.NONE, 0),
+    "semtimedop": (_Form.TIMESPEC, 3),
+    "io_getevents": (_Form.TIMESPEC, 4),
+    "io_uring_enter": (_Form.IO_URING, 3),
+    "pselect6": (_Form.KEPT_TIMESPEC, 4),
+    "ppoll": (_Form.KEPT_TIMESPEC, 2),
+    "select": (_Form.KEPT_TIMEVAL, 4),
+}
+_ERESTARTNOHAND = 514
+_KEPT = {_Form.KEPT_TIMESPEC: 1, _Form.KEPT_TIMEVAL: 1000}  # ns of the unit in the structure's second word
+_EXT_ARG, _ABSOLUTE, _REGISTERED = 1 << 3, 1 << 5, 1 << 6  # IORING_ENTER_EXT_ARG, _ABS_TIMER, _EXT_ARG_REG
+_GETEVENTS_ARG = struct.Struct("<QIIQ")  # of which the last one is the address of a timespec
+_TIMESPEC = struct.Struct("<qq")
+_WORD = (1 << 64) - 1
+_SECOND = 10**9
+
+_LAST_RUN = re.compile(rb"^se\.exec_start\s*:\s*(\d+)\.(\d{6})", re.MULTILINE)
+_SLEEPS = re.compile(rb"^nr_voluntary_switches\s*:\s*(\d+)", re.MULTILINE)
+
+
+@dataclass
+class _Noted:
+    """A timed wait: the system call with its arguments and stack pointer, when it began, sleeps of the task so far."""
+
+    call: Sequence[int]
+    begin: int  # ns of CLOCK_MONOTONIC
+    sleeps: int
+
+
+class Waits:
+    """The waits of the tasks of one standstill: ``note``, stop them, ``stopped``, ``resume`` each."""
+
+    def __init__(self, architecture: Architecture) -> None:
+        self._architecture = architecture
+        numbers = ((architecture.calls.get(name), rule) for name, rule in _CALLS.items())
+        self._rules = {number: rule for number, rule in numbers if number is not None}
+        self._noted: Dict[int, _Noted] = {}
+        self._stopped = 0
+        self._buffer = ptrace.Registers(architecture.registers)
+
+    def note(self, pids: Iterable[int]) -> None:
+        """Before anything is stopped."""
+        clock = _SchedulerClock()
+        try:
+            for pid in pids:
+                for tid in procfs.tasks(pid):
+                    try:
+                        self._note(tid, clock)
+                    except (OSError, ValueError):
+                        continue  # it has ended, or the kernel does not tell (/proc/TID/sched, Linux with SCHED_DEBUG)
+        finally:
+            clock.close()
+
+    def _note(self, tid: int, clock: "_SchedulerClock") -> None:
+        words = procfs.read(f"/proc/{tid}/syscall").split()
+        if len(words) < 8 or int(words[0]) not in self._rules:
+            return
+        form, index = self._rules[int(words[0])]
+        if form in _KEPT or form is _Form.NONE or int(words[1 + index], 16) == 0:
+            return
+        call = [int(words[0]), *(int(word, 16) for word in words[1:8])]
+        last_run, sleeps = _schedule(f"/proc/{tid}/sched")
+        fields = procfs.parse_stat(procfs.read(f"/proc/{tid}/stat")).fields
+        self._noted[tid] = _Noted(call, clock.monotonic(last_run, int(fields[36])), sleeps)
+
+    def stopped(self, stops: int) -> None:
+        """When all stand still. ``stops``: how often each was put to sleep for that. Who slept more often has left
+        the call that was noted: it is not known, then, when the present one began, but that it was just now."""
+        self._stopped = time.monotonic_ns()
+        for tid, noted in list(self._noted.items()):
+            try:
+                _, sleeps = _schedule(f"/proc/{tid}/sched")
+            except (OSError, ValueError):
+                continue
+            if sleeps > noted.sleeps + stops:
+                del self._noted[tid]
+
+    def resume(self, tid: int) -> None:
+        """In the event stop of a task that has its own registers again: have its call go on if a stop has ended it.
+
+        The kernel then begins the call anew, or lets it fail with EINTR if there is a signal to be handled. OSError
+        ESRCH if the task was killed meanwhile.
+        """
+        words = self._buffer.words
+        if not self._buffer.read(tid):
+            return  # 32 bits: other numbers, other structures
+        number, result = self._architecture.interrupted_call(words), self._architecture.call_result(words)
+        if number is None or number not in self._rules:
+            return
+        form, index = self._rules[number]
+        try:
+            if form in _KEPT:
+                if result == -_ERESTARTNOHAND:
+                    self._shorten(tid, words[self._architecture.arguments[index]], _KEPT[form])
+            elif result == -errno.EINTR and self._set_time_left(tid, form, index):
+                self._architecture.restart_unless_handled(words)
+                self._buffer.write(tid)
+        except ProcessLookupError:
+            raise
+        except OSError:
+            pass  # its memory cannot be read, or written: the call fails with EINTR, as after any stop
+
+    def _set_time_left(self, tid: int, form: _Form, index: int) -> bool:
+        """Give the call in the buffer what is left of its time; False if that cannot be."""
+        position = self._architecture.arguments[index]
+        value = self._buffer.words[position]
+        if form is _Form.NONE:
+            return True
+        if form is _Form.MILLISECONDS:
+            if value & 0x80000000:
+                return True
+            left = self._left(tid, (value & 0xFFFFFFFF) * 10**6)
+            self._buffer.words[position] = -(-left // 10**6)
+            return True
+        if form is _Form.TIMESPEC:
+            if value:
+                self._buffer.words[position] = self._put(tid, self._timespec_left(tid, value))
+            return True
+        if value & _ABSOLUTE or not value & _EXT_ARG:
+            return True
+        if value & _REGISTERED:
+            return False
+        position = self._architecture.arguments[index + 1]
+        *others, address = _GETEVENTS_ARG.unpack(_peek(tid, self._buffer.words[position], _GETEVENTS_ARG.size))
+        if address:
+            place = self._put(tid, self._timespec_left(tid, address) + bytes(_GETEVENTS_ARG.size))
+            _poke(tid, place + _TIMESPEC.size, _GETEVENTS_ARG.pack(*others, place))
+            self._buffer.words[position] = place + _TIMESPEC.size
+        return True
+
+    def _shorten(self, tid: int, address: int, unit: int) -> None:
+        """Take the time since ``stopped`` off the structure at ``address`` (0: none)."""
+        if not address:
+            return
+        seconds, rest = _TIMESPEC.unpack(_peek(tid, address, _TIMESPEC.size))
+        left = max(0, seconds * _SECOND + rest * unit - (time.monotonic_ns() - self._stopped))
+        _poke(tid, address, _TIMESPEC.pack(left // _SECOND, left % _SECOND // unit))
+
+    def _timespec_left(self, tid: int, address: int) -> bytes:
+        seconds, nanoseconds = _TIMESPEC.unpack(_peek(tid, address, _TIMESPEC.size))
+        left = self._left(tid, seconds * _SECOND + nanoseconds)
+        return _TIMESPEC.pack(left // _SECOND, left % _SECOND)
+
+    def _left(self, tid: int, limit: int) -> int:
+        """ns of ``limit`` that are left; never too few."""
+        words, noted = self._buffer.words, self._noted.get(tid)
+        begin = self._stopped
+        if noted is not None:
+            present = [words[position] for position in self._architecture.arguments]
+            if noted.call == [self._architecture.interrupted_call(words), *present, self._pointer]:
+                begin = min(begin, noted.begin)
+        return max(0, limit - (time.monotonic_ns() - begin))
+
+    def _put(self, tid: int, data: bytes) -> int:
+        """Have ``data`` in the task's memory until its call has begun: where a signal's frame could lie, too."""
+        address = (self._pointer - self._architecture.red_zone - len(data)) & ~0xF
+        _poke(tid, address, data)
+        return address
+
+    @property
+    def _pointer(self) -> int:
+        return self._buffer.words[self._architecture.stack_pointer]
+
+
+class _SchedulerClock:
+    """Translates the scheduler's times (rq_clock_task) to CLOCK_MONOTONIC: a constant per processor, but for the time
+    that interrupts and a hypervisor take (then it shows too small, and waits come out too long by as much)."""
+
+    def __init__(self) -> None:
+        self._allowed = os.sched_getaffinity(0)
+        self._offsets: Dict[int, int] = {}
+        self._moved = False
+
+    def close(self) -> None:
+        if self._moved:
+            os.sched_setaffinity(0, self._allowed)
+
+    def monotonic(self, moment: int, processor: int) -> int:
+        """ns of CLOCK_MONOTONIC for ``moment`` on ``processor``. OSError if we may not run there."""
+        if processor not in self._offsets:
+            self._moved = True
+            os.sched_setaffinity(0, {processor})
+            time.sleep(1e-6)  # what it shows is when we were last put on the processor
+            last_run, _ = _schedule("/proc/thread-self/sched")
+            self._offsets[processor] = time.monotonic_ns() - last_run
+        return moment + self._offsets[processor]
+
+
+def _schedule(path: str) -> Tuple[int, int]:
+    """When the task last ran, in the scheduler's ns, and how often it has slept. ValueError: the kernel does not tell.
+    """
+    data = procfs.read(path)
+    last_run, sleeps = _LAST_RUN.search(data), _SLEEPS.search(data)
+    if last_run is None or sleeps is None:
+        raise ValueError(path)
+    return int(last_run[1]) * 10**6 + int(last_run[2]), int(sleeps[1])
+
+
+def _peek(tid: int, address: int, length: int) -> bytes:
+    fd = os.open(f"/proc/{tid}/mem", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        data = os.pread(fd, length, address)
+    finally:
+        os.close(fd)
+    if len(data) != length:
+        raise OSError(errno.EFAULT, "the memory of the task cannot be read", str(tid))
+    return data
+
+
+def _poke(tid: int, address: int, data: bytes) -> None:
+    fd = os.open(f"/proc/{tid}/mem", os.O_RDWR | os.O_CLOEXEC)
+    try:
+        written = os.pwrite(fd, data, address)
+    finally:
+        os.close(fd)
+    if written != len(data):
+        raise OSError(errno.EFAULT, "the memory of the task cannot be written", str(tid))
