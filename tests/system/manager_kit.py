@@ -62,7 +62,8 @@ class Manager:
         return sock
 
     def row(self, id: str) -> Dict[str, Any]:
-        status = self.client().status(id)
+        with ManagerClient(str(self.socket), TIMEOUT) as client:
+            status = client.status(id)
         return dict((status["mounts"] or status["finished"])[0])
 
     def kill(self) -> None:
