@@ -288,6 +288,12 @@ _NETWORK_ERRORS = frozenset(
 )
 
 
+def not_yet(fstype: str) -> FrozenSet[int]:
+    """What else than the network's errors means, for that type, that its server is late."""
+    # What rpcbind's answer "no such program" becomes when an NFS server has not registered yet (net/sunrpc/clnt.c).
+    return frozenset([errno.EOPNOTSUPP]) if fstype in ("nfs", "nfs4") else frozenset()
+
+
 @dataclass(frozen=True)
 class Attempt:
     """A failed attempt: its number from 1 on, the errno, the text, and in how many seconds the next one follows."""

@@ -22,7 +22,7 @@ from spfs.linux import openat2, procfs, statx
 from spfs.linux.mountapi import MS
 from spfs.mountswitch import PreparedSwitch, SwitchOutcome, prepare_switch
 from spfs.processes import has_ended
-from spfs.realmount import Attempt, Retry, RetryPolicy
+from spfs.realmount import Attempt, Retry, RetryPolicy, not_yet
 from spfs.references import MountRoot, Remains
 from spfs.switch import Switch, SwitchReport
 from spfs.target import Target
@@ -385,7 +385,7 @@ def _real_mount(request: ReplaceRequest, target: Target, progress: Progress) -> 
 
     # A directory that is to be bound there can be late, too: it is not there yet, as a server that does not answer yet.
     bind = request.flags & MS.BIND
-    policy = RetryPolicy(not_yet=frozenset([errno.ENOENT]) if bind else frozenset())
+    policy = RetryPolicy(not_yet=frozenset([errno.ENOENT]) if bind else not_yet(request.fstype))
     what = f"{request.source} ({request.fstype})"
     real_fd = Retry(policy, timeout=request.timeout, report=report).run(attempt, what)
     if not stat.S_ISDIR(os.fstat(real_fd).st_mode):

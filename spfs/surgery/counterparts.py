@@ -234,7 +234,8 @@ class Counterparts:
             raise OSError(errno.EXDEV, "it lies outside of what its mount shows")
         relative = relative or "."
         # The type first: opening a fifo could wait, and opening a device could do anything.
-        fd = openat2(root.fd, relative, os.O_PATH | os.O_NOFOLLOW, _RESOLVE)
+        # As the user already: on a server that takes root for nobody, root may not even look.
+        fd = _as_user(status, lambda: openat2(root.fd, relative, os.O_PATH | os.O_NOFOLLOW, _RESOLVE))
         try:
             found = os.fstat(fd)
         finally:
