@@ -107,13 +107,13 @@ class NfsScene(Scene):
         place.mkdir(exist_ok=True)
         options = OPTIONS[self.version] + ",nosharecache,noac"
         fstype = "nfs4" if self.version == 4 else "nfs"
-        subprocess.run(["mount", "-i", "-t", fstype, "-o", options, self.source, str(place)], check=True, timeout=PATIENCE)
+        _run("mount", "-i", "-t", fstype, "-o", options, self.source, str(place))
         try:
             yield place
         finally:
             # A test that failed may leave users, and a server that would be waited for.
             self.server.restore()
-            subprocess.run(["umount", "-l", str(place)], check=True, timeout=PATIENCE)
+            _run("umount", "-l", str(place))
 
     def names(self) -> "list[str]":
         """What the server has in the directory, beneath all of it."""

@@ -181,7 +181,8 @@ def locked(path: Path, kind: str, start: int = 0, length: int = 0) -> bool:
     call = f"fcntl.lockf(f, fcntl.LOCK_EX | fcntl.LOCK_NB, {length}, {start})"
     if kind == "flock":
         call = "fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)"
-    code = f"import errno, fcntl\nf = open({str(path)!r}, 'r+')\ntry: {call}\nexcept OSError as e: print(errno.errorcode[e.errno])"
+    code = f"import errno, fcntl\nf = open({str(path)!r}, 'r+')\n"
+    code += f"try: {call}\nexcept OSError as error: print(errno.errorcode[error.errno])"
     done = subprocess.run(["python3", "-c", code], check=True, capture_output=True, text=True, timeout=PATIENCE)
     assert done.stdout.strip() in ("", "EAGAIN", "EACCES"), done.stdout
     return bool(done.stdout)
@@ -245,7 +246,8 @@ def test_a_target_in_its_own_namespaces(scene: NfsScene) -> None:
     report = scene.replace()
     assert victim.result() == b"real" and report["left"] == []
     mounted = Path(f"/proc/{inside}/mountinfo").read_text()
-    assert [line.partition(" - ")[2].split()[0] for line in mounted.splitlines() if f" {scene.mnt} " in line] == ["nfs4"]
+    there = [line for line in mounted.splitlines() if f" {scene.mnt} " in line]
+    assert [line.partition(" - ")[2].split()[0] for line in there] == ["nfs4"]
     assert scene.types() == []
     assert victim.run("os.pread(file, 10, 0)") == b"real" and victim.run("os.getcwd()") == str(scene.mnt)
 
