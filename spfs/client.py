@@ -127,6 +127,13 @@ class ManagerClient:
             raise SpfsError(
                 f"cannot get an answer from the manager: {self.socket_path}: it took too long", "", errno.ETIMEDOUT
             ) from error
+        except (BrokenPipeError, ConnectionResetError) as error:
+            self.close()
+            raise SpfsError(
+                f"cannot get an answer from the manager: {self.socket_path}: it has ended",
+                "mounts stay: start it again on its work directory",
+                error.errno or errno.ECONNRESET,
+            ) from error
         except (OSError, ValueError) as error:
             self.close()
             number = (error.errno if isinstance(error, OSError) else 0) or errno.EPROTO
@@ -260,6 +267,15 @@ class ManagerClient:
         """Until the replace (or mode change) of ``id`` has ended; the mount's status with the report. An error that
         ended it is raised; ETIMEDOUT after ``timeout`` seconds."""
         return self.request("wait", id=id, timeout=timeout)
+
+    def changes(self, since: int, timeout: Optional[float] = None) -> int:
+        """Wait until something has happened after status() said ``changes: since``; the count then. After ``timeout``
+        seconds it is the same one."""
+        return int(self.request("changes", since=since, timeout=timeout)["changes"])
+
+    def metrics(self) -> Dict[str, Any]:
+        """``manager``, ``mounts`` (in short) and ``counters`` since the manager's start; see spfs.counters."""
+        return self.request("metrics")
 
     def abort(self, id: Optional[str] = None) -> List[str]:
         """Give up what is pending or running; everything is as it was before on return."""

@@ -13,12 +13,15 @@ from typing import Any, Callable, Dict, List, Optional, Sequence, Set, Type
 
 from spfs import __version__, protocol
 from spfs.connection import Answer, Connection
+from spfs.counters import Counters
+from spfs.description import describe, in_short, outcome
 from spfs.errors import SpfsError
 from spfs.eventloop import EventLoop
+from spfs.events import Events
 from spfs.jobs import Context, Outcome
 from spfs.linux.prctl import set_child_subreaper
 from spfs.protocol import Reply, Request
-from spfs.registry import ENDED, Managed, Phase, State
+from spfs.registry import Managed, Phase, State
 from spfs.state import WorkDirectory
 from spfs.supervisor import Supervisor
 from stubfs import wire
@@ -53,9 +56,11 @@ class Controller:
         self._accepting = True
         self._last_seen = time.monotonic()
         self._connections: Set[Connection] = set()
-        self._waiting: Set[Callable[[Reply], None]] = set()  # the ends of waits
+        self._waiting: Set[Callable[[Reply], None]] = set()  # the ends of waits, also for changes
         self._loop = EventLoop()
-        self._supervisor = Supervisor(self._loop, work, log_dir, verbosity, self._changed)
+        self._counters = Counters()
+        self._events = Events(self._counters.count)
+        self._supervisor = Supervisor(self._loop, work, log_dir, verbosity, self._changed, self._events)
         self._registry = self._supervisor.registry
         self._handlers: Dict[Type[Any], Callable[[Any, Answer, Connection], None]] = {
             protocol.Mount: self._mount,
@@ -67,6 +72,8 @@ class Controller:
             protocol.Status: self._status,
             protocol.Held: self._held,
             protocol.Wait: self._wait,
+            protocol.Changes: self._changes,
+            protocol.Metrics: self._metrics,
             protocol.Abort: self._abort,
             protocol.Unmount: self._unmount,
             protocol.Create: self._create,
@@ -224,6 +231,8 @@ class Controller:
         else:
             chosen = list(self._registry)
         rows = {managed.number: describe(managed) for managed in chosen}
+        for managed in chosen:
+            rows[managed.number]["busy"] = self._supervisor.busy_with(managed)
 
         def finish() -> None:
             gone = [managed for managed in self._registry.finished if request.id in (None, managed.id)]
@@ -250,7 +259,8 @@ class Controller:
                 "work_dir": self._work.path,
                 "started": self._started,
                 "clients": len(self._connections),
-            }
+            },
+            "changes": self._events.number,
         }
 
     def _held(self, request: protocol.Held, answer: Answer, connection: Connection) -> None:
@@ -339,7 +349,7 @@ class Controller:
 
         def check() -> None:
             if not self._supervisor.busy_with(managed):
-                finish(_outcome(managed))
+                finish(outcome(managed))
 
         def expired() -> None:
             stage = managed.replacement.stage if managed.replacement is not None else ""
@@ -348,11 +358,43 @@ class Controller:
             finish(protocol.error_reply(late, hint, errno.ETIMEDOUT))
 
         if not self._supervisor.busy_with(managed):
-            return answer(_outcome(managed), ())
+            return answer(outcome(managed), ())
         forget = self._supervisor.add_waiter(managed, check)
         timer = self._loop.later(request.timeout, expired) if request.timeout is not None else None
         connection.on_gone = stop
         self._waiting.add(finish)
+
+    def _changes(self, request: protocol.Changes, answer: Answer, connection: Connection) -> None:
+        def finish(reply: Optional[Reply] = None) -> None:
+            stop()
+            answer(reply or Reply(0, {"changes": self._events.number}), ())
+
+        def stop() -> None:
+            self._waiting.discard(finish)
+            forget()
+            if timer is not None:
+                timer.cancel()
+
+        if self._events.number != request.since:
+            return answer(Reply(0, {"changes": self._events.number}), ())
+        forget = self._events.once(finish)
+        timer = self._loop.later(request.timeout, finish) if request.timeout is not None else None
+        connection.on_gone = stop
+        self._waiting.add(finish)
+
+    def _metrics(self, request: protocol.Metrics, answer: Answer, connection: Connection) -> None:
+        chosen = list(self._registry)
+        held: Dict[int, int] = {}
+
+        def add(managed: Managed, reply: Reply) -> None:
+            if reply.status == 0:
+                held[managed.number] = reply.data["held"]
+
+        def finish() -> None:
+            mounts = [in_short(managed, held.get(managed.number)) for managed in chosen]
+            answer(Reply(0, {**self._about(), "mounts": mounts, "counters": self._counters.data()}), ())
+
+        self._ask_all(chosen, "status", add, finish)
 
     def _shutdown(self, request: protocol.Shutdown, answer: Answer, connection: Connection) -> None:
         there = [managed.id for managed in self._registry]
@@ -417,51 +459,6 @@ class Controller:
                     connection.close()
             if not self._connections:
                 self._loop.stop()
-
-
-def describe(managed: Managed) -> Dict[str, Any]:
-    """One row of ``status``. Mount options are left out: some hold passwords."""
-    row: Dict[str, Any] = {
-        "id": managed.id,
-        "mountpoint": managed.mountpoint,
-        "state": managed.state.value,
-        "mode": managed.mode,
-        "since": managed.since,
-        "pid": managed.pid,
-        "device": managed.device,
-        "control": managed.control,
-        "namespaces": managed.identity,
-        "root": managed.root,
-        "end": managed.end,
-        "replace": None,
-    }
-    wanted = managed.replacement
-    if wanted is not None:
-        row["replace"] = {
-            "phase": wanted.phase.value,
-            "source": wanted.request.source,
-            "type": wanted.request.type,
-            "stage": wanted.stage,
-            "since": wanted.since,
-            "attempts": wanted.attempts,
-            "last_attempts": wanted.last_attempts,
-            "stages": wanted.stages,
-            "report": wanted.report,
-            "error": wanted.error,
-        }
-    return row
-
-
-def _outcome(managed: Managed) -> Reply:
-    row = describe(managed)
-    wanted = managed.replacement
-    error = wanted.error if wanted is not None and wanted.phase in ENDED else None
-    if error is None and managed.state is State.FAILED:
-        error = {"message": f"mount {managed.id!r} is dead: {managed.end}", "hint": "", "errno": errno.ENOTCONN}
-    if error is not None:
-        reply = protocol.error_reply(error["message"], error["hint"], error["errno"])
-        return Reply(reply.status, {**row, **reply.data})
-    return Reply(0, row)
 
 
 def _phase(managed: Managed) -> str:

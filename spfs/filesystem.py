@@ -35,13 +35,15 @@ LAST_USE_TIMEOUT = 0.5  # seconds for one to notice that nobody uses its mount a
 
 @dataclass(frozen=True)
 class Settings:
-    """What the mount job needs to know. ``log``: file that the process's log and error output go to."""
+    """What the mount job needs to know. ``log``: file that the process's log and error output go to; ``record``: the
+    one into which it writes who waited."""
 
     id: str
     mode: str
     mountpoint: str
     control: str
     log: str
+    record: Optional[str] = None
     ns_pid: Optional[int] = None
     ns_list: Optional[Tuple[str, ...]] = None
     root: Optional[str] = None
@@ -95,6 +97,8 @@ def _start(settings: Settings, device_fd: int) -> Tuple[int, int]:
     try:
         arguments = [sys.executable, "-m", "stubfs", f"/dev/fd/{device_fd}", "-f", "--mode", settings.mode]
         arguments += ["--socket-path", settings.control, "--ready-fd", str(tell), "--log", settings.log]
+        if settings.record is not None:
+            arguments += ["--record", settings.record]
         if settings.proxy_dir is not None:
             arguments += ["--proxy-dir", settings.proxy_dir]
         if settings.options:

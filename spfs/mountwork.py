@@ -15,6 +15,7 @@ from spfs import jobs
 from spfs.connection import Call
 from spfs.errors import SpfsError, reason
 from spfs.eventloop import EventLoop
+from spfs.events import Events
 from spfs.jobs import Context, Job, Outcome
 from spfs.protocol import Reply
 from spfs.registry import Managed, Registry
@@ -54,6 +55,7 @@ class MountWork:
         log_dir: Optional[str],
         verbosity: int,
         on_change: Callable[[], None],
+        events: Events,
     ) -> None:
         self._loop = loop
         self._work = work
@@ -63,7 +65,8 @@ class MountWork:
         self._jobs: Set[Job] = set()
         self._running: Dict[int, Running] = {}
         self._stopping = False
-        self.registry = Registry()
+        self._events = events
+        self.registry = Registry(events.tell)
 
     @property
     def busy(self) -> bool:

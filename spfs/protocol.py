@@ -112,6 +112,19 @@ class Wait:
 
 
 @dataclass(frozen=True)
+class Changes:
+    """Wait until the manager's count of events is not ``since`` any more, ``timeout`` seconds at most."""
+
+    since: int
+    timeout: Optional[float] = None
+
+
+@dataclass(frozen=True)
+class Metrics:
+    pass
+
+
+@dataclass(frozen=True)
 class Abort:
     id: Optional[str] = None
 
@@ -142,7 +155,8 @@ class Shutdown:
 
 
 Request = Union[
-    Mount, Mode, Rules, Replace, Begin, Switch, Status, Held, Wait, Abort, Unmount, Create, Staging, Shutdown
+    Mount, Mode, Rules, Replace, Begin, Switch, Status, Held, Wait, Changes, Metrics, Abort, Unmount, Create, Staging,
+    Shutdown,
 ]  # fmt: skip
 COMMANDS: Dict[str, Type[Any]] = {
     "mount": Mount,
@@ -153,6 +167,8 @@ COMMANDS: Dict[str, Type[Any]] = {
     "status": Status,
     "held": Held,
     "wait": Wait,
+    "changes": Changes,
+    "metrics": Metrics,
     "abort": Abort,
     "unmount": Unmount,
     "create": Create,
@@ -429,6 +445,7 @@ _READERS: Mapping[str, Callable[[object], object]] = {
     "freeze_cgroup": _cgroup,
     "strict": _flag,
     "timeout": _seconds,
+    "since": _number,
     "target": _path,
     "device": _number,
     "force": _flag,

@@ -11,7 +11,7 @@ import errno
 import time
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence
+from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Sequence
 
 from spfs import protocol
 from spfs.errors import SpfsError
@@ -78,6 +78,7 @@ class Managed:
     identity: Dict[str, int] = field(default_factory=dict)
     replacement: Optional[Replacement] = None
     end: str = ""  # how it ended, once it is GONE or FAILED
+    record: str = ""  # path of the file that says what became of it
 
     @property
     def name(self) -> str:
@@ -116,10 +117,22 @@ class Managed:
         return cls(**values)
 
 
-class Registry:
-    """All mounts by id. Methods that change something raise SpfsError, and have then changed nothing."""
+Tell = Callable[[Managed, str, Mapping[str, Any], Optional[float]], None]
+"""Gets what happened to a mount: the event's name, what there is to say about it, and when (None: just now)."""
 
-    def __init__(self) -> None:
+
+def _tell_nobody(managed: Managed, event: str, details: Mapping[str, Any], when: Optional[float] = None) -> None:
+    pass
+
+
+class Registry:
+    """All mounts by id. Methods that change something raise SpfsError, and have then changed nothing.
+
+    What they change they ``tell``, when it is done.
+    """
+
+    def __init__(self, tell: Tell = _tell_nobody) -> None:
+        self._tell = tell
         self._live: Dict[str, Managed] = {}
         self.finished: List[Managed] = []
         self._last_number = 0
@@ -194,21 +207,25 @@ class Registry:
         managed.pid, managed.start_time, managed.device, managed.identity = pid, start_time, device, identity
         managed.since = time.time()
         self.ever_mounted = True
+        self._tell(managed, "mounted", {"mode": managed.mode, "pid": pid, "device": device}, None)
 
     def mode_changed(self, managed: Managed, mode: str) -> None:
         if mode != managed.mode:
-            managed.mode = mode
+            former, managed.mode = managed.mode, mode
             managed.since = time.time()
+            self._tell(managed, "mode", {"mode": mode, "former": former}, None)
 
     def failed(self, managed: Managed, why: str) -> None:
         """Its process died: the mount is dead, but there."""
         managed.state, managed.end = State.FAILED, why
+        self._tell(managed, "failed", {"why": why}, None)
 
     def gone(self, managed: Managed, why: str) -> Optional[Managed]:
         """The mount is no more. Returns a finished record that had to make room."""
         del self._live[managed.id]
         managed.state, managed.end, managed.since = State.GONE, why, time.time()
         self.finished.append(managed)
+        self._tell(managed, "gone", {"why": why}, None)
         return self.finished.pop(0) if len(self.finished) > MAX_FINISHED else None
 
     def ask_replace(self, request: protocol.Replace) -> Managed:
@@ -225,6 +242,9 @@ class Registry:
         managed.replacement = Replacement(
             request, Phase.HELD if held else Phase.WAITING, since=time.time(), released=request.mode == "release"
         )
+        asked = dataclasses.asdict(request)
+        del asked["id"], asked["options"]  # some options hold passwords
+        self._tell(managed, "replace-asked", asked, None)
         return managed
 
     def begin(self, id: Optional[str], mode: str) -> List[Managed]:
@@ -259,6 +279,7 @@ class Registry:
                 since=time.time(),
                 released=mode == "release",
             )
+            self._tell(managed, f"replace-{mode}", {}, None)
         return chosen
 
     def check_mode_change(self, managed: Managed) -> None:
@@ -272,6 +293,7 @@ class Registry:
         wanted = _wanted(managed)
         wanted.phase, wanted.since = Phase.RUNNING, time.time()
         wanted.job = {"pid": job_pid, "start_time": job_start_time}
+        self._tell(managed, "replace-started", {"pid": job_pid}, None)
 
     def replace_progress(self, managed: Managed, stage: str, details: Dict[str, Any], when: float) -> None:
         wanted = _wanted(managed)
@@ -280,9 +302,12 @@ class Registry:
             if "attempt" in details:
                 wanted.attempts = max(wanted.attempts, int(details["attempt"]))
             wanted.last_attempts = [*wanted.last_attempts, {**details, "time": when}][-MAX_ATTEMPTS:]
+            self._tell(managed, "attempt" if "attempt" in details else "waiting", details, when)
             if wanted.stages and wanted.stages[-1]["stage"] == stage:
                 return
             details = {}
+        else:
+            self._tell(managed, "stage", {"stage": stage, **details}, when)
         wanted.stages.append({"stage": stage, "time": when, **details})
         if stage == "proxy":
             self.mode_changed(managed, "proxy")
@@ -293,6 +318,7 @@ class Registry:
         wanted = _wanted(managed)
         wanted.phase, wanted.report, wanted.error, wanted.job = phase, report, error, None
         wanted.since = time.time()
+        self._tell(managed, "replace-ended", {"phase": phase.value, "report": report, "error": error}, None)
 
     def was_replaced(self, managed: Managed, root: Optional[Sequence[int]]) -> bool:
         """The file system has ended and is mounted nowhere: because it was replaced? ``root``: device and inode number

@@ -93,6 +93,7 @@ def replace(request: ReplaceRequest, filesystem: MountedFilesystem, progress: Pr
             _wait_for_tracers(freezer, progress)
         real_fd = _real_mount(request, filesystem.target, progress)
         stack.callback(os.close, real_fd)
+        progress("mounted", {})
         with ended.explained(filesystem), FilesystemClient(filesystem.control, timeout=CONTROL_TIMEOUT) as client:
             step = _Step(request, filesystem, freezer, client, real_fd, protect, progress, ended)
             result = step.run()

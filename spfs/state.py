@@ -148,7 +148,7 @@ class WorkDirectory:
         if remove:
             # The lock file goes while it is locked: whoever opened it before finds another one at the name.
             for entry in os.listdir(self.path):
-                if entry == _LOCK or entry.endswith((".json", ".json.new")) or self._is_empty_log(entry):
+                if entry == _LOCK or entry.endswith((".json", ".json.new", ".jsonl")) or self._is_empty_log(entry):
                     self.forget(entry)
             if self.created:
                 try:

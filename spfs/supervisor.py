@@ -10,10 +10,12 @@ import functools
 import itertools
 import logging
 import os
+import time
 from typing import Any, Dict, Optional
 
 from spfs import jobs, protocol
 from spfs.errors import SpfsError
+from spfs.events import introduction
 from spfs.jobs import Context, Outcome
 from spfs.modechange import ModeChanges
 from spfs.mountwork import Done, Running
@@ -41,6 +43,8 @@ class Supervisor(ModeChanges):
             self.registry.discard(managed)
             raise
         managed.control = self._work.file(f"fs-{managed.number}.sock")
+        managed.record = self._record_file(managed)
+        self._events.tell(managed, "mount", introduction(managed))
         running = self._running[managed.number] = Running()
         log_file = self._log_file(managed)
 
@@ -55,6 +59,7 @@ class Supervisor(ModeChanges):
                     mountpoint=request.mountpoint,
                     control=managed.control,
                     log=log_file,
+                    record=managed.record,
                     ns_pid=request.ns_pid,
                     ns_list=request.ns_list,
                     root=request.root,
@@ -123,6 +128,17 @@ class Supervisor(ModeChanges):
 
     def _log_file(self, managed: Managed) -> str:
         return os.path.join(self._log_dir or self._work.path, f"stubfs-{managed.number}.log")
+
+    def _record_file(self, managed: Managed) -> str:
+        # The time: mounts are numbered from 1 by each manager, several of which may have one log directory.
+        name = f"{managed.name}-{time.strftime('%Y%m%dT%H%M%S', time.gmtime(managed.since))}-{os.getpid()}.jsonl"
+        return os.path.join(self._log_dir or self._work.path, name)
+
+    def _forget_record(self, managed: Managed) -> None:
+        try:
+            os.unlink(managed.record)
+        except OSError:
+            pass  # nothing could be written, or somebody has taken it
 
     def _undo(self, managed: Managed) -> None:
         """A mount job was killed half way: take away what it may have made."""
@@ -218,6 +234,8 @@ class Supervisor(ModeChanges):
         self._save(managed)
         if forgotten is not None:
             self._work.forget(f"{forgotten.name}.json")
+            if self._log_dir is None:
+                self._forget_record(forgotten)
         self._drop(managed, keep_record=True)
         self._on_change()
 
@@ -235,6 +253,8 @@ class Supervisor(ModeChanges):
             names.append(os.path.basename(self._log_file(managed)))
         self._work.forget(*names, *([] if keep_record else [f"{managed.name}.json"]))
         self._work.forget_directory(helper_directory(managed))
+        if not keep_record:
+            self._forget_record(managed)
         for waiter in running.waiters:
             waiter()
 
@@ -324,6 +344,7 @@ class Supervisor(ModeChanges):
             self.registry.discard(managed)
             return self._drop(managed)
         managed.state = State.MOUNTED
+        self._events.tell(managed, "taken-over", introduction(managed))
         self._watch(managed)
         wanted = managed.replacement
         if wanted is not None and wanted.phase is Phase.RUNNING and wanted.job is not None:

@@ -6,6 +6,8 @@ import errno
 import os
 from typing import Dict, Tuple
 
+_COMMAND_LINE = 500  # bytes
+
 
 class ThreadGroup:
     """One live process and its threads, by its directory in /proc: never another one that gets its number later.
@@ -76,3 +78,12 @@ def _read(path: str) -> bytes:
 def _field(status: bytes, name: bytes) -> bytes:
     start = status.index(name) + len(name)
     return status[start : status.index(b"\n", start)]
+
+
+def command_line(pid: int) -> str:
+    """How a process was called, its beginning; "" for nobody, kernel threads, and one that is gone."""
+    try:
+        words = _read(f"/proc/{pid}/cmdline")[:_COMMAND_LINE]
+    except OSError:
+        return ""
+    return os.fsdecode(words.rstrip(b"\0").replace(b"\0", b" "))

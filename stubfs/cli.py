@@ -61,6 +61,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("-o", metavar="OPTIONS", dest="options", default="", help="mount options")
     result.add_argument("--ready-fd", metavar="N", type=int, help="write one newline there when all is ready")
     result.add_argument("--log", metavar="FILE", help="append messages to FILE")
+    result.add_argument("--record", metavar="FILE", help="append who waited, for what and how long, as JSON lines")
     result.add_argument("-v", "--verbose", action="count", default=0, help="say more; twice: each step")
     return result
 
@@ -104,10 +105,11 @@ def _run(settings: argparse.Namespace) -> int:
     daemon.close_inherited(kept)
     socket_path = os.path.abspath(settings.socket_path) if settings.socket_path is not None else None
     proxy_directory = os.path.abspath(settings.proxy_dir) if settings.proxy_dir is not None else None
+    record = os.path.abspath(settings.record) if settings.record is not None else None
     log_fd = _open_log(settings)
     tell = None if settings.foreground else daemon.go_background()
     daemon.make_independent()
-    server = daemon.Daemon(mountpoint, mode, proxy_directory, socket_path, options, stub_options, rules)
+    server = daemon.Daemon(mountpoint, mode, proxy_directory, socket_path, options, stub_options, rules, record)
     daemon.warn_of_sysctls()
     if tell is not None:
         tell(0)

@@ -101,9 +101,11 @@ class Daemon:
     def __init__(
         self, mountpoint: str, mode: Mode, proxy_directory: Optional[str], socket_path: Optional[str],
         options: MountOptions, stub_options: StubOptions = StubOptions(), rules: Sequence[Rule] = (),
+        record: Optional[str] = None,
     ) -> None:  # fmt: skip
         self._stub_options = stub_options
         self._rules = rules
+        self._record = record
         self._cleanups: List[Callable[[], None]] = []
         self._control: Optional[Control] = None
         self._wake_read, self._wake_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
@@ -140,6 +142,8 @@ class Daemon:
                 ) from error  # fmt: skip
         self._session = Session(device, mode, directory, self._stub_options, self._rules)
         self._cleanups.append(self._session.staging.discard)
+        if self._record is not None:
+            self._record_waits(self._record)
         # First of all, so that nobody waits for a mount that is going away.
         self._cleanups.append(self._session.quit)
         self._session.start(self._mount_gone)
@@ -151,6 +155,13 @@ class Daemon:
             sock.setblocking(False)
             commands = Commands(self._session, mountpoint, own_device, self.leave)
             self._control = Control(sock, commands.by_name, self._wake)
+
+    def _record_waits(self, path: str) -> None:
+        from stubfs.record import Record
+        from stubfs.waits import WaitRecorder
+
+        recorder = self._session.held.recorder = WaitRecorder(Record(path), self._session.place_of)
+        self._cleanups.append(recorder.close)  # after the session's end, which is the end of all waits
 
     def _mount_gone(self) -> None:
         if not self._left:  # else we have unmounted it, and whoever asked for that is to get an answer first

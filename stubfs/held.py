@@ -11,11 +11,14 @@ import errno
 import heapq
 import threading
 import time
-from typing import Callable, Dict, Iterator, List, Optional, OrderedDict, Set, Tuple
+from typing import TYPE_CHECKING, Callable, Dict, Iterator, List, Optional, OrderedDict, Set, Tuple
 
 from stubfs.protocol import BODY, READ_IN, Opcode
 from stubfs.request import Request
 from stubfs.rules import HOLD, Action, ActiveRule, Matcher, PathsOf, Treatment
+
+if TYPE_CHECKING:
+    from stubfs.waits import WaitRecorder
 
 _DATA = frozenset((Opcode.READ, Opcode.WRITE))
 
@@ -60,9 +63,11 @@ class Watch:
 
 
 class HeldTable:
-    """``paths_of`` is for watches, which may be for a path."""
+    """``paths_of`` is for watches, which may be for a path. ``recorder``, if there is one, is told of each wait; it
+    must not block."""
 
     def __init__(self, paths_of: PathsOf = lambda request: ()) -> None:
+        self.recorder: Optional["WaitRecorder"] = None
         self._paths_of = paths_of
         self._lock = threading.Lock()
         self._may_leave = threading.Condition(self._lock)
@@ -94,6 +99,8 @@ class HeldTable:
             wait = request.wait
             if wait is None:
                 wait = request.wait = Wait(now)
+                if self.recorder is not None:
+                    self.recorder.began(request)
             rule = treatment.rule
             if rule is not wait.rule:
                 wait.rule, wait.deadline = rule, None
@@ -117,9 +124,16 @@ class HeldTable:
                 watch.entered(request)
 
     def take(self, unique: int) -> Optional[Request]:
-        """The request, out of the table: who takes it answers it."""
+        """The request, out of the table: who takes it answers it, as its caller is to die."""
         with self._lock:
-            return self._remove(unique) or self._leaving.pop(unique, None)
+            request = self._remove(unique) or self._leaving.pop(unique, None)
+            if request is not None:
+                self._ended_wait(request, "interrupted")
+            return request
+
+    def _ended_wait(self, request: Request, how: str) -> None:
+        if self.recorder is not None:
+            self.recorder.ended(request, how)
 
     def _remove(self, unique: int) -> Optional[Request]:
         request = self._waiting.pop(unique, None)
@@ -187,6 +201,8 @@ class HeldTable:
     def served(self, request: Request) -> None:
         with self._lock:
             self._being_served.discard(request.tid)
+            if request.unique not in self:  # else it waits on, for something else
+                self._ended_wait(request, "answered")
             if self._leaving:
                 self._may_leave.notify()
 
@@ -221,6 +237,7 @@ class HeldTable:
             self._leaving[unique] = request
             self._may_leave.notify()
         else:
+            self._ended_wait(request, "timed out")
             request.fail(wait.rule.errno)
 
     # --- looking
@@ -244,6 +261,7 @@ class HeldTable:
             for request in requests:
                 self._leaving.pop(request.unique, None)
                 self._remove(request.unique)
+                self._ended_wait(request, "answered")
             return requests
 
     def readers(self) -> Dict[int, int]:
@@ -282,6 +300,8 @@ class HeldTable:
         with self._lock:
             self._ended = True
             requests = [*self._leaving.values(), *self._waiting.values()]
+            for request in requests:
+                self._ended_wait(request, "failed")
             self._leaving.clear()
             self._waiting.clear()
             self._readers.clear()

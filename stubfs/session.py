@@ -405,9 +405,10 @@ class Session:
 
     def held_requests(self) -> List[Tuple[Request, float, Optional[bytes], Optional[bytes]]]:
         """(request, seconds it waits, path of its node, name it carries), the oldest first."""
-        listed = []
-        for request, age in self.held.snapshot():
-            offset = protocol.NAME_OFFSETS.get(request.opcode)
-            name = request.name(offset) if offset is not None else None
-            listed.append((request, age, self.nodes.path(request.node), name))
-        return listed
+        return [(request, age, *self.place_of(request)) for request, age in self.held.snapshot()]
+
+    def place_of(self, request: Request) -> Tuple[Optional[bytes], Optional[bytes]]:
+        """The path of a request's node (None: it has none any more), and the name it carries, if it does."""
+        offset = protocol.NAME_OFFSETS.get(request.opcode)
+        name = request.name(offset) if offset is not None else None
+        return self.nodes.path(request.node), name

@@ -10,7 +10,7 @@ import sys
 from typing import Any, Callable, Mapping, NoReturn, Optional, Sequence
 
 from spfs import __version__
-from spfs.cli import switch, tables
+from spfs.cli import live, switch, tables
 from spfs.cli.arguments import Parser
 from spfs.client import ManagerClient, RequestFailed, find_manager
 from spfs.errors import SpfsError, UsageError, reason
@@ -60,6 +60,8 @@ def parser() -> argparse.ArgumentParser:
 
     status = add("status", _status, "show the mounts, their modes, who waits, and how far their replaces are")
     status.add_argument("id", nargs="?", help="only this mount")
+    status.add_argument("-w", "--watch", action="store_true", help="go on showing it, until Ctrl-C; with --json: "
+                        "one line for each change, and one a second while requests are held")  # fmt: skip
 
     held = add("held", _held, "list the requests that wait in stub mode, and the processes that wait for them")
     held.add_argument("id", nargs="?", help="only on this mount")
@@ -160,7 +162,9 @@ def _print(options: argparse.Namespace, answer: Any, show: Optional[Show] = None
 
 
 def _status(options: argparse.Namespace, client: ManagerClient) -> None:
-    _print(options, client.status(options.id), tables.status)
+    if options.watch:
+        return live.watch(client, options.id, options.json)
+    _print(options, live.full_status(client, options.id), tables.status)
 
 
 def _held(options: argparse.Namespace, client: ManagerClient) -> None:
@@ -231,11 +235,11 @@ def _replace(options: argparse.Namespace, client: ManagerClient) -> None:
         if not options.wait:
             _print(options, {"id": id, "replace": phase})
     if options.wait and id is not None:
-        _print(options, client.wait(id), tables.report)
+        _print(options, live.wait(client, id, None), tables.report)
 
 
 def _wait(options: argparse.Namespace, client: ManagerClient) -> None:
-    _print(options, client.wait(options.id, options.timeout), tables.report)
+    _print(options, live.wait(client, options.id, options.timeout), tables.report)
 
 
 def _abort(options: argparse.Namespace, client: ManagerClient) -> None:

@@ -6,7 +6,7 @@ import os
 import shlex
 import stat
 import time
-from typing import Any, List, Mapping, Sequence
+from typing import Any, Dict, List, Mapping, Sequence, Tuple
 
 from stubfs.errors import printable
 from stubfs.rules import Rule
@@ -15,14 +15,97 @@ _COMMAND_WIDTH = 60  # characters of a command line
 _COMMAND_BYTES = 1024  # of it that are looked at
 
 
+_GROUPS = 20  # processes that wait, shown with a status
+_FINISHED = 5  # mounts that are gone, shown with a status of all
+
+
 def status(answer: Mapping[str, Any]) -> None:
-    rows = [_status_row(row) for row in answer["mounts"]]
-    rows += [_status_row(row) for row in answer["finished"]]
-    if not rows:
-        manager = answer["manager"]
-        print(f"no mounts (manager {manager['pid']}, {manager['socket']})")
-        return
-    _show(["ID", "MOUNTPOINT", "STATE", "MODE", "SINCE", "HELD", "OPEN", "REPLACE"], rows)
+    if answer["mounts"] or answer["finished"]:
+        for number, (columns, rows) in enumerate(status_tables(answer)):
+            if number:
+                print()
+            _show(columns, rows)
+    else:
+        print(no_mounts(answer))
+
+
+def no_mounts(answer: Mapping[str, Any]) -> str:
+    manager = answer["manager"]
+    return f"no mounts (manager {manager['pid']}, {manager['socket']})"
+
+
+Table = Tuple[List[str], List[List[str]]]
+"""The names of the columns, and the rows."""
+
+
+def status_tables(answer: Mapping[str, Any]) -> List[Table]:
+    """The mounts; who waits on them (if ``waiting`` was added to the answer); how far their replaces are."""
+    gone = answer["finished"]
+    rows = [_status_row(row) for row in [*answer["mounts"], *gone[:_FINISHED]]]
+    if len(gone) > _FINISHED:
+        rows.append([f"and {len(gone) - _FINISHED} that are gone"] + [""] * 7)
+    found = [(["ID", "MOUNTPOINT", "STATE", "MODE", "SINCE", "HELD", "OPEN", "REPLACE"], rows)]
+    replaces = [_replace_row(row) for row in answer["mounts"] if row["replace"] and row["replace"]["stages"]]
+    if replaces:
+        columns = ["REPLACE OF", "STAGE", "SINCE", "ATTEMPTS", "PROCESSES", "REFERENCES", "MOVED", "LEFT", "BLACKOUT"]
+        found.append((columns, replaces))
+    groups = answer.get("waiting", [])
+    if groups:
+        rows = [_group_row(group) for group in groups[:_GROUPS]]
+        if len(groups) > _GROUPS:
+            rows.append([f"and {len(groups) - _GROUPS} more"] + [""] * 6)
+        found.append((["WAITS ON", "PID", "COMMAND", "OPERATION", "REQUESTS", "OLDEST", "PATH"], rows))
+    return found
+
+
+def waiting(entries: Sequence[Mapping[str, Any]]) -> List[Dict[str, Any]]:
+    """Held requests by process and operation, who waits longest first; ``path`` is the oldest one's."""
+    groups: Dict[Tuple[str, int, str], Dict[str, Any]] = {}
+    for entry in entries:
+        group = groups.setdefault(
+            (entry["id"], entry["pid"], entry["operation"]),
+            {**{key: entry[key] for key in ("id", "pid", "command", "operation")}, "count": 0, "oldest": -1.0},
+        )
+        group["count"] += 1
+        if entry["age"] > group["oldest"]:
+            group["oldest"], group["path"] = entry["age"], _place(entry)
+    return sorted(groups.values(), key=lambda group: -float(group["oldest"]))
+
+
+def _group_row(group: Mapping[str, Any]) -> List[str]:
+    called = command_line(group["pid"], group["command"])
+    count, oldest = str(group["count"]), _seconds(group["oldest"])
+    return [group["id"], str(group["pid"] or "-"), called or "-", group["operation"], count, oldest, group["path"]]
+
+
+def _replace_row(row: Mapping[str, Any]) -> List[str]:
+    wanted = row["replace"]
+    stages = {stage["stage"]: stage for stage in wanted["stages"]}
+    prepared, report = stages.get("prepared", {}), wanted["report"] or {}
+    moved = report.get("moved", stages.get("switched", {}).get("moved"))
+    blackout = report.get("blackout", stages.get("switched", {}).get("blackout"))
+    return [
+        row["id"],
+        wanted["phase"] if wanted["phase"] != "running" else wanted["stage"],
+        ago(wanted["stages"][-1]["time"]),
+        str(wanted["attempts"]),
+        _known(prepared.get("processes")),
+        kinds(prepared.get("references")),
+        kinds(moved),
+        _known(len(report["left"]) if "left" in report else None),
+        "-" if blackout is None else f"{blackout * 1000:.1f} ms",
+    ]
+
+
+def _known(value: object) -> str:
+    return "-" if value is None else str(value)
+
+
+def kinds(counts: Any) -> str:
+    """So many references of each kind."""
+    if counts is None:
+        return "-"
+    return ", ".join(f"{count} {kind}" for kind, count in counts.items() if count) or "nothing"
 
 
 def _status_row(row: Mapping[str, Any]) -> List[str]:
@@ -62,7 +145,7 @@ def summary(report: Mapping[str, Any]) -> str:
     parts = []
     moved = report.get("moved")
     if isinstance(moved, dict):
-        parts.append("moved " + (", ".join(f"{count} {kind}" for kind, count in moved.items() if count) or "nothing"))
+        parts.append(f"moved {kinds(moved)}")
     if isinstance(report.get("blackout"), (int, float)):
         parts.append(f"blackout {report['blackout'] * 1000:.1f} ms")
     if report.get("left"):
