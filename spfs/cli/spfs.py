@@ -7,10 +7,10 @@ import errno
 import json
 import os
 import sys
-from typing import Any, Callable, Mapping, NoReturn, Optional, Sequence
+from typing import Any, Callable, Mapping, NoReturn, Optional, Sequence, Union
 
 from spfs import __version__
-from spfs.cli import live, switch, tables
+from spfs.cli import live, switch, tables, timeline
 from spfs.cli.arguments import Parser
 from spfs.client import ManagerClient, RequestFailed, find_manager
 from spfs.errors import SpfsError, UsageError, reason
@@ -22,7 +22,7 @@ A delayed mount is a stand-in for a network mount that cannot be there yet. It i
 be created on it), put into stub mode (whoever touches it waits), and replaced by the real file system, under the
 processes that use it, as soon as that can be mounted.
 
-The commands but "switch" talk to a manager: start one with "spfs-manager -d"."""
+The commands but "switch" (and "timeline" of a file) talk to a manager: start one with "spfs-manager -d"."""
 
 EPILOG = """\
 a delayed mount by hand:
@@ -36,6 +36,7 @@ exit codes: 0 done; 1 it failed; 2 usage; 3 the machine lacks something; 4 not d
 
 Show = Callable[[Any], None]
 Run = Callable[[argparse.Namespace, ManagerClient], None]
+RunAlone = Callable[[argparse.Namespace], None]  # of a command that may need no manager
 
 
 def parser() -> argparse.ArgumentParser:
@@ -53,15 +54,19 @@ def parser() -> argparse.ArgumentParser:
     )
     commands = result.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def add(name: str, run: Run, text: str) -> argparse.ArgumentParser:
+    def add(name: str, run: Union[Run, RunAlone], text: str) -> argparse.ArgumentParser:
         command = commands.add_parser(name, parents=[shared], help=text, description=_sentence(text))
-        command.set_defaults(run=run)
+        command.set_defaults(run=run, connect=True)
         return command
 
     status = add("status", _status, "show the mounts, their modes, who waits, and how far their replaces are")
     status.add_argument("id", nargs="?", help="only this mount")
     status.add_argument("-w", "--watch", action="store_true", help="go on showing it, until Ctrl-C; with --json: "
                         "one line for each change, and one a second while requests are held")  # fmt: skip
+
+    drawn = add("timeline", timeline.run, "draw what became of a mount: who waited, for what, how long; the replace")
+    timeline.add_arguments(drawn)
+    drawn.set_defaults(connect=False)
 
     held = add("held", _held, "list the requests that wait in stub mode, and the processes that wait for them")
     held.add_argument("id", nargs="?", help="only on this mount")
@@ -128,7 +133,7 @@ def parser() -> argparse.ArgumentParser:
 
     alone = commands.add_parser("switch", parents=[printed], help=switch.TEXT, description=_sentence(switch.TEXT))
     switch.add_arguments(alone)
-    alone.set_defaults(run=None)
+    alone.set_defaults(run=switch.run, connect=False)
 
     shutdown = add("shutdown", _shutdown, "end the manager")
     shutdown.add_argument("--unmount", action="store_true", help="take all mounts away first")
@@ -272,11 +277,11 @@ def main(arguments: Optional[Sequence[str]] = None) -> NoReturn:
     try:
         options = parser().parse_args(arguments)
         as_json = options.json
-        if options.run is None:
-            switch.run(options)
-        else:
+        if options.connect:
             with ManagerClient(find_manager(options.socket_path)) as client:
                 options.run(options, client)
+        else:
+            options.run(options)
         if sys.stdout is not None:
             sys.stdout.flush()
     except StubfsError as error:

@@ -203,7 +203,7 @@ def test_bad_mounts_change_nothing(manager: Manager, mnt: Path, tmp_path: Path) 
         client.mount("b", str(other), options="colour=blue")
     assert mounts_below(tmp_path) == before
     assert [row["id"] for row in client.status()["mounts"]] == ["a"]
-    assert sorted(path.name for path in manager.work.glob("*-[2-9]*")) == []
+    assert sorted(path.name for path in manager.work.glob("*-[2-9][.-]*")) == []
 
 
 def test_unknown_ids(manager: Manager) -> None:
@@ -470,7 +470,8 @@ def test_logs_in_a_directory_of_their_own(mnt: Path, tmp_path: Path) -> None:
     with manager_in(tmp_path) as manager:
         manager.start("--log-dir", str(tmp_path / "logs"), "--log", "manager.log")
         manager.client().mount("a", str(mnt))
-        assert sorted(path.name for path in (tmp_path / "logs").iterdir()) == ["manager.log", "stubfs-1.log"]
+        names = sorted(path.name for path in (tmp_path / "logs").iterdir())
+        assert names == ["manager.log", Path(manager.row("a")["record"]).name, "stubfs-1.log"]
         manager.client().shutdown(unmount=True)
         manager.wait_ended()
         assert not manager.work.exists() and "mounted a on" in (tmp_path / "logs" / "manager.log").read_text()

@@ -56,7 +56,8 @@ def test_a_delayed_mount_by_hand(manager: Manager, mnt: Path) -> None:
     assert spfs(manager, "mode", "stub", "data") == ""
     with reading(mnt / "file") as reader:
         wait_until(lambda: manager.client().held())
-        (row,) = [line.split() for line in spfs(manager, "status", "data").splitlines() if line.startswith("data ")]
+        lines = spfs(manager, "status", "data").splitlines()
+        (row,) = [line.split() for line in lines if line.startswith(f"data  {mnt}")]
         assert row[:4] == ["data", str(mnt), "mounted", "stub"] and "held: tmpfs none" in " ".join(row)
         held = spfs(manager, "held")
         assert f"{reader.pid}" in held and "cat" in held and "file" in held
@@ -121,7 +122,7 @@ def test_exit_codes_and_hints(manager: Manager, mnt: Path) -> None:
     assert done.returncode == 1 and json.loads(done.stdout)["replace"]["phase"] == "aborted"
 
 
-COMMANDS = ["status", "held", "mount", "mode", "rules", "replace", "wait", "abort", "unmount", "shutdown"]
+COMMANDS = ["status", "timeline", "held", "mount", "mode", "rules", "replace", "wait", "abort", "unmount", "shutdown"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)

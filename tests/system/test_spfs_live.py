@@ -242,6 +242,29 @@ def test_every_mount_leaves_a_record(manager: Manager, mnt: Path, tmp_path: Path
     assert waits[killed.pid]["time"] < proxied and waits[reader.pid]["time"] > proxied - 0.5
 
 
+def test_the_timeline_of_what_goes_on(manager: Manager, mnt: Path, tmp_path: Path) -> None:
+    assert "the manager has no mount" in failure(manager, "timeline")
+    client = manager.client()
+    client.mount("a", str(mnt), "stub")
+    with reading(mnt / "one") as reader:
+        wait_until(lambda: client.held())
+        shown = spfs(manager, "timeline")
+        assert f"a on {mnt}, from " in shown and f"{reader.pid} cat {mnt}/one" in shown and "stub mode" in shown
+        assert "waits still" in spfs(manager, "timeline", "a", "--format", "svg")
+        client.unmount("a", force=True)
+    wait_until(lambda: not client.status()["mounts"])
+    assert "gone: unmounted" in spfs(manager, "timeline", "a")
+    spfs(manager, "timeline", "a", "--output", str(tmp_path / "page.html"))
+    assert f"{reader.pid} cat" in (tmp_path / "page.html").read_text()
+    assert "cannot find mount 'ghost'" in failure(manager, "timeline", "ghost")
+
+
+def failure(manager: Manager, *arguments: str) -> str:
+    done = run("spfs.cli.spfs", *arguments, environment={"SPFS_MANAGER_SOCK": str(manager.socket)})
+    assert done.returncode == 1 and done.stderr.startswith("spfs: cannot ") and done.stderr.count("\n") == 1
+    return done.stderr
+
+
 def test_a_record_goes_on_with_the_next_manager(manager: Manager, mnt: Path) -> None:
     client = manager.client()
     control = client.mount("a", str(mnt), "stub")["control"]
