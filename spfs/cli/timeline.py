@@ -106,10 +106,14 @@ def _of_manager(client: ManagerClient, ids: List[str]) -> List[_Record]:
     else:
         answer = client.status()
         rows = answer["mounts"] + answer["finished"]
+    from stubfs.callers import command_line
+
     held: Dict[str, List[Dict[str, Any]]] = {}
     for row in rows:
         if row.get("held"):
-            held[row["id"]] = client.held(row["id"])
+            held[row["id"]] = [
+                {**entry, "command_line": command_line(entry["pid"])} for entry in client.held(row["id"])
+            ]
     return [_Record(row["record"], held.get(row["id"], []) if row["state"] != "gone" else []) for row in rows]
 
 

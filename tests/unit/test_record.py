@@ -95,7 +95,7 @@ class Nowhere(Device):
 
 def request(unique: int, tid: int, opcode: int = Opcode.LOOKUP, body: bytes = b"name\0") -> Request:
     header = IN_HEADER.pack(IN_HEADER.size + len(body), opcode, unique, 1, 7, 0, tid, 0, 0)
-    made = Request(Nowhere(), header + body, None)
+    made = Request(Nowhere(), header + body)
     made.parse(len(header + body))
     return made
 
@@ -118,15 +118,14 @@ def test_each_wait_is_written_with_who_what_and_how_long(tmp_path: Path) -> None
         assert table.take(3) is not None
         table.enter(object())
         table.reconsider()
-        for unique in (1, 2):
-            leaving = table.next()
-            assert leaving is not None and leaving.unique == unique
-            if unique == 1:  # a rule holds it once more: that is no second wait
-                table.add(leaving, stub)
-                table.served(leaving)
-                leaving = table.next()
-                assert leaving is not None and leaving.unique == 1
-            table.served(leaving)
+        first, second = table.next(), table.next()
+        assert first is not None and second is not None and (first.unique, second.unique) == (1, 2)
+        table.add(first, stub)  # something else holds it now: that is no second wait
+        table.served(first)
+        table.served(second)
+        first = table.next()
+        assert first is not None and first.unique == 1
+        table.served(first)
         table.add(request(4, os.getpid()), stub)
         table.end()
         recorder.close()
