@@ -69,6 +69,8 @@ class Kind(enum.Enum):
     INOTIFY = "inotify watch"
     FANOTIFY = "fanotify watch"
     LOCK = "lock"
+    IN_FLIGHT = "descriptor in flight"
+    RING = "io_uring file"
 
 
 @dataclass(frozen=True)

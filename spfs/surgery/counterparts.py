@@ -28,6 +28,7 @@ _TMPFILE = 0o20000000  # __O_TMPFILE
 SETTABLE = os.O_APPEND | os.O_NONBLOCK | os.O_DIRECT | os.O_NOATIME | os.O_ASYNC  # by F_SETFL, fcntl(2)
 _RESOLVE = RESOLVE_BENEATH | RESOLVE_NO_MAGICLINKS | RESOLVE_NO_SYMLINKS
 _PAGE = 4096
+_F_GET_RW_HINT, _F_SET_RW_HINT = 1035, 1036
 NO_MOUNT = -1  # an id that no mount has
 
 _NAMES = {
@@ -173,6 +174,8 @@ class Counterparts:
             if description.path is None:
                 description.carried = self._nameless.carried(description.object)
             _copy_owner(description.copy, description.new, description.flags)
+            if description.kind is Kind.FILE:
+                _copy_hint(description.copy, description.new)
 
         self._attempt(description, action)
 
@@ -274,6 +277,17 @@ def _copy_state(old: int, new: int) -> None:
     copy_flags(old, new)
     if not stat.S_ISFIFO(os.fstat(old).st_mode):
         os.lseek(new, os.lseek(old, 0, os.SEEK_CUR), os.SEEK_SET)
+
+
+def _copy_hint(old: int, new: int) -> None:
+    """How long what is written is expected to live: the kernel has it in the inode, in memory alone (fcntl(2))."""
+    try:
+        hint = fcntl.fcntl(old, _F_GET_RW_HINT, bytes(8))
+        if any(hint):
+            fcntl.fcntl(new, _F_SET_RW_HINT, hint)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # the kernel knows no hints
+            raise
 
 
 def copy_flags(old: int, new: int) -> None:

@@ -106,3 +106,18 @@ def test_what_was_delivered_last_is_gone(mounts: Mounts, victim: Victim) -> None
     # The offset may be another entry's now, or nobody's: then it stays.
     assert report.moved == {"directory": 1} or "is being read" in report.left[0].reason
     assert sorted(first + victim.run("rest(d)")) == sorted([".", "..", *NAMES])
+
+
+def test_directory_with_notifications(mounts: Mounts, victim: Victim) -> None:
+    """F_NOTIFY: what is asked for cannot be found out, only that something may be."""
+    make(mounts, NAMES)
+    victim.run(
+        f"""
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGIO])
+d = os.open({str(mounts.old / 'd')!r}, os.O_RDONLY); fcntl.fcntl(d, fcntl.F_NOTIFY, fcntl.DN_CREATE)
+"""
+    )
+    (left,) = mounts.switch().left
+    assert "F_NOTIFY" in left.reason
+    (mounts.old / "d" / "made").touch()
+    assert victim.run("signal.sigtimedwait([signal.SIGIO], 10).si_signo == signal.SIGIO")

@@ -7,6 +7,7 @@ position behind the last of them continues the reading: no name is delivered twi
 
 from __future__ import annotations
 
+import fcntl
 import os
 from typing import Dict, List, NamedTuple, Optional
 
@@ -18,6 +19,8 @@ from stubfs.protocol import native_dirents
 from stubfs.syscalls import getdents64
 
 _STAYS = "it is being read, and cannot be continued on the new mount"
+_F_GETOWN_EX = 16
+_NOTIFIED = "its owner may be notified of changes (F_NOTIFY), which the kernel tells nobody else"
 _BUFFER = 1 << 18
 
 
@@ -56,6 +59,9 @@ class Directories(Handler):
                 self._failures[id(description)] = reason(error)
 
     def judge(self, scene: Scene) -> None:
+        for description in _directories(scene):
+            if _has_owner(description):
+                description.problem = _NOTIFIED
         for description in _directories(scene) if self._rehearsed else ():
             position = _position(description)
             if not position:
@@ -84,6 +90,11 @@ def _directories(scene: Scene) -> List[Description]:
     return [
         one for one in found.values() if one.problem is None and one.new >= 0 and not one.moved and one.path is not None
     ]
+
+
+def _has_owner(description: Description) -> bool:
+    """F_NOTIFY sets one, and nothing else that makes sense for a directory does (fs/notify/dnotify/dnotify.c)."""
+    return any(fcntl.fcntl(description.copy, _F_GETOWN_EX, bytes(8))[4:])
 
 
 def _position(description: Description) -> int:

@@ -11,15 +11,19 @@ from spfs.surgery.kinds.directories import Directories
 from spfs.surgery.kinds.epolls import Epolls
 from spfs.surgery.kinds.fanotify import Fanotify
 from spfs.surgery.kinds.fifos import Fifos
+from spfs.surgery.kinds.inflight import InFlight
 from spfs.surgery.kinds.inotify import Inotify
 from spfs.surgery.kinds.locks import Locks
+from spfs.surgery.kinds.rings import Rings
 from spfs.surgery.kinds.sockets import Sockets
 from spfs.surgery.kinds.unlinked import Unlinked
 from spfs.surgery.program import Program
 from spfs.surgery.records import Description, FdTable, Process
 
 # In this order they judge and act.
-KINDS: Tuple[Type[Handler], ...] = (Inotify, Unlinked, Directories, Locks, Fifos, Sockets, Epolls, Fanotify)
+KINDS: Tuple[Type[Handler], ...] = (
+    Inotify, Unlinked, Directories, Locks, Fifos, Sockets, Epolls, Rings, Fanotify, InFlight,
+)  # fmt: skip
 
 
 class Kinds:

@@ -1,0 +1,95 @@
+"""What holds files without a descriptor of the process's: io_uring, and sockets with descriptors in flight."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+
+import pytest
+from surgery_kit import Mounts, Victim, mounts, victim
+
+__all__ = ["mounts", "victim"]
+
+pytestmark = [pytest.mark.needs_root, pytest.mark.needs_ptrace]
+
+RING = """
+libc = ctypes.CDLL(None, use_errno=True)
+params = ctypes.create_string_buffer(120)
+ring = libc.syscall(425, 4, params)  # io_uring_setup
+assert ring >= 0, ctypes.get_errno()
+sq_head, sq_tail, sq_mask, sq_entries, sq_flags, sq_dropped, sq_array = struct.unpack_from('7I', params, 40)
+cq_head, = struct.unpack_from('I', params, 80)
+def register(*fds):
+    assert libc.syscall(427, ring, 2, (ctypes.c_int * len(fds))(*fds), len(fds)) == 0, ctypes.get_errno()
+def count(memory, at):
+    value, = struct.unpack_from('I', memory, at)
+    struct.pack_into('I', memory, at, value + 1)
+    return value
+def fixed_read(index, length=3):
+    buffer = ctypes.create_string_buffer(16)
+    # IORING_FEAT_SINGLE_MMAP: both queues are in one mapping
+    with mmap.mmap(ring, 4096) as queues, mmap.mmap(ring, 256, offset=0x10000000) as entries:
+        mask, tail = struct.unpack_from('I', queues, sq_mask)[0], struct.unpack_from('I', queues, sq_tail)[0]
+        slot = tail & mask
+        # IORING_OP_READ, IOSQE_FIXED_FILE
+        entry = struct.pack('BBHiQQI', 22, 1, 0, index, 0, ctypes.addressof(buffer), length)
+        entries[64 * slot:64 * slot + 64] = entry.ljust(64, bytes(1))
+        struct.pack_into('I', queues, sq_array + 4 * slot, slot)
+        count(queues, sq_tail)
+        assert libc.syscall(426, ring, 1, 1, 1, None, 0) == 1, ctypes.get_errno()
+        count(queues, cq_head)
+    return buffer.raw[:length]
+"""
+
+
+def has_ring() -> bool:
+    libc = ctypes.CDLL(None, use_errno=True)
+    fd = libc.syscall(425, 1, ctypes.create_string_buffer(120))
+    if fd >= 0:
+        os.close(fd)
+    return bool(fd >= 0)
+
+
+needs_ring = pytest.mark.skipif(not has_ring(), reason="no io_uring (io_uring_setup fails)")
+
+
+@needs_ring
+def test_files_registered_with_a_ring(mounts: Mounts, victim: Victim) -> None:
+    """What is read through the ring comes from the new file; others that are registered stay as they are."""
+    path = mounts.file("f")
+    elsewhere = mounts.old.parent / "elsewhere"
+    elsewhere.write_text("elsewhere")
+    victim.run(RING + f"a, b = os.open({str(elsewhere)!r}, 0), os.open({path!r}, os.O_RDWR); register(a, -1, b)")
+    assert victim.run("fixed_read(0), fixed_read(2)") == (b"els", b"old")
+    report = mounts.switch()
+    assert (report.moved, report.left) == ({"file": 1, "io_uring file": 1}, [])
+    assert victim.run("fixed_read(0), fixed_read(2), os.read(b, 3)") == (b"els", b"new", b"new")
+
+
+@needs_ring
+def test_files_that_only_a_ring_has(mounts: Mounts, victim: Victim) -> None:
+    paths = [mounts.file(name) for name in ("closed", "twice")]
+    victim.run(RING + f"a, b, c = [os.open(p, 0) for p in {(*paths, paths[1])!r}]; register(a, b); os.close(a)")
+    report = mounts.switch()
+    reasons = {left.what.partition(" file ")[2]: left.reason for left in report.left}
+    assert "only the ring" in reasons["0"] and "more than once" in reasons["1"] and report.moved == {"file": 2}
+    assert victim.run("fixed_read(0), fixed_read(1), os.read(c, 3)") == (b"old", b"old", b"new")
+
+
+@pytest.mark.parametrize("kind", ["STREAM", "DGRAM", "SEQPACKET"])
+def test_descriptors_in_flight(mounts: Mounts, victim: Victim, kind: str) -> None:
+    """Reported, received undamaged, and moved afterwards."""
+    path = mounts.file("f")
+    victim.run(
+        f"""
+a, b = socket.socketpair(socket.AF_UNIX, socket.SOCK_{kind})
+fd, null = os.open({path!r}, 0), os.open('/dev/null', 0); socket.send_fds(a, [b'take it'], [null, fd]); os.close(fd)
+"""
+    )
+    (left,) = mounts.switch().left
+    assert (left.kind, left.path) == ("descriptor in flight", "f")
+    assert left.what.startswith(f"fd {victim.run('b.fileno()')} ")
+    victim.run("message, fds, _, _ = socket.recv_fds(b, 20, 5)")
+    assert victim.run("message, os.pread(fds[1], 3, 0)") == (b"take it", b"old")
+    assert mounts.switch().moved == {"file": 1} and mounts.users() == []
+    assert victim.run("os.pread(fds[1], 3, 0)") == b"new"
