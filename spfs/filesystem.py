@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Dict, List, Optional, Tuple
 
 import stubfs
+from spfs import protocol
 from spfs.errors import SpfsError, reason
 from spfs.jobs import Context
 from spfs.processes import has_ended, is_frozen, open_process, start_time
@@ -255,23 +256,40 @@ def _check_unused(managed: Managed) -> None:
 
 
 def look_after_end(context: Context, managed: Managed, target: Target) -> None:
-    """For when its process has ended. Delivers ``instances``: in how many places the mount still is, and ``root``:
-    device and inode number of the directory that is on its path now (None: there is none)."""
+    """For when its process has ended. Delivers ``instances``: in how many places the mount still is, and ``by_real``:
+    is there now, in its place, what it was to be replaced by?"""
     from spfs import mounts
-    from spfs.linux import statx
 
     found = len(mounts.instances(managed.device, [target], managed.source or None))
-    root = None
-    if not found:
+    wanted = managed.replacement
+    by_real = False
+    if not found and wanted is not None:
         try:
-            fd = mounts.open_root(target, managed.mountpoint, END_TIMEOUT)
+            by_real = _is_on_path(managed.mountpoint, wanted.request, target)
         except OSError:
-            pass  # who was to be replaced there is gone, and so is the place
-        else:
-            there = statx.examine("", fd, statx.AT_EMPTY_PATH)
-            root = [there.device, there.inode]
-            os.close(fd)
-    context.deliver({"instances": found, "root": root})
+            pass  # who was to be replaced is gone, and so is the place
+    context.deliver({"instances": found, "by_real": by_real})
+
+
+def _is_on_path(path: str, wanted: protocol.Replace, target: Target) -> bool:
+    from spfs import mounts
+    from spfs.linux import statx
+    from spfs.linux.mountapi import MS
+
+    with ExitStack() as stack:
+        fd = mounts.open_root(target, path, END_TIMEOUT)
+        stack.callback(os.close, fd)
+        there = statx.examine("", fd, statx.AT_EMPTY_PATH)
+        if not statx.is_mount_root(fd):
+            return False
+        if wanted.flags & MS.BIND:
+            source_fd = mounts.open_root(target, wanted.source, END_TIMEOUT)
+            stack.callback(os.close, source_fd)
+            source = statx.examine("", source_fd, statx.AT_EMPTY_PATH)
+            return (there.device, there.inode) == (source.device, source.inode)
+        here = {one.mount_id: one.mount for one in mounts.instances(there.device, [target])}
+        mount = here.get(there.mount_id)
+        return mount is not None and (mount.fstype, mount.source) == (wanted.type, wanted.source)
 
 
 def take_over(

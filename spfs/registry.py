@@ -11,7 +11,7 @@ import errno
 import time
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Sequence
+from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional
 
 from spfs import protocol
 from spfs.errors import SpfsError
@@ -320,20 +320,16 @@ class Registry:
         wanted.since = time.time()
         self._tell(managed, "replace-ended", {"phase": phase.value, "report": report, "error": error}, None)
 
-    def was_replaced(self, managed: Managed, root: Optional[Sequence[int]]) -> bool:
-        """The file system has ended and is mounted nowhere: because it was replaced? ``root``: device and inode number
-        of what is on its path. A replace whose process was killed when all was done is known by that."""
+    def was_replaced(self, managed: Managed, by_real: bool) -> bool:
+        """The file system has ended and is mounted nowhere: because it was replaced? ``by_real``: is what was to
+        replace it on its path? A replace whose process was killed when all was done is known by that."""
         wanted = managed.replacement
-        if wanted is None or wanted.phase is Phase.DONE:
-            return wanted is not None
-        meant = next((stage["root"] for stage in wanted.stages if stage["stage"] == "proxy" and "root" in stage), None)
-        if root is None or meant is None or list(root) != list(meant):
-            return False
-        if wanted.phase in PENDING:
-            note = "the process that replaced it was killed when all was done: what it moved is not known"
-            report = {"left": [], "mounts_left": [], "ended": True, "notes": [note]}
+        if wanted is None or wanted.phase in (Phase.DONE, Phase.HELD):
+            return wanted is not None and wanted.phase is Phase.DONE
+        if by_real and wanted.phase is Phase.WAITING:
+            report = {"moved": {}, "left": [], "mounts_left": [], "ended": True, "notes": []}
             self.replace_ended(managed, Phase.DONE, report, None)
-        return True
+        return by_real
 
 
 def check_usable(managed: Managed) -> None:

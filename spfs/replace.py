@@ -24,6 +24,7 @@ from spfs.mountswitch import PreparedSwitch, SwitchOutcome, prepare_switch
 from spfs.processes import has_ended
 from spfs.realmount import Attempt, Retry, RetryPolicy, not_yet
 from spfs.references import MountRoot, Remains
+from spfs.surgery.census import users_of
 from spfs.switch import Switch, SwitchReport
 from spfs.target import Target
 from stubfs.client import FilesystemClient
@@ -38,6 +39,7 @@ FREEZE_TIMEOUT = 2.0  # seconds for one attempt: as long do those wait that were
 FREEZE_ATTEMPTS = 5  # a task that waits for the (slow) real file system cannot be frozen
 LATECOMER_ROUNDS = 3  # a mount namespace cloned while the mounts were switched has the old ones
 TRACER_POLL = 0.05  # seconds
+DONE_BEFORE = "an earlier replace had done it, and was killed before it could say so: what it moved is not known"
 
 
 @dataclass(frozen=True)
@@ -94,15 +96,34 @@ def replace(request: ReplaceRequest, filesystem: MountedFilesystem, progress: Pr
         real_fd = _real_mount(request, filesystem.target, progress)
         stack.callback(os.close, real_fd)
         progress("mounted", {})
-        with ended.explained(filesystem), FilesystemClient(filesystem.control, timeout=CONTROL_TIMEOUT) as client:
-            step = _Step(request, filesystem, freezer, client, real_fd, protect, progress, ended)
-            result = step.run()
-            # Our last descriptors of the old mount are closed; what is left now is other processes'.
-            left = result["left"] or result["mounts_left"]
-            result["ended"] = ended.wait(0 if left else LAST_REFERENCE_TIMEOUT)
-            if not result["ended"]:
-                step.note_open_files()
-    return {**result, "notes": step.notes}
+        try:
+            with ended.explained(filesystem), FilesystemClient(filesystem.control, timeout=CONTROL_TIMEOUT) as client:
+                step = _Step(request, filesystem, freezer, client, real_fd, protect, progress, ended)
+                result = step.run()
+                # Our last descriptors of the old mount are closed; what is left now is other processes'.
+                left = result["left"] or result["mounts_left"]
+                result["ended"] = ended.wait(0 if left else LAST_REFERENCE_TIMEOUT)
+                if not result["ended"]:
+                    step.note_open_files()
+                return {**result, "notes": step.notes}
+        except SpfsError:
+            if ended.wait(0) and _was_done_before(filesystem, real_fd):
+                return {"moved": {}, "left": [], "mounts_left": [], "ended": True, "notes": [DONE_BEFORE]}
+            raise
+
+
+def _was_done_before(filesystem: MountedFilesystem, real_fd: int) -> bool:
+    """The file system has just ended: because an earlier replace, which was killed at its end, had moved everything?"""
+    if mounts.instances(filesystem.device, [filesystem.target], filesystem.source or None):
+        return False
+    try:
+        there = mounts.open_root(filesystem.target, filesystem.mountpoint, PATH_TIMEOUT)
+    except OSError:
+        return False
+    try:
+        return _is_same(there, real_fd) and not users_of(filesystem.device)
+    finally:
+        os.close(there)
 
 
 class _Step:
@@ -230,8 +251,9 @@ class _Step:
         elif statx.is_mount_root(there):
             self.notes.append(f"{filesystem.mountpoint}: something else is mounted there, and stays")
         else:
-            # Somebody has unmounted it, or an earlier replace was killed just then (see ``mountworker._exchange``).
-            self._bare = True
+            # In proxy mode an earlier replace has been here, and was killed just then (see ``mountworker._exchange``);
+            # else somebody has unmounted it, and wants nothing to be there.
+            self._bare = self._client.status().mode == "proxy"
 
     def _switch(self, prepared: PreparedSwitch) -> Switch:
         # References on a mount that was unmounted lazily are on none of the mounts found: any root will do for them.
@@ -253,9 +275,7 @@ class _Step:
             # Also if it was proxy before, to what an earlier replace or somebody else had named.
             self._client.mode("proxy", self._root_fd)
             self._proxied = True
-            # Where the real file system's root can be told from others' by a later manager, if we should be killed.
-            root = statx.examine("", self._root_fd, statx.AT_EMPTY_PATH)
-            self._progress("proxy", {"root": [root.device, root.inode]})
+            self._progress("proxy", {})
         if self._bare:
             mounts.attach(self._real_fd, self._filesystem.target, self._filesystem.mountpoint)
             self._bare = False

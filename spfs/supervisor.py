@@ -210,7 +210,7 @@ class Supervisor(ModeChanges):
 
         def ended(outcome: Outcome) -> None:
             if outcome.error is None and outcome.value["instances"] == 0:
-                replaced = self.registry.was_replaced(managed, outcome.value["root"])
+                replaced = self.registry.was_replaced(managed, outcome.value["by_real"])
                 return self._gone(managed, "replaced" if replaced else "unmounted")
             (code,) = running.ended or (None,)
             how = "" if code is None else f" (signal {-code})" if code < 0 else f" (exit code {code})"

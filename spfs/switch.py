@@ -16,8 +16,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Callable, Collection, Container, Dict, Iterator, List, Optional
 
+from spfs.blackoutguard import BlackoutGuard
 from spfs.errors import MissingFeatureError, SpfsError
-from spfs.freezeguard import FreezeGuard
 from spfs.freezer import Freezer
 from spfs.linux import arch, procfs
 from spfs.linux.arch import Architecture
@@ -109,7 +109,7 @@ class Switch:
         self._gadgets = GadgetFinder(device, architecture)
         self._census = Census(device, resolver, roots, freezer, exclude, chosen, within)
         self._account = Account()
-        self._guard = FreezeGuard(freezer)
+        self._guard = BlackoutGuard(freezer)
         self._stages: Dict[str, float] = {}
         self._blackout = 0.0
 

@@ -12,9 +12,9 @@ import resource
 from typing import Callable, Container, Dict, Iterable, List, Optional, Set, Union
 
 from spfs.errors import SpfsError, reason
-from spfs.freezer import Freezer
+from spfs.freezer import Freezer, NoFreezer
 from spfs.linux import procfs
-from spfs.references import MountRoot, Resolver
+from spfs.references import MountRoot, Remains, Resolver
 from spfs.surgery import maps, selection
 from spfs.surgery.compare import Comparison, take_offsets_over
 from spfs.surgery.counterparts import Counterparts
@@ -212,6 +212,24 @@ class Census:
         """The counterparts of what was on old ``mounts`` (ids) once more: their new roots are others by now."""
         for failure in self._counterparts.open_again(self.processes.values(), mounts):
             _log.warning("its counterpart stays on a mount that is on no path: %s", failure)
+
+
+class _Nameless:
+    def paths(self, nodes: Iterable[int]) -> Dict[int, Optional[str]]:
+        return dict.fromkeys(nodes)
+
+    def remains(self, nodes: Iterable[int]) -> Dict[int, Remains]:
+        return {}
+
+
+def users_of(device: int) -> Dict[int, str]:
+    """By pid, the commands of those that hold something of ``device``, whose file system may be dead."""
+    census = Census(device, _Nameless(), lambda mount_id: MountRoot(-1), NoFreezer())
+    try:
+        census.find()
+        return census.users()
+    finally:
+        census.close()
 
 
 def shareable(process: Process) -> List[Union[FdTable, FsContext, Memory]]:

@@ -84,6 +84,11 @@ after(freezer.FreezerV2, "freeze", "frozen")
 before(mountswitch.PreparedSwitch, "commit", "stopped")
 after(mountswitch.PreparedSwitch, "commit", "exchanged")
 after(scheduler, "run", "operated")
+if where == "stuck":
+    # As when a call within the blackout does not return.
+    from spfs import blackoutguard
+    blackoutguard.LIMIT = 0.5
+    before(mountswitch.PreparedSwitch, "commit", "stuck")
 if where == "bare":
     # As before Linux 6.5: between the umount of the old and the move of the new one, nothing is on the path.
     def refuse(mount_fd, dirfd, path="", flags=0, real=mountapi.move_mount):

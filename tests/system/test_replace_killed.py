@@ -147,6 +147,22 @@ def test_a_cgroup_that_was_frozen_before_is_given_back_frozen(scene: Scene, user
     scene.replaced()
 
 
+@paused_at("stuck")
+def test_a_blackout_that_does_not_end_is_ended(scene: Scene, user: Victim) -> None:
+    group = scene.cgroup("v1", user.pid)
+    scene.ask(freeze_cgroup=group)
+    job = scene.manager.reached()
+    with pytest.raises(SpfsError, match="was killed"):
+        scene.wait()
+    assert not alive(job)
+    runs(scene)
+    assert user.run("os.listdir('.')") == ["file"]
+    scene.manager.no_more()
+    assert scene.replace(freeze_cgroup=group)["left"] == []
+    works(scene, user)
+    scene.replaced()
+
+
 @paused_at("bare")
 @pytest.mark.parametrize("with_manager", [False, True])
 def test_the_job_is_killed_when_nothing_is_on_the_path(scene: Scene, user: Victim, with_manager: bool) -> None:
