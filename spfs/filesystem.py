@@ -24,7 +24,7 @@ from spfs.registry import Managed
 from spfs.target import Target
 from spfs.targetpacket import pack_target
 from stubfs.errors import StubfsError
-from stubfs.mount import fuse_mount
+from stubfs.fusemount import fuse_mount
 
 # Imported where they are used: spfs.mounts, spfs.nschild, spfs.freezer, stubfs.client. A first mount is waited for by
 # somebody, and what is imported here comes before the file system process is started, the rest while that starts.

@@ -7,14 +7,17 @@ import logging
 import os
 import sys
 import textwrap
-from typing import List, NoReturn, Optional
+from dataclasses import replace
+from typing import List, NoReturn, Optional, Tuple
 
-from stubfs import daemon, mount, stdio
+from stubfs import __version__, daemon, fusemount, options, stdio
 from stubfs.errors import StubfsError, UsageError, reason
 from stubfs.modes import Mode, StubOptions
+from stubfs.options import MountOptions
 from stubfs.rules import OPERATIONS, Rule
 
 _EPILOG = f"""\
+{options.HELP}
 rules: ACTION key=value ..., the first that matches a request decides, in every mode
   serve                  as if it were not stub mode
   hold                   as in stub mode; with seconds=N errno=NAME answered with an error after N seconds
@@ -24,6 +27,8 @@ rules: ACTION key=value ..., the first that matches a request decides, in every 
   PATTERN is relative to the mountpoint, and * matches slashes, too. The operations:
 {textwrap.fill(", ".join(sorted(OPERATIONS)), 110, initial_indent="  ", subsequent_indent="  ")}
   stubfs --mode proxy --proxy-dir /srv/data --rule 'hold operations=fsync' --rule 'delay seconds=0.05' /mnt
+
+exit status: 0 mounted (and, with -f, ended), 1 failed, 2 bad usage, 3 the machine lacks something
 
 while requests are held:
   Who waits can be killed, and is not disturbed by any other signal. It cannot be frozen by a cgroup before it has
@@ -45,8 +50,10 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    result.add_argument("source", nargs="?", help="name shown as the mount's source (as mount(8) calls helpers)")
-    result.add_argument("mountpoint", help="a directory, or /dev/fd/N: serve the mount of an open /dev/fuse")
+    result.add_argument("source", nargs="?", metavar="SOURCE",
+                        help="the mount's source as it is shown; in mode proxy the directory itself")  # fmt: skip
+    result.add_argument("mountpoint", metavar="MOUNTPOINT",
+                        help="a directory, or /dev/fd/N: serve the mount of an open /dev/fuse")  # fmt: skip
     result.add_argument("--mode", choices=[mode.value for mode in Mode], default="restore", help="default: restore")
     result.add_argument("--proxy-dir", metavar="DIR", help="the real directory (with --mode proxy)")
     result.add_argument("--socket-path", metavar="PATH", help="control socket")
@@ -58,10 +65,13 @@ def parser() -> argparse.ArgumentParser:
                       help="serve this process from the staging directory all the same; may be repeated")  # fmt: skip
     result.add_argument("--rule", metavar="RULE", action="append", default=[],
                         help="serve, hold, fail or delay some requests, see below; may be repeated")  # fmt: skip
-    result.add_argument("-o", metavar="OPTIONS", dest="options", default="", help="mount options")
+    result.add_argument("-o", metavar="OPTIONS", dest="options", action="append", default=[],
+                        help="mount options, see below; may be repeated")  # fmt: skip
     result.add_argument("--ready-fd", metavar="N", type=int, help="write one newline there when all is ready")
+    result.add_argument("--lifeline-fd", metavar="N", type=int, help="end when the other end of this pipe is closed")
     result.add_argument("--log", metavar="FILE", help="append messages to FILE")
     result.add_argument("--record", metavar="FILE", help="append who waited, for what and how long, as JSON lines")
+    result.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     result.add_argument("-v", "--verbose", action="count", default=0, help="say more; twice: each step")
     return result
 
@@ -70,7 +80,7 @@ def main(arguments: Optional[List[str]] = None) -> int:
     """Mount and serve; returns the exit status. In the background the parent returns when all is ready."""
     stdio.open_missing()
     try:
-        return _run(parser().parse_args(arguments))
+        return _run(sys.argv[1:] if arguments is None else arguments)
     except StubfsError as error:
         print(f"stubfs: {error}", file=sys.stderr)
         return error.exit_code
@@ -80,8 +90,11 @@ def main(arguments: Optional[List[str]] = None) -> int:
         return StubfsError.exit_code
 
 
-def _run(settings: argparse.Namespace) -> int:
+def _run(arguments: List[str]) -> int:
+    settings, mount_options = _parse(arguments)
     mode = Mode(settings.mode)
+    if mode is Mode.PROXY and settings.proxy_dir is None:
+        settings.proxy_dir = settings.source
     if (mode is Mode.PROXY) != (settings.proxy_dir is not None):
         if mode is Mode.PROXY:
             raise UsageError("cannot start in mode proxy: no directory is given", "add --proxy-dir DIR")
@@ -90,26 +103,25 @@ def _run(settings: argparse.Namespace) -> int:
         raise UsageError(f"cannot start in mode {mode.value}: --timeout, --errno, --exempt: not used there")
     stub_options = StubOptions.checked(settings.timeout, settings.errno, settings.exempt)
     rules = [Rule.parse(text) for text in settings.rule]
-    options = mount.parse_options(settings.options)
     if settings.source is not None:
-        options = mount.MountOptions(settings.source, options.subtype, options.attributes, options.allow_other)
-    device = mount.device_fd_of(settings.mountpoint)
-    mountpoint = settings.mountpoint if device is not None else mount.check_mountpoint(settings.mountpoint)
-    ready = settings.ready_fd
-    if ready is not None:
+        mount_options = replace(mount_options, source=settings.source)
+    device = fusemount.device_fd_of(settings.mountpoint)
+    mountpoint = settings.mountpoint if device is not None else fusemount.check_mountpoint(settings.mountpoint)
+    ready, lifeline = settings.ready_fd, settings.lifeline_fd
+    for name, fd in (("--ready-fd", ready), ("--lifeline-fd", lifeline)):
         try:
-            os.set_inheritable(ready, False)
+            if fd is not None:
+                os.set_inheritable(fd, False)
         except (OSError, OverflowError) as error:
-            raise UsageError(f"cannot use --ready-fd {ready}: {reason(error)}", "pass an open descriptor") from error
-    kept = [fd for fd in (device, ready) if fd is not None]
-    daemon.close_inherited(kept)
+            raise UsageError(f"cannot use {name} {fd}: {reason(error)}", "pass an open descriptor") from error
+    daemon.close_inherited(fd for fd in (device, ready, lifeline) if fd is not None)
     socket_path = os.path.abspath(settings.socket_path) if settings.socket_path is not None else None
     proxy_directory = os.path.abspath(settings.proxy_dir) if settings.proxy_dir is not None else None
     record = os.path.abspath(settings.record) if settings.record is not None else None
     log_fd = _open_log(settings)
     tell = None if settings.foreground else daemon.go_background()
     daemon.make_independent()
-    server = daemon.Daemon(mountpoint, mode, proxy_directory, socket_path, options, stub_options, rules, record)
+    server = daemon.Daemon(mountpoint, mode, proxy_directory, socket_path, mount_options, stub_options, rules, record)
     daemon.warn_of_sysctls()
     if tell is not None:
         tell(0)
@@ -121,12 +133,22 @@ def _run(settings: argparse.Namespace) -> int:
             pass  # nobody wants to know any more
         os.close(ready)
     try:
-        server.run()
+        server.run(lifeline)
     finally:
         server.leave()
         logging.shutdown()
         # A thread may be inside read(2) of the device, or of a real file system that hangs: join none of them.
         os._exit(0)
+
+
+def _parse(arguments: List[str]) -> Tuple[argparse.Namespace, MountOptions]:
+    """What -o gives, as mount(8) and fstab(5) have no other place for it, goes behind what the command line says."""
+    settings = parser().parse_args(arguments)
+    mount_options = options.parse_options(",".join(settings.options))
+    if mount_options.settings:
+        given = [f"--{name}={value}" for name, value in mount_options.settings.items()]
+        settings = parser().parse_args([*given, *arguments])
+    return settings, mount_options
 
 
 def _open_log(settings: argparse.Namespace) -> Optional[int]:

@@ -12,12 +12,14 @@ import threading
 from functools import partial
 from typing import Callable, Iterable, List, Optional, Sequence
 
-from stubfs import mount, wire
+from stubfs import fusemount, wire
+from stubfs.backing import Staging
 from stubfs.commands import Commands
 from stubfs.control import Control
 from stubfs.errors import StubfsError, UsageError, reason
+from stubfs.fusemount import OwnMount
 from stubfs.modes import Mode, StubOptions, check_directory
-from stubfs.mount import MountOptions, OwnMount
+from stubfs.options import MountOptions, own_top
 from stubfs.rules import Rule
 from stubfs.session import Session
 
@@ -126,12 +128,12 @@ class Daemon:
         if sock is not None:
             self._cleanups.append(sock.close)
             self._cleanups.append(partial(_remove, str(socket_path), os.stat(str(socket_path))))
-        device = mount.device_fd_of(mountpoint)
+        device = fusemount.device_fd_of(mountpoint)
         if device is None:
             own = OwnMount(mountpoint, options)
             self._cleanups.append(own.unmount)
             device = own.device_fd
-        own_device = mount.connection_device(device)
+        own_device = fusemount.connection_device(device)
         if directory is not None:
             try:
                 check_directory(directory, own_device)
@@ -140,8 +142,16 @@ class Daemon:
                     f"cannot use {proxy_directory}: {reason(error)}", "give a directory of the real file system",
                     error.errno or errno.EINVAL,
                 ) from error  # fmt: skip
-        self._session = Session(device, mode, directory, self._stub_options, self._rules)
-        self._cleanups.append(self._session.staging.discard)
+        staging = Staging(1)
+        self._cleanups.append(staging.discard)
+        try:
+            own_top(options, staging.fd)
+        except OSError as error:
+            raise StubfsError(
+                f"cannot give the top directory its owner: {reason(error)}", "leave out uid= and gid=, or become root",
+                error.errno or errno.EPERM,
+            ) from error  # fmt: skip
+        self._session = Session(device, mode, staging, directory, self._stub_options, self._rules)
         if self._record is not None:
             self._record_waits(self._record)
         # First of all, so that nobody waits for a mount that is going away.
@@ -173,8 +183,8 @@ class Daemon:
         except OSError:
             pass  # full: it is awake
 
-    def run(self) -> None:
-        """Until the mount is gone, or a signal or a client ends it."""
+    def run(self, lifeline: Optional[int] = None) -> None:
+        """Until the mount is gone, a signal or a client ends it, or nobody holds the pipe ``lifeline`` any more."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: None)
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
@@ -183,6 +193,8 @@ class Daemon:
             self._wake()
         with selectors.DefaultSelector() as selector:
             selector.register(self._wake_read, selectors.EVENT_READ)
+            if lifeline is not None:
+                selector.register(lifeline, selectors.EVENT_READ)
             if self._control is not None:
                 selector.register(self._control.socket, selectors.EVENT_READ, self._control)
             paused = False

@@ -56,14 +56,14 @@ class Session:
     """Serves the mount behind ``device_fd``, which stays the caller's. start() calls ``on_end`` at its end."""
 
     def __init__(
-        self, device_fd: int, mode: Mode, directory: Optional[int] = None,
+        self, device_fd: int, mode: Mode, staging: Staging, directory: Optional[int] = None,
         options: StubOptions = StubOptions(), rules: Sequence[Rule] = (),
     ) -> None:  # fmt: skip
         self.device = Device(device_fd)
         self.nodes = NodeTable()
         self.handles = HandleTable(self.nodes)
         self.held = HeldTable(self.paths_of)
-        self.staging = Staging(1)
+        self.staging = staging
         self.ready = threading.Event()  # INIT has been answered
         self._ended = threading.Event()
         self._on_end: Callable[[], None] = lambda: None

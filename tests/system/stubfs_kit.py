@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Callable, Iterator, List, Optional, Sequence
 
 from spfs.testing import wait_until
-from stubfs import mount, syscalls
+from stubfs import syscalls
 from stubfs.client import FilesystemClient
 
 TOP = Path(__file__).parents[2]
@@ -221,4 +221,4 @@ def blocked_in_fuse(pid: int) -> bool:
         return False
 
 
-__all__ = ["Filesystem", "Process", "abort", "as_user", "blocked_in_fuse", "command", "mount", "mounted", "wait_until"]
+__all__ = ["Filesystem", "Process", "abort", "as_user", "blocked_in_fuse", "command", "mounted", "wait_until"]

@@ -20,7 +20,7 @@ from spfs.instances import Instance
 from spfs.linux import mountapi
 from spfs.target import Target
 from spfs.testing import process_state, wait_until
-from stubfs.mount import fuse_mount
+from stubfs.fusemount import fuse_mount
 
 pytestmark = [pytest.mark.needs_root, pytest.mark.needs_fuse]
 

@@ -17,7 +17,7 @@ from typing import Iterator, List, Optional
 import pytest
 from stubfs_kit import LIMIT, Filesystem, abort, command, environment, mounted, wait_until
 
-from stubfs import messages, mount, syscalls, wire
+from stubfs import fusemount, messages, syscalls, wire
 from stubfs.client import FilesystemClient
 from stubfs.errors import StubfsError
 
@@ -155,7 +155,7 @@ class TestEnds:
 
     def test_somebody_elses_mount(self, tmp_path: Path) -> None:
         """/dev/fd/N: served, never mounted or unmounted; nothing else is inherited."""
-        device, mount_fd = mount.fuse_mount()
+        device, mount_fd = fusemount.fuse_mount()
         path = tmp_path / "mnt"
         path.mkdir()
         read, write = os.pipe()
@@ -256,7 +256,7 @@ class TestRefusals:
         path = str(tmp_path)
         assert "apt install libfuse2" in refused(path, env={"FUSE_LIBRARY_PATH": "/none/libfuse.so.2"})
         without_device = (
-            "import os, sys; import stubfs.mount as m; m.DEVICE = '/none/fuse'; "
+            "import os, sys; import stubfs.fusemount as m; m.DEVICE = '/none/fuse'; "
             f"from stubfs.cli import main; sys.exit(main([{path!r}]))"
         )
         done = subprocess.run(

@@ -11,7 +11,7 @@ from typing import Iterator
 
 import pytest
 
-from stubfs import messages, mount, syscalls, wire
+from stubfs import messages, options, syscalls, wire
 from stubfs.backing import Backing, allowed_flags, reopen_flags
 from stubfs.client import FilesystemClient
 from stubfs.credentials import ROOT, Credentials, ThreadIdentity
@@ -88,16 +88,31 @@ def test_a_reopened_file_is_not_emptied() -> None:
 
 class TestMountOptions:
     def test_as_mount_gives_them(self) -> None:
-        options = mount.parse_options("rw,suid,noexec,fsname=a/b,subtype=spfs,relatime,x-systemd.automount,allow_other")
-        assert options.attributes == MountAttr.NODEV | MountAttr.NOEXEC
-        assert (options.source, options.subtype, options.allow_other) == ("a/b", "spfs", True)
-        assert mount.parse_options("").attributes == MountAttr.NOSUID | MountAttr.NODEV
-        assert mount.parse_options("rw,ro").attributes & MountAttr.RDONLY
+        text = "rw,suid,noexec,fsname=a/b,subtype=spfs,relatime,x-systemd.automount,allow_other,comment=x"
+        parsed = options.parse_options(text)
+        assert parsed.attributes == MountAttr.NODEV | MountAttr.NOEXEC
+        assert (parsed.source, parsed.subtype, parsed.allow_other) == ("a/b", "spfs", True)
+        assert options.parse_options("").attributes == MountAttr.NOSUID | MountAttr.NODEV
+        assert options.parse_options("rw,ro").attributes & MountAttr.RDONLY
 
-    @pytest.mark.parametrize("text", ["other", "fsname=", "ro=1", "rw,=x"])
+    def test_those_of_fuse(self) -> None:
+        parsed = options.parse_options("default_permissions,max_read=4096")
+        assert parsed.extra == {"default_permissions": None, "max_read": "4096"}
+
+    def test_our_own(self) -> None:
+        parsed = options.parse_options("mode=proxy,proxy_dir=/a,socket-path=/b,timeout=5,uid=1,gid=root,umask=027")
+        assert parsed.settings == {"mode": "proxy", "proxy-dir": "/a", "socket-path": "/b", "timeout": "5"}
+        assert (parsed.uid, parsed.gid, parsed.umask) == (1, 0, 0o027)
+
+    @pytest.mark.parametrize("text", ["uid=no-such-user", "gid=no such", "umask=9", "umask=1777", "max_read=many"])
+    def test_bad_values(self, text: str) -> None:
+        with pytest.raises(UsageError, match=text):
+            options.parse_options(text)
+
+    @pytest.mark.parametrize("text", ["other", "fsname=", "ro=1", "rw,=x", "remount", "allow_root", "commentary"])
     def test_unknown(self, text: str) -> None:
         with pytest.raises(UsageError, match="no such option"):
-            mount.parse_options(text)
+            options.parse_options(text)
 
 
 class TestMessages:

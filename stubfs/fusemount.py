@@ -9,54 +9,16 @@ import errno
 import os
 import re
 import stat
-from dataclasses import dataclass
 from typing import Dict, List, Optional, Tuple
 
 from stubfs import syscalls
 from stubfs.errors import MissingFeatureError, StubfsError, UsageError, reason
+from stubfs.options import FLAGS, MountOptions
 from stubfs.syscalls import MountAttr
 
 DEVICE = "/dev/fuse"
 FD_PREFIX = "/dev/fd/"
 _DEVICE_NUMBER = os.makedev(10, 229)  # Documentation/admin-guide/devices.txt
-
-
-@dataclass(frozen=True)
-class MountOptions:
-    """``attributes`` are the mount's own; None for allow_other: as the maker of the mount is root or not."""
-
-    source: str = "stubfs"
-    subtype: str = "stubfs"
-    attributes: MountAttr = MountAttr.NOSUID | MountAttr.NODEV
-    allow_other: Optional[bool] = None
-
-
-_FLAGS = {
-    "ro": MountAttr.RDONLY, "nosuid": MountAttr.NOSUID, "nodev": MountAttr.NODEV, "noexec": MountAttr.NOEXEC,
-}  # fmt: skip
-_OPPOSITES = {"rw": "ro", "suid": "nosuid", "dev": "nodev", "exec": "noexec"}
-_IGNORED = ("defaults", "auto", "noauto", "user", "nouser", "nofail", "_netdev", "relatime", "noatime")
-
-
-def parse_options(text: str) -> MountOptions:
-    """The argument of -o, as mount(8) gives it. UsageError for what is unknown."""
-    attributes = MountAttr.NOSUID | MountAttr.NODEV
-    values: Dict[str, str] = {}
-    allow_other: Optional[bool] = None
-    for word in filter(None, text.split(",")):
-        key, _, value = word.partition("=")
-        if word in _FLAGS:
-            attributes |= _FLAGS[word]
-        elif word in _OPPOSITES:
-            attributes &= ~_FLAGS[_OPPOSITES[word]]
-        elif word == "allow_other":
-            allow_other = True
-        elif key in ("fsname", "subtype") and value:
-            values["source" if key == "fsname" else key] = value
-        elif word not in _IGNORED and not word.startswith("x-"):
-            known = [*_FLAGS, *_OPPOSITES, "allow_other", "fsname=NAME", "subtype=NAME"]
-            raise UsageError(f"cannot mount: -o {word}: no such option", f"known: {', '.join(known)}")
-    return MountOptions(attributes=attributes, allow_other=allow_other, **values)
 
 
 def open_device() -> int:
@@ -177,29 +139,27 @@ class OwnMount:
         self.mountpoint = mountpoint
         self._by_fusermount = False
         try:
-            self.device_fd, mount_fd = fuse_mount(
-                options.subtype,
-                options.source,
-                options.attributes,
-                options.allow_other is not False,
-            )
-        except OSError as error:
-            if error.errno != errno.EPERM:
-                raise StubfsError(
-                    f"cannot mount on {mountpoint}: {reason(error)}", "", error.errno or errno.EIO
-                ) from error
-            self.device_fd = _fusermount(mountpoint, options)
-            self._by_fusermount = True
-        else:
             try:
-                syscalls.move_mount(mount_fd, os.fsencode(mountpoint))
+                self.device_fd, mount_fd = fuse_mount(
+                    options.subtype, options.source, options.attributes, options.allow_other is not False, options.extra
+                )
             except OSError as error:
-                os.close(self.device_fd)
-                raise StubfsError(
-                    f"cannot mount on {mountpoint}: {reason(error)}", "", error.errno or errno.EIO
-                ) from error
-            finally:
-                os.close(mount_fd)
+                if error.errno != errno.EPERM:
+                    raise
+                self.device_fd = _fusermount(mountpoint, options)
+                self._by_fusermount = True
+            else:
+                try:
+                    syscalls.move_mount(mount_fd, os.fsencode(mountpoint))
+                except OSError:
+                    os.close(self.device_fd)
+                    raise
+                finally:
+                    os.close(mount_fd)
+        except OSError as error:
+            raise StubfsError(
+                f"cannot mount on {mountpoint}: {reason(error)}", "", error.errno or errno.EIO
+            ) from error
         self._device = connection_device(self.device_fd)
 
     def device(self) -> Optional[int]:
@@ -235,17 +195,23 @@ def _fusermount_path() -> str:
     return path
 
 
+_ALWAYS = ("nosuid", "nodev")  # with fusermount, which would only complain of them
+
+
+def _escaped(text: str) -> str:
+    """As fusermount wants what may hold a comma."""
+    return text.replace("\\", "\\\\").replace(",", "\\,")
+
+
 def _fusermount(mountpoint: str, options: MountOptions) -> int:
     """The device fd of a mount made by the setuid helper, which sends it over a socket (_FUSE_COMMFD)."""
     import array
     import socket
     import subprocess
 
-    words = [f"fsname={options.source}", f"subtype={options.subtype}"]
-    if options.attributes & MountAttr.RDONLY:
-        words.append("ro")
-    if options.attributes & MountAttr.NOEXEC:
-        words.append("noexec")
+    words = [f"fsname={_escaped(options.source)}", f"subtype={_escaped(options.subtype)}"]
+    words += [name for name, flag in FLAGS.items() if options.attributes & flag and name not in _ALWAYS]
+    words += [key if value is None else f"{key}={value}" for key, value in options.extra.items()]
     if options.allow_other:
         words.append("allow_other")
     ours, its = socket.socketpair()
