@@ -116,6 +116,11 @@ class Mounts:
         for path in (self.old, self.new):
             subprocess.run(["umount", "-l", str(path)], check=True)
 
+    def reverse(self) -> None:
+        """The new one is the old one from here on."""
+        self.old, self.new = self.new, self.old
+        self.device = self.old.stat().st_dev
+
     def file(self, name: str, old: bytes = b"old contents", new: Optional[bytes] = b"new contents") -> str:
         """A file on both; its path on the old one."""
         (self.old / name).write_bytes(old)

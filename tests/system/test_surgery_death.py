@@ -183,7 +183,7 @@ def test_killed_at_random_moments(mounts: Mounts, victim: Victim) -> None:
                 assert len(process.run("{os.pread(fd, 3, 0) for fd in fds}")) == 1
                 assert tasks_stopped(process.pid) == []
             assert mounts.switch().left == [] and mounts.users() == []
-            mounts.old, mounts.new = mounts.new, mounts.old
+            mounts.reverse()
     finally:
         for other in others:
             other.close()
