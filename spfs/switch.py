@@ -184,18 +184,18 @@ class Switch:
         waits = Waits(self._architecture)
         waits.note([*census.processes, *(pid for pid in self._freezer.pids() if pid not in census.processes)])
         theatre = Theatre(bell, waits)
-        # Reading /proc/locks waits for an RCU grace period (locks_start: percpu_down_write), but not again right after
-        # that. So once now, for nothing, to have the comparison's look in a twentieth of a millisecond.
-        locks.held(self._device)
+        locks.held(self._device)  # for nothing but to have it cheap from now on, see locks.Attention
         collecting = _stop_collecting()
         guarded = ExitStack()
         guarded.enter_context(self._guard.armed())
         begin = time.perf_counter()
         try:
+            attention = guarded.enter_context(locks.Attention(self._device))
             self._stop(theatre)
             waits.stopped(2 if self._freezer.path is not None else 1)
             self._stage("stop", begin)
             stale = self._compare(theatre, comparison)
+            attention.end()
             if stale:
                 operations = self._examine_again(theatre, stale, comparison, operations)
             census.judge()

@@ -108,6 +108,76 @@ r = os.open({fifo!r}, os.O_RDWR); e = select.epoll(); e.register(r, select.EPOLL
     assert mounts.users() == []
 
 
+@pytest.mark.parametrize("flags", ["os.O_RDONLY | os.O_NONBLOCK", "os.O_RDWR", "os.O_PATH"])
+def test_one_end_alone(mounts: Mounts, victim: Victim, fifo: str, flags: str) -> None:
+    """Nobody else has it open: who comes to the new one finds it."""
+    victim.run(f"f = os.open({fifo!r}, {flags})")
+    kind = "path" if "PATH" in flags else "fifo"
+    assert mounts.switch().moved == {kind: 1} and mounts.users() == []
+    if kind == "path":
+        victim.run("f = os.open(f'/proc/self/fd/{f}', os.O_RDONLY | os.O_NONBLOCK)")
+    fd = os.open(mounts.new / "fifo", os.O_WRONLY | os.O_NONBLOCK)
+    os.write(fd, b"found")
+    os.close(fd)
+    assert victim.run("os.read(f, 9)") == b"found"
+
+
+def test_writer_alone(mounts: Mounts, victim: Victim, fifo: str) -> None:
+    """The reader has gone: writing fails as before, and goes on with the next reader; the bytes wait."""
+    victim.run(f"r = os.open({fifo!r}, os.O_RDONLY | os.O_NONBLOCK); w = os.open({fifo!r}, os.O_WRONLY)")
+    victim.run("os.write(w, b'waits'); os.close(r)")
+    assert mounts.switch().moved == {"fifo": 1}
+    with pytest.raises(AssertionError, match="BrokenPipe"):
+        victim.run("os.write(w, b'x')")
+    fd = os.open(mounts.new / "fifo", os.O_RDONLY | os.O_NONBLOCK)
+    victim.run("os.write(w, b'heard')")
+    assert os.read(fd, 99) == b"waitsheard"
+    os.close(fd)
+
+
+def test_several_readers_and_writers(mounts: Mounts, victim: Victim, fifo: str) -> None:
+    """Three readers are blocked; each gets one of the messages of two writers, and the end when both have closed."""
+    readers = [Victim() for _ in range(3)]
+    try:
+        victim.start(f"w, v = os.open({fifo!r}, os.O_WRONLY), os.open({fifo!r}, os.O_WRONLY)")
+        for reader in readers:
+            reader.run(f"import os; r = os.open({fifo!r}, os.O_RDONLY)")
+        victim.result()
+        for reader in readers:
+            reader.start("os.read(r, 1)")
+            reader.blocked()
+        assert mounts.switch().moved == {"fifo": 5} and mounts.users() == []
+        victim.run("os.write(w, b'a'), os.write(v, b'b'), os.write(w, b'c')")
+        assert sorted(reader.result() for reader in readers) == [b"a", b"b", b"c"]
+        victim.run("os.close(w)")
+        readers[0].start("os.read(r, 1)")
+        readers[0].blocked()
+        victim.run("os.close(v)")
+        assert readers[0].result() == b""
+    finally:
+        for reader in readers:
+            reader.close()
+
+
+def test_waiting_by_epoll(mounts: Mounts, victim: Victim, fifo: str) -> None:
+    """A thread is in epoll_wait(2): what is written afterwards wakes it, once."""
+    victim.run(f"r = os.open({fifo!r}, os.O_RDWR); e = select.epoll(); e.register(r, select.EPOLLIN | select.EPOLLET)")
+    victim.start("e.poll(30), e.poll(0)")
+    victim.blocked()
+    assert mounts.switch().moved == {"fifo": 1}
+    fd = os.open(mounts.new / "fifo", os.O_WRONLY)
+    os.write(fd, b"x")
+    os.close(fd)
+    found = victim.result()
+    assert found == ([(victim.run("r"), 1)], []) and victim.run("os.read(r, 9)") == b"x"
+
+
+def test_registered_after_the_preparation(mounts: Mounts, victim: Victim, fifo: str) -> None:
+    victim.run(f"r = os.open({fifo!r}, os.O_RDWR); e = select.epoll()")
+    mounts.prepared_switch(between=lambda: victim.run("e.register(r, select.EPOLLIN)"))
+    assert victim.run("os.write(r, b'x'); e.poll(5) == [(r, select.EPOLLIN)]")
+
+
 def test_fifo_stays_whole(mounts: Mounts, victim: Victim) -> None:
     """Without a counterpart both ends stay, and go on working."""
     path = mounts.old / "only old"

@@ -10,6 +10,7 @@ from __future__ import annotations
 import fcntl
 import os
 import struct
+import threading
 from typing import Dict, Iterable, List, Set, Tuple
 
 from spfs.errors import reason
@@ -26,6 +27,7 @@ _FLOCKS = {"READ": fcntl.LOCK_SH, "WRITE": fcntl.LOCK_EX}
 _TYPES = {"READ": fcntl.F_RDLCK, "WRITE": fcntl.F_WRLCK}
 _FLOCK = struct.Struct("<hh4xqqi4x")  # struct flock: type, whence, start, length, pid
 _F_OFD_SETLK = 37
+_ATTENTION = 0.003  # seconds from look to look, a part of a grace period
 _F_SETLEASE = 1024
 
 
@@ -149,6 +151,36 @@ def _keep(descriptions: Iterable[Description], why: str) -> None:
 def _structure(lock: Lock) -> bytes:
     length = 0 if lock.end is None else lock.end - lock.start + 1
     return _FLOCK.pack(_TYPES.get(lock.mode, fcntl.F_UNLCK), os.SEEK_SET, lock.start, length, 0)
+
+
+class Attention:
+    """Keeps /proc/locks cheap to read while the processes are being stopped, however long that takes.
+
+    Who reads it waits for an RCU grace period, 10 ms or so, but not when it was read within the last one
+    (locks_start in fs/locks.c: percpu_down_write; kernel/rcu/sync.c). A lock may be taken until the last process
+    stands still, and flock(2) has no way to ask for one: so there must be a look at that file then.
+    """
+
+    def __init__(self, device: int) -> None:
+        self._device = device
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._look, name="locks")
+
+    def __enter__(self) -> "Attention":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.end()
+        self._thread.join()
+
+    def end(self) -> None:
+        """Nothing is to be read any more."""
+        self._over.set()
+
+    def _look(self) -> None:
+        while not self._over.wait(_ATTENTION):
+            held(self._device)
 
 
 def held(device: int) -> Dict[int, List[bytes]]:
