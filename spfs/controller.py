@@ -44,7 +44,7 @@ class Controller:
         listener: socket.socket,
         socket_path: str,
         log_dir: Optional[str] = None,
-        verbosity: int = 0,
+        log_options: Sequence[str] = (),
         exit_with_spfs: bool = False,
     ) -> None:
         self._work = work
@@ -60,7 +60,7 @@ class Controller:
         self._loop = EventLoop()
         self._counters = Counters()
         self._events = Events(self._counters.count)
-        self._supervisor = Supervisor(self._loop, work, log_dir, verbosity, self._changed, self._events)
+        self._supervisor = Supervisor(self._loop, work, log_dir, log_options, self._changed, self._events)
         self._registry = self._supervisor.registry
         self._handlers: Dict[Type[Any], Callable[[Any, Answer, Connection], None]] = {
             protocol.Mount: self._mount,

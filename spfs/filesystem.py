@@ -50,7 +50,7 @@ class Settings:
     root: Optional[str] = None
     proxy_dir: Optional[str] = None
     options: str = ""
-    verbosity: int = 0
+    log_options: Tuple[str, ...] = ()
 
 
 def mount(context: Context, settings: Settings) -> None:
@@ -104,7 +104,7 @@ def _start(settings: Settings, device_fd: int) -> Tuple[int, int]:
             arguments += ["--proxy-dir", settings.proxy_dir]
         if settings.options:
             arguments += ["-o", settings.options]
-        arguments += ["-v"] * settings.verbosity
+        arguments += settings.log_options
         for fd in (device_fd, tell):
             os.set_inheritable(fd, True)
         appending = os.O_WRONLY | os.O_CREAT | os.O_APPEND

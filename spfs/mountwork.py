@@ -53,14 +53,14 @@ class MountWork:
         loop: EventLoop,
         work: WorkDirectory,
         log_dir: Optional[str],
-        verbosity: int,
+        log_options: Sequence[str],
         on_change: Callable[[], None],
         events: Events,
     ) -> None:
         self._loop = loop
         self._work = work
         self._log_dir = log_dir
-        self._verbosity = verbosity
+        self._log_options = tuple(log_options)  # of the file systems' command lines
         self._on_change = on_change
         self._jobs: Set[Job] = set()
         self._running: Dict[int, Running] = {}

@@ -17,12 +17,13 @@ VERSION = 1
 _LOCK = "lock"
 
 
-def write_atomically(path: str, data: bytes) -> None:
-    """Whoever reads ``path`` sees the old contents or the new, also after a crash."""
+def write_atomically(path: str, data: bytes, mode: int = 0o600) -> None:
+    """Whoever reads ``path`` sees the old contents or the new, also after a crash. ``mode``: whatever the umask is."""
     temporary = f"{path}.new"
     fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
     try:
         try:
+            os.fchmod(fd, mode)
             view = memoryview(data)
             while view:
                 view = view[os.write(fd, view) :]

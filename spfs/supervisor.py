@@ -65,7 +65,7 @@ class Supervisor(ModeChanges):
                     root=request.root,
                     proxy_dir=request.proxy_dir,
                     options=request.options,
-                    verbosity=self._verbosity,
+                    log_options=self._log_options,
                 ),
             )
 

@@ -10,7 +10,7 @@ import textwrap
 from dataclasses import replace
 from typing import List, NoReturn, Optional, Tuple
 
-from stubfs import __version__, daemon, fusemount, options, stdio
+from stubfs import __version__, daemon, fusemount, logs, options, stdio
 from stubfs.errors import StubfsError, UsageError, reason
 from stubfs.modes import Mode, StubOptions
 from stubfs.options import MountOptions
@@ -71,8 +71,11 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--lifeline-fd", metavar="N", type=int, help="end when the other end of this pipe is closed")
     result.add_argument("--log", metavar="FILE", help="append messages to FILE")
     result.add_argument("--record", metavar="FILE", help="append who waited, for what and how long, as JSON lines")
+    result.add_argument("--log-format", choices=logs.FORMATS, default="text", help="json: one object a line")
     result.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
-    result.add_argument("-v", "--verbose", action="count", default=0, help="say more; twice: each step")
+    result.add_argument(
+        "-v", "--verbose", action="count", default=0, help="say more than what goes wrong: changes; twice: each step"
+    )
     return result
 
 
@@ -152,16 +155,14 @@ def _parse(arguments: List[str]) -> Tuple[argparse.Namespace, MountOptions]:
 
 
 def _open_log(settings: argparse.Namespace) -> Optional[int]:
-    level = (logging.WARNING, logging.INFO, logging.DEBUG)[min(settings.verbose, 2)]
-    form = "%(asctime)s stubfs[%(process)d] %(levelname)s %(name)s: %(message)s"
     # fusepy says each failed operation, with a traceback, as a debug message.
     logging.getLogger("fuse").setLevel(logging.WARNING)
     if settings.log is None:
-        logging.basicConfig(level=level, format=form, handlers=[stdio.PatientHandler()])
+        logs.set_up([stdio.PatientHandler()], settings.verbose, settings.log_format)
         return None
     try:
         stream = open(settings.log, "a", encoding="utf-8", errors="backslashreplace")
     except OSError as error:
         raise UsageError(f"cannot log to {settings.log}: {reason(error)}", "give a writable file") from error
-    logging.basicConfig(level=level, format=form, stream=stream)
+    logs.set_up([logging.StreamHandler(stream)], settings.verbose, settings.log_format)
     return stream.fileno()

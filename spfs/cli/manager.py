@@ -16,7 +16,7 @@ from spfs.cli.arguments import Parser
 from spfs.controller import Controller
 from spfs.errors import MissingFeatureError, SpfsError, reason
 from spfs.state import WorkDirectory
-from stubfs import stdio, wire
+from stubfs import logs, stdio, wire
 from stubfs.errors import StubfsError
 
 DESCRIPTION = """\
@@ -39,13 +39,15 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = result.add_argument
-    add("-v", "--verbose", action="count", default=0, help="log more: state changes; twice: every step")
+    add("-v", "--verbose", action="count", default=0, help="log more than what goes wrong: changes of state; twice: "
+        "every step")  # fmt: skip
     add("-d", "--daemon", action="store_true", help="go to the background; returns once the socket accepts")
     add("--work-dir", metavar="DIR", help="directory for state, made if missing (default: /run/spfs-manager-PID)")
     add("--socket-path", metavar="PATH", help="socket to listen on (default: WORK_DIR/spfs-manager.sock)")
     add("--log-dir", metavar="DIR", help="directory for logs, also of the file systems (default: the work directory)")
     add("--log", metavar="FILE", help="the manager's log, relative to the log directory (default: standard error; "
         "with -d: spfs-manager.log)")  # fmt: skip
+    add("--log-format", choices=logs.FORMATS, default="text", help="json: one object a line (default: text)")
     add("--exit-with-spfs", action="store_true", help="end after the last mount is gone; also if "
         "nothing was mounted and the last client has been gone for half a minute")  # fmt: skip
     add("--version", action="version", version=f"%(prog)s {__version__}")
@@ -97,8 +99,9 @@ def _serve(options: argparse.Namespace, ready: int) -> None:
     try:
         log_dir = os.path.abspath(options.log_dir) if options.log_dir else None
         _start_log(options, log_dir, work_dir)
+        log_options = ["-v"] * options.verbose + ["--log-format", options.log_format]
         controller = Controller(
-            work, listener, socket_path, log_dir, verbosity=options.verbose, exit_with_spfs=options.exit_with_spfs
+            work, listener, socket_path, log_dir, log_options, exit_with_spfs=options.exit_with_spfs
         )
         if ready >= 0:
             os.chdir("/")
@@ -106,12 +109,29 @@ def _serve(options: argparse.Namespace, ready: int) -> None:
             stdio.let_go()
             os.write(ready, b"\n")
             os.close(ready)
+        else:
+            _notify_service_manager()
     except BaseException:
         listener.close()
         os.unlink(socket_path)
         work.close(remove=not any(True for _ in work.load()))
         raise
     controller.run()
+
+
+def _notify_service_manager() -> None:
+    """sd_notify(3): a service of Type=notify is started when it says so."""
+    address = os.environ.pop("NOTIFY_SOCKET", "")
+    if not address:
+        return
+    if address.startswith("@"):
+        address = "\0" + address[1:]  # of the abstract namespace, unix(7)
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
+            sock.connect(address)
+            sock.send(b"READY=1")
+    except OSError as error:
+        logging.getLogger(__name__).warning("cannot tell the service manager that we are ready: %s", reason(error))
 
 
 def _check_rights() -> None:
@@ -154,7 +174,6 @@ def _listen(path: str) -> socket.socket:
 
 
 def _start_log(options: argparse.Namespace, log_dir: Optional[str], work_dir: str) -> None:
-    level = {0: logging.WARNING, 1: logging.INFO}.get(options.verbose, logging.DEBUG)
     handlers: List[logging.Handler] = []
     if log_dir is not None:
         try:
@@ -170,11 +189,7 @@ def _start_log(options: argparse.Namespace, log_dir: Optional[str], work_dir: st
         except OSError as error:
             raise SpfsError(f"cannot write the log {path}: {reason(error)}", "choose another: --log") from error
     logging.raiseExceptions = False  # a full disk is no reason for a traceback on standard error
-    logging.basicConfig(
-        level=level,
-        handlers=handlers or [stdio.PatientHandler()],
-        format="%(asctime)s %(process)d %(levelname)s %(name)s: %(message)s",
-    )
+    logs.set_up(handlers or [stdio.PatientHandler()], options.verbose, options.log_format)
 
 
 if __name__ == "__main__":

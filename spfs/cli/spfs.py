@@ -10,7 +10,7 @@ import sys
 from typing import Any, Callable, Mapping, NoReturn, Optional, Sequence, Union
 
 from spfs import __version__
-from spfs.cli import live, switch, tables, timeline
+from spfs.cli import live, programs, switch, tables, timeline
 from spfs.cli.arguments import Parser
 from spfs.client import ManagerClient, RequestFailed, find_manager
 from spfs.errors import SpfsError, UsageError, reason
@@ -63,6 +63,10 @@ def parser() -> argparse.ArgumentParser:
     status.add_argument("id", nargs="?", help="only this mount")
     status.add_argument("-w", "--watch", action="store_true", help="go on showing it, until Ctrl-C; with --json: "
                         "one line for each change, and one a second while requests are held")  # fmt: skip
+
+    metrics = add("metrics", _metrics, "show what the manager has counted, as metrics of Prometheus")
+    metrics.add_argument("--textfile", metavar="FILE", help="write them there at once as a whole, for the textfile "
+                         "collector of the node exporter (a name that ends with .prom)")  # fmt: skip
 
     drawn = add("timeline", timeline.run, "draw what became of a mount: who waited, for what, how long; the replace")
     timeline.add_arguments(drawn)
@@ -139,6 +143,17 @@ def parser() -> argparse.ArgumentParser:
     shutdown.add_argument("--unmount", action="store_true", help="take all mounts away first")
     shutdown.add_argument("--force", action="store_true", help="leave the mounts to a later manager; with --unmount: "
                           "unmount also what is in use")  # fmt: skip
+    for name, run, text in (
+        ("completion", _completion, "print a script by which a shell completes a program's command line"),
+        ("manual", _manual, "print a program's manual page, or write those of all"),
+    ):
+        about = commands.add_parser(name, help=text, description=_sentence(text))
+        if run is _completion:
+            about.add_argument("shell", choices=("bash", "zsh", "tcsh"))
+        else:
+            about.add_argument("-o", "--output", metavar="DIR", help="write the pages of all programs there")
+        about.add_argument("program", nargs="?", choices=programs.NAMES, default="spfs", help="default: spfs")
+        about.set_defaults(run=run, connect=False, json=False)
     return result
 
 
@@ -179,6 +194,24 @@ def _held(options: argparse.Namespace, client: ManagerClient) -> None:
     if answer["not_answering"]:
         silent = ", ".join(answer["not_answering"])
         raise SpfsError(f"cannot list all held requests: {silent}: not answering", "see status", errno.ETIMEDOUT)
+
+
+def _metrics(options: argparse.Namespace, client: ManagerClient) -> None:
+    from spfs.cli import metrics
+
+    metrics.write(options, client)
+
+
+def _completion(options: argparse.Namespace) -> None:
+    from spfs.cli import completion
+
+    completion.run(options)
+
+
+def _manual(options: argparse.Namespace) -> None:
+    from spfs.cli import manual
+
+    manual.run(options)
 
 
 def _mount(options: argparse.Namespace, client: ManagerClient) -> None:

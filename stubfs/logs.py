@@ -1,0 +1,43 @@
+"""How the daemons log: levels by -v, as lines for people or as JSON for machines.
+
+Not -v: what goes wrong. -v: changes of state. -vv: each step. The levels' names are Python's.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from typing import List
+
+FORMATS = ("text", "json")
+TEXT = "%(asctime)s %(process)d %(levelname)s %(name)s: %(message)s"
+
+
+def level(verbose: int) -> int:
+    return (logging.WARNING, logging.INFO, logging.DEBUG)[min(verbose, 2)]
+
+
+class JsonFormatter(logging.Formatter):
+    """One object a line: time (RFC 3339, UTC), level, logger, pid, message, and a traceback where there is one."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        whole = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
+        entry = {
+            "time": f"{whole}.{int(record.msecs):03}Z",
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "pid": record.process,
+            "message": record.getMessage(),
+        }
+        if record.exc_info:
+            entry["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(entry)
+
+
+def set_up(handlers: List[logging.Handler], verbose: int, form: str) -> None:
+    """For the whole process."""
+    formatter = JsonFormatter() if form == "json" else logging.Formatter(TEXT)
+    for handler in handlers:
+        handler.setFormatter(formatter)
+    logging.basicConfig(level=level(verbose), handlers=handlers)
