@@ -17,7 +17,7 @@ import time
 from typing import Callable, Dict
 
 _PERIOD = 0.25  # seconds between two looks
-_MOST = 0.005  # share of the time that may go into looks at readers
+_MOST = 0.005  # share of a CPU's time that may go into looks at readers
 _BUDGET = 0.05  # seconds that one look may take; the rest has its turn at the next one
 _IGNORED_BY_DEFAULT = (
     signal.SIGCHLD, signal.SIGCONT, signal.SIGURG, signal.SIGWINCH,
@@ -111,12 +111,12 @@ class Interrupts:
                 continue
             pause.wait(_PERIOD)
             self.look()
-            start = time.monotonic()
-            if self._has_readers and start >= readers_due:
+            if self._has_readers and time.monotonic() >= readers_due:
+                cost = -time.thread_time()
                 self._has_readers = False  # before the look: whoever comes during it sets it again
                 self._has_readers = self.look_at_readers() or self._has_readers
-                now = time.monotonic()
-                readers_due = now + (now - start) / _MOST
+                cost += time.thread_time()
+                readers_due = time.monotonic() + cost / _MOST
 
     def look_at_readers(self) -> bool:
         """End the READs of those that are gone. Whether there are others."""
