@@ -93,14 +93,17 @@ class FilesystemClient:
 
     def mode(
         self, mode: str, directory: Optional[int] = None, timeout: Optional[float] = None,
-        errno: Union[None, int, str] = None, exempt: Sequence[int] = (),
+        errno: Union[None, int, str] = None, exempt: Sequence[int] = (), missing: Optional[str] = None,
     ) -> FilesystemStatus:  # fmt: skip
         """Change the mode; ``directory`` (for proxy) stays the caller's. Returns when the change is in force.
 
         Options of stub mode, which end with it: requests that are held for ``timeout`` seconds are answered with
         ``errno`` (EIO if not given; a name or a number); those of the processes ``exempt`` are served as before.
+
+        ``missing``, for proxy: what becomes of files that restore mode has and the directory lacks. "leave": they are
+        gone, and who has them open gets ESTALE. "carry": they are copied there first, with owner, mode and times.
         """
-        options = {"timeout": timeout, "errno": errno, "exempt": list(exempt) or None}
+        options = {"timeout": timeout, "errno": errno, "exempt": list(exempt) or None, "missing": missing}
         fds = [] if directory is None else [directory]
         return FilesystemStatus(**self._ask("mode", fds, mode=mode, **options))
 

@@ -14,6 +14,7 @@ from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Tup
 
 from stubfs import messages, wire
 from stubfs.callers import Processes
+from stubfs.carry import Carrying
 from stubfs.errors import StubfsError, UsageError, reason
 from stubfs.messages import FilesystemStatus, Handle, HeldRequest, Reply
 from stubfs.modes import Mode, StubOptions, check_directory
@@ -92,6 +93,9 @@ class Commands:
         given = [key for key in _STUB_KEYS if call.request.get(key) is not None]
         if given and mode is not Mode.STUB:
             raise UsageError(f"cannot change the mode: {mode.value}: {given[0]}: only for stub")
+        missing = call.request.get("missing")
+        if missing is not None and (missing not in ("leave", "carry") or mode is not Mode.PROXY):
+            raise UsageError(f"cannot change the mode: missing: {str(missing)[:50]}", "leave or carry, with proxy")
         options = StubOptions.checked(*(call.request.get(key) for key in _STUB_KEYS))
         directory: Optional[int] = None
         if mode is Mode.PROXY:
@@ -109,8 +113,38 @@ class Commands:
                 f"cannot change the mode: proxy: {reason(error)}", "give a directory of the real file system",
                 error.errno or errno.EINVAL,
             ) from error  # fmt: skip
-        self._session.switch.change(mode, directory, options)
+        if directory is not None and missing == "carry":
+            self._change_carrying(directory)
+        else:
+            self._session.switch.change(mode, directory, options)
         return self._status(call)
+
+    def _change_carrying(self, directory: int) -> None:
+        """To proxy, with what restore mode has and the real side lacks; on an error everything is as before."""
+        switch, before = self._session.switch, self._session.state
+        try:
+            if switch.generation != self._session.staging.number:
+                raise UsageError(
+                    "cannot change the mode: proxy: missing=carry: restore mode was left for another directory already",
+                    "leave it out",
+                )
+            if before.mode is Mode.RESTORE:
+                switch.change(Mode.STUB)  # nothing more comes to it, and what is dirty has been written
+            carrying = Carrying(self._session.staging.fd, directory)
+            try:
+                carrying.run()
+            except OSError as error:
+                if before.mode is Mode.RESTORE:
+                    switch.change(Mode.RESTORE)
+                raise StubfsError(
+                    f"cannot change the mode: proxy: missing=carry: {error.filename}: {reason(error)}",
+                    "the real directory is as it was; mend it there, or leave these files",
+                    error.errno or errno.EIO,
+                ) from error
+        except BaseException:
+            os.close(directory)
+            raise
+        switch.change(Mode.PROXY, directory)
 
     def _rules(self, call: Call) -> Reply:
         rules = call.request.get("rules")
