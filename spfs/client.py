@@ -212,6 +212,7 @@ class ManagerClient:
         freeze_cgroup: Optional[str] = None,
         begin: Optional[str] = None,
         strict: bool = False,
+        missing: str = "leave",
         timeout: Optional[float] = None,
         remove: Iterable[str] = (),
     ) -> str:
@@ -232,6 +233,7 @@ class ManagerClient:
             freeze_cgroup=freeze_cgroup,
             mode=begin,
             strict=strict or None,
+            missing=missing if missing != "leave" else None,
             timeout=timeout,
             remove=list(remove) or None,
         )

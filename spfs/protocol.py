@@ -72,6 +72,7 @@ class Replace:
     mode: Optional[str] = None
     options: str = ""
     strict: bool = False
+    missing: str = "leave"
     timeout: Optional[float] = None
     remove: Tuple[str, ...] = ()
 
@@ -176,7 +177,7 @@ COMMANDS: Dict[str, Type[Any]] = {
     "shutdown": Shutdown,
 }
 TEXT_COMMANDS = ("mount", "mode", "replace", "switch")
-JSON_ONLY_KEYS = ("strict", "timeout", "errno", "exempt", "options", "remove")
+JSON_ONLY_KEYS = ("strict", "timeout", "errno", "exempt", "missing", "options", "remove")
 # options: the second string of a text request
 OPTIONS_FOR = (Mount, Replace)
 ALL_FOR = (Mode, Rules, Begin, Abort, Unmount)
@@ -444,6 +445,7 @@ _READERS: Mapping[str, Callable[[object], object]] = {
     "bindmounts": _paths,
     "freeze_cgroup": _cgroup,
     "strict": _flag,
+    "missing": _choice("leave", "carry"),
     "timeout": _seconds,
     "since": _number,
     "target": _path,

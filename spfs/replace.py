@@ -27,6 +27,7 @@ from spfs.references import MountRoot, Remains
 from spfs.surgery.census import users_of
 from spfs.switch import Switch, SwitchReport
 from spfs.target import Target
+from stubfs.carry import Carrying
 from stubfs.client import FilesystemClient
 from stubfs.errors import StubfsError
 
@@ -47,6 +48,7 @@ class ReplaceRequest:
     """What to mount in the file system's place: ``source``, ``fstype``, ``flags``, ``options`` as in mount(2).
 
     ``wait_for_tracers``: begin when no process of the cgroup is traced any more, as a restorer does until it is done.
+    ``missing``: files of restore mode that the real file system lacks are left, or carried over ("carry").
     ``helper_directory``: see ``realmount.make``.
     ``remove``: names on the real file system that only served those who have been moved; kept if anything is left.
     """
@@ -58,6 +60,7 @@ class ReplaceRequest:
     bindmounts: Tuple[str, ...] = ()
     freeze_cgroup: Optional[str] = None
     strict: bool = False
+    missing: str = "leave"
     timeout: Optional[float] = None  # seconds to go on trying the real mount; None: until it is there
     wait_for_tracers: bool = False
     helper_directory: Optional[str] = None
@@ -153,6 +156,7 @@ class _Step:
         self._bare = False  # nothing is mounted on the path
         self._late: Set[int] = set()  # old mounts whose new root was known only after the switch
         self.notes: List[str] = []
+        self._carried: List[str] = []
 
     def run(self) -> Dict[str, object]:
         moved, mounted, left = self._moved()
@@ -161,6 +165,7 @@ class _Step:
             self._remove(path, bool(moved.left or left))
         return {
             **moved.data(),
+            "carried": self._carried,
             "mounts": len(mounted.switched),
             "mounts_left": [{"mount": one.describe(), "reason": why} for one, why in left],
         }
@@ -200,6 +205,8 @@ class _Step:
             prepared = stack.enter_context(
                 prepare_switch(found, self._real_fd, [self._filesystem.target])
             )
+            if self._request.missing == "carry":
+                self._carry(stack)
             outcomes: List[SwitchOutcome] = []
 
             def when_stopped() -> None:
@@ -234,6 +241,41 @@ class _Step:
             # nothing was mounted, no namespace can have been cloned with it.
             left = self._mounts_of_latecomers(outcomes[0]) if found else []
             return report, outcomes[0], left
+
+    def _carry(self, stack: ExitStack) -> None:
+        """Before counterparts are opened: those of what is carried must be there. Undone if we fail before "proxy"."""
+        status = self._client.status()
+        if not status.staged:
+            return  # an earlier attempt has done it
+        if status.mode == "restore":
+            self._client.mode("stub")  # nothing more comes to it, and what is dirty has been written
+            stack.callback(self._restore_again)
+        staging = self._client.staging()
+        try:
+            carrying = Carrying(staging, self._root_fd)
+            carrying.run()
+        except OSError as error:
+            raise SpfsError(
+                f"cannot carry {error.filename} of restore mode to {self._request.source}: {reason(error)}",
+                "nothing has changed there; leave what is missing, or mend it",
+                error.errno or errno.EIO,
+            ) from error
+        finally:
+            os.close(staging)
+        stack.callback(self._put_back, carrying)
+        self._carried = [os.fsdecode(path) for path in carrying.carried]
+        self._progress("carried", {"files": len(self._carried)})
+
+    def _put_back(self, carrying: Carrying) -> None:
+        if not self._proxied:
+            carrying.undo()
+
+    def _restore_again(self) -> None:
+        if not self._proxied:
+            try:
+                self._client.mode("restore")
+            except StubfsError as error:  # what ended the replace is what is to be told
+                self._progress("stub", {"error": error.message})
 
     def _look_at_the_path(self, stack: ExitStack) -> None:
         """For a file system that is on no path any more: what is on its path?"""

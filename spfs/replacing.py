@@ -69,6 +69,7 @@ class Replaces(MountWork):
                     bindmounts=request.bindmounts,
                     freeze_cgroup=request.freeze_cgroup,
                     strict=request.strict,
+                    missing=request.missing,
                     timeout=request.timeout,
                     wait_for_tracers=not wanted.released,
                     helper_directory=self._work.file(helper_directory(managed)),

@@ -79,6 +79,7 @@ class Commands:
             nodes=len(session.nodes),
             pid=os.getpid(),
             mountpoint=self._mountpoint,
+            staged=session.switch.generation == session.staging.number,
         )
         return messages.as_dict(status), ()
 

@@ -16,7 +16,10 @@ STATUS = struct.Struct("=i")
 
 @dataclass(frozen=True)
 class FilesystemStatus:
-    """``since``: when the mode came into force, seconds since the epoch; held, handles, nodes: how many."""
+    """``since``: when the mode came into force, seconds since the epoch; held, handles, nodes: how many.
+
+    ``staged``: the latest directory, in force or before stub mode, is the one of restore mode.
+    """
 
     mode: str
     since: float
@@ -26,6 +29,7 @@ class FilesystemStatus:
     nodes: int
     pid: int
     mountpoint: str
+    staged: bool
 
 
 @dataclass(frozen=True)

@@ -121,6 +121,10 @@ def parser() -> argparse.ArgumentParser:
     when.add_argument("--hold", action="store_const", const="hold", dest="begin", help="not before --release")
     when.add_argument("--release", action="store_const", const="release", dest="begin", help="begin at once")
     replace.add_argument("--strict", action="store_true", help="change nothing if anything could not be moved")
+    replace.add_argument(
+        "--missing", choices=("leave", "carry"), default="leave",
+        help="what was made in restore mode and the real side lacks is left behind or copied there (default: leave)",
+    )  # fmt: skip
     replace.add_argument("--timeout", type=float, metavar="SECONDS", help="try to mount for so long (default: ever)")
     replace.add_argument("--wait", action="store_true", help="return when it is done, with its report")
 
@@ -268,6 +272,7 @@ def _replace(options: argparse.Namespace, client: ManagerClient) -> None:
             freeze_cgroup=options.freeze,
             begin=options.begin,
             strict=options.strict,
+            missing=options.missing,
             timeout=options.timeout,
         )
         if not options.wait:
