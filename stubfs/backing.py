@@ -8,6 +8,7 @@ own way already, which may have begun in a directory that this caller could not 
 
 from __future__ import annotations
 
+import errno
 import os
 from typing import Dict, Tuple
 
@@ -16,6 +17,7 @@ from stubfs.credentials import ourselves
 from stubfs.syscalls import Resolve
 
 _INSIDE = Resolve.BENEATH | Resolve.NO_SYMLINKS | Resolve.NO_MAGICLINKS
+_PATH_MAX = 4096  # limits.h: of one path that a call takes, with its NUL; a tree may be deeper
 _PARENT = os.O_PATH | os.O_DIRECTORY
 # What a caller's open flags may ask of the backing file. Not O_DIRECT: our buffers are not aligned as it wants, and
 # FUSE has bypassed the page cache already.
@@ -63,10 +65,24 @@ class Backing:
         if not slash:
             return self.fd, name or b"."
         try:
-            return syscalls.openat2(self.fd, parent, _PARENT, 0, _INSIDE), name
+            return self._walk(parent), name
         except PermissionError:
             with ourselves():
-                return syscalls.openat2(self.fd, parent, _PARENT, 0, _INSIDE), name
+                return self._walk(parent), name
+
+    def _walk(self, path: bytes) -> int:
+        """An O_PATH fd of a directory beneath, which the caller closes; also where the path is longer than PATH_MAX."""
+        fd = self.fd
+        while True:
+            cut = len(path) if len(path) < _PATH_MAX else path.rindex(b"/", 0, _PATH_MAX)
+            above = fd
+            try:
+                fd = syscalls.openat2(above, path[:cut], _PARENT, 0, _INSIDE)
+            finally:
+                self._done(above)
+            path = path[cut + 1 :]
+            if not path:
+                return fd
 
     def _done(self, parent: int) -> None:
         if parent != self.fd:
@@ -86,7 +102,9 @@ class Backing:
             return os.open(path or b".", flags | os.O_NOFOLLOW | os.O_CLOEXEC, mode, dir_fd=self.fd)
         try:
             return syscalls.openat2(self.fd, path, flags, mode, _INSIDE)
-        except PermissionError:
+        except OSError as error:
+            if error.errno != errno.EACCES and len(path) < _PATH_MAX:
+                raise
             parent, name = self._parent(path)
             try:
                 return syscalls.openat2(parent, name, flags, mode, _INSIDE)
