@@ -25,6 +25,7 @@ from spfs.target import Target
 from spfs.targetpacket import pack_target
 from stubfs.errors import StubfsError
 from stubfs.fusemount import fuse_mount
+from stubfs.options import parse_options
 
 # Imported where they are used: spfs.mounts, spfs.nschild, spfs.freezer, stubfs.client. A first mount is waited for by
 # somebody, and what is imported here comes before the file system process is started, the rest while that starts.
@@ -60,7 +61,8 @@ def mount(context: Context, settings: Settings) -> None:
         target = Target.pin(settings.ns_pid, settings.ns_list, settings.root)
         undo.callback(target.close)
         source = _unique_source(settings.id)
-        device_fd, mount_fd = fuse_mount(source=source)
+        options = parse_options(settings.options)
+        device_fd, mount_fd = fuse_mount(options.subtype, source, options.attributes, extra=options.extra)
         undo.callback(os.close, mount_fd)
         try:
             pid, ready = _start(settings, device_fd)

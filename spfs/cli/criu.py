@@ -93,7 +93,7 @@ def _restore(options: Any, criu: List[str]) -> None:
     restore = flow.Restore(criu, [Wish.parse(text) for text in options.delayed], options.criu, options.socket_path)
 
     def progress(id: str, stage: Dict[str, Any]) -> None:
-        details = ", ".join(f"{key} {value}" for key, value in stage.items() if key not in ("stage", "when"))
+        details = ", ".join(f"{key} {value}" for key, value in stage.items() if key not in ("stage", "time"))
         print(f"spfs-criu: {id}: {stage.get('stage')}{': ' + details if details else ''}", file=sys.stderr)
 
     def let_go() -> None:
@@ -125,8 +125,10 @@ def _action(options: Any, rest: List[str]) -> None:
 def action() -> NoReturn:
     """What CRIU calls, by our shell script or by ``spfs-criu action``."""
     from spfs.criu import stages
+    from stubfs import stdio
     from stubfs.errors import StubfsError
 
+    stdio.open_missing()  # CRIU calls without a standard input
     try:
         stages.act(os.environ)
     except (StubfsError, OSError) as error:

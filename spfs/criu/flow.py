@@ -115,7 +115,7 @@ def follow(ids: Sequence[str], progress: Progress, timeout: Optional[float] = No
     rows = []
     with connect() as restore:
         for id in ids:
-            seen = 0
+            seen, attempts = 0, 0
             while True:
                 left = _LOOK_AGAIN if deadline is None else min(_LOOK_AGAIN, max(0.0, deadline - time.monotonic()))
                 late: Optional[SpfsError] = None
@@ -128,13 +128,23 @@ def follow(ids: Sequence[str], progress: Progress, timeout: Optional[float] = No
                     late = error
                     status = restore.client.status(id)
                     row = (status["mounts"] or status["finished"])[0]
-                stages = (row["replace"] or {}).get("stages", [])
-                for stage in stages[seen:]:
+                wanted = row["replace"] or {}
+                stages = wanted.get("stages", [])
+                news = list(stages[seen:])
+                if wanted.get("attempts", 0) > attempts:
+                    news.append({"stage": "mounting", "attempt": wanted["attempts"], **_why(wanted)})
+                for stage in news:
                     progress(id, stage)
-                seen = len(stages)
+                seen, attempts = len(stages), wanted.get("attempts", 0)
                 if late is None:
                     rows.append(row)
                     break
                 if deadline is not None and time.monotonic() >= deadline:
                     raise late
     return rows
+
+
+def _why(wanted: Dict[str, Any]) -> Dict[str, Any]:
+    """What the latest attempt to mount said."""
+    latest = (wanted.get("last_attempts") or [{}])[-1]
+    return {"error": latest["error"]} if latest.get("error") else {}

@@ -150,9 +150,10 @@ _VMA_FILE = 1 << 6 | 1 << 7  # VMA_FILE_PRIVATE, VMA_FILE_SHARED: criu/include/i
 
 def pycriu_images() -> ModuleType:
     """pycriu's reader; MissingFeatureError, with what to install, where it is missing."""
-    # Debian's package is for the system's Python; a virtual environment made of that one does not look there.
+    # Debian's package is for the system's Python: neither a virtual environment made of that one looks there, nor does
+    # an interpreter that was started without site-packages.
     beside = os.path.join(sys.base_prefix, "lib", "python3", "dist-packages")
-    added = sys.prefix != sys.base_prefix and beside not in sys.path
+    added = beside not in sys.path
     if added:
         sys.path.append(beside)
     try:

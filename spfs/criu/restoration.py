@@ -9,6 +9,7 @@ import errno
 import fcntl
 import os
 import stat
+import time
 from contextlib import contextmanager
 from typing import Any, Callable, Dict, Iterator, List, Sequence
 
@@ -17,6 +18,8 @@ from spfs.criu import record
 from spfs.criu.delayed import DelayedMount, Place, PlannedFile
 from spfs.errors import SpfsError, reason
 from spfs.linux import mountapi
+from spfs.linux.mountapi import MS
+from spfs.mountoptions import MountOptions
 from spfs.restore import FileSpec, Restore
 
 STATE = "/run/spfs-criu"
@@ -27,6 +30,9 @@ TOKEN_VARIABLE = "SPFS_CRIU_TOKEN"
 """By which the action script is told which restoration it belongs to."""
 
 _HIDDEN = "mounts"
+_ENDING = (errno.ESHUTDOWN, errno.ECONNRESET, errno.ECONNREFUSED, errno.EPIPE, errno.EBUSY, errno.EADDRINUSE)
+_ENDING_TIMEOUT = 10.0  # seconds for a manager to end; it lets its clients have their last answers
+_TRY_AGAIN = 0.05  # seconds
 
 
 class Restoration:
@@ -59,6 +65,17 @@ class Restoration:
 
     def prepare(self) -> None:
         """Mount all, create their files, and ask for the real ones. After a failure nothing of it is left."""
+        deadline = time.monotonic() + _ENDING_TIMEOUT
+        while True:
+            try:
+                return self._prepare_all()
+            except SpfsError as error:
+                # The manager of an earlier restore may be ending, with its last mount: nothing of ours is there then.
+                if error.errno not in _ENDING or time.monotonic() > deadline:
+                    raise
+            time.sleep(_TRY_AGAIN)
+
+    def _prepare_all(self) -> None:
         with self._manager(start=True) as restore:
             there = self._rows(restore)
             try:
@@ -66,7 +83,11 @@ class Restoration:
                     if self.id(mount) not in there:
                         self._prepare(restore, mount)
             except BaseException:
-                self._take_away(restore)
+                try:
+                    self._take_away(restore)
+                except SpfsError as error:
+                    if error.errno not in _ENDING:
+                        raise
                 raise
 
     def _prepare(self, restore: Restore, mount: DelayedMount) -> None:
@@ -74,7 +95,7 @@ class Restoration:
         if base.startswith(self.directory + "/"):
             os.makedirs(base, exist_ok=True)
         id = self.id(mount)
-        restore.mount(id, base, ns_mountpoint=shown)
+        restore.client.mount(id, base, "restore", ns_mountpoint=shown, options=_own_options(mount))
         restore.create_files(id, [_spec(file) for file in mount.files or ()])
         for place in mount.places:
             if not mount.namespaced and place.mountpoint != base:
@@ -122,11 +143,18 @@ class Restoration:
 
     def abandon(self) -> None:
         """CRIU has failed: take away what nobody uses. Processes that do live, after all, get their real mount."""
-        if not self.known:
+        try:
+            fd = os.open(self.directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except FileNotFoundError:
             return
-        with self._manager() as restore:
-            self._take_away(restore)
-        self.forget()
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX)  # whoever started CRIU does this, and the guard
+            if self.known:
+                with self._manager() as restore:
+                    self._take_away(restore)
+                self.forget()
+        finally:
+            os.close(fd)
 
     def _take_away(self, restore: Restore) -> None:
         for id, row in self._rows(restore).items():
@@ -189,8 +217,18 @@ def connect(start: bool = False) -> Restore:
     try:
         fcntl.flock(fd, fcntl.LOCK_EX)  # of two restores at a time one starts it
         return Restore.start(WORK_DIR)
+    except SpfsError as error:
+        # One that is ending still has its work directory.
+        raise SpfsError(error.message, error.hint, errno.EBUSY) from error
     finally:
         os.close(fd)
+
+
+def _own_options(mount: DelayedMount) -> str:
+    """The stand-in's: it may have less restrictions than is usual, if the real mount has. CRIU takes off what was not
+    there at the dump, which it cannot do in a user namespace (mount_namespaces(7): flags are locked)."""
+    flags = MountOptions.parse(mount.flags, mount.options).flags
+    return ",".join(word for flag, word in ((MS.NOSUID, "suid"), (MS.NODEV, "dev")) if not flags & flag)
 
 
 def _spec(file: PlannedFile) -> FileSpec:

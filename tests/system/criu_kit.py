@@ -7,12 +7,13 @@ not there as long as it has another name.
 from __future__ import annotations
 
 import ast
+import errno
 import json
 import os
 import signal
 import subprocess
 import sys
-import time
+import tempfile
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence
@@ -21,6 +22,7 @@ from manager_kit import ENVIRONMENT
 
 from spfs.client import ManagerClient
 from spfs.criu.restoration import STATE, WORK_DIR
+from spfs.errors import SpfsError
 from spfs.linux import mountapi
 from spfs.linux.mountapi import MS
 from spfs.testing import process_state, wait_until
@@ -61,10 +63,26 @@ def spfs_criu(*arguments: str, status: int = 0, environment: Optional[Dict[str, 
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=TIMEOUT * 2,
+        timeout=TIMEOUT,
     )
     assert done.returncode == status, (done.returncode, done.stdout, done.stderr, _logs(arguments))
     return done.stdout if status == 0 else done.stderr
+
+
+def criu(*arguments: str, environment: Optional[Dict[str, str]] = None) -> "subprocess.CompletedProcess[str]":
+    """CRIU itself, as somebody who does not know of spfs-criu runs it."""
+    # No pipe: what it leaves behind when it is killed would keep that open.
+    with tempfile.TemporaryFile("w+") as output:
+        done = subprocess.run(
+            ["criu", *arguments],
+            env={**os.environ, **ENVIRONMENT, **(environment or {})},
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            timeout=TIMEOUT,
+        )
+        output.seek(0)
+        return subprocess.CompletedProcess(done.args, done.returncode, "", output.read())
 
 
 def _logs(arguments: Sequence[str]) -> str:
@@ -83,12 +101,13 @@ class Subject:
     ``prefix``: a command that it is run by, which must end in it.
     """
 
-    def __init__(self, directory: Path, prefix: Sequence[str] = (), python: str = sys.executable) -> None:
+    def __init__(self, directory: Path, prefix: Sequence[str] = (), seen_as: Optional[str] = None) -> None:
+        """``seen_as``: the path that ``directory`` has where the prefix leads to."""
         directory.mkdir(parents=True)
         self.directory = directory
         with open(directory / "output", "wb") as output:
             self.process: Optional["subprocess.Popen[bytes]"] = subprocess.Popen(
-                [*prefix, python, "-c", SERVE, str(directory)],
+                [*prefix, sys.executable, "-c", SERVE, seen_as or str(directory)],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
@@ -97,6 +116,10 @@ class Subject:
             )
         wait_until((directory / "ready").exists, TIMEOUT, "the subject to start")
         self.pid = self.process.pid
+        if seen_as is not None:
+            # unshare(1) waits outside of the namespaces that it has made.
+            while children := Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text():
+                self.pid = int(children)
 
     def start(self, statements: str) -> None:
         (self.directory / "ask").write_text(statements)
@@ -130,10 +153,11 @@ class Subject:
             self.process = None
 
     def close(self) -> None:
-        try:
-            os.killpg(self.pid, signal.SIGKILL)  # its children, too
-        except ProcessLookupError:
-            pass
+        for kill in (os.killpg, os.kill):  # its children, too; where it leads no group it is the first of a namespace
+            try:
+                kill(self.pid, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
         if self.process is not None:
             self.process.kill()
             self.process.wait(TIMEOUT)
@@ -157,6 +181,7 @@ class World:
         self._subjects: List[Subject] = []
 
     def mount_tmpfs(self, path: Path) -> None:
+        path.mkdir(exist_ok=True)
         mountapi.mount("server", str(path), "tmpfs")
         self.stack.callback(mountapi.umount2, str(path), mountapi.MNT_DETACH)
 
@@ -190,6 +215,37 @@ class World:
         self._subjects.append(made)
         return made
 
+    def container(
+        self, name: str, binds: Dict[str, Path], *namespaces: str, setup: str = "", user: bool = False
+    ) -> Subject:
+        """A subject in namespaces of its own, whose root is a bind mount of ours with nothing mounted but ``binds``
+        (path there → source) and /proc. ``setup``: more shell commands, in the new root before it is one; ``user``:
+        in a user namespace, too, to which all others belong; its root is made outside, as nobody in one could."""
+        directory, root = self.base / name, self.base / "root"
+        if not root.exists():
+            root.mkdir()
+            self.bind(Path("/"), root)
+            self.stack.callback(self.unbind, root)
+        lines = [f"mount --make-rprivate /; mount --bind / {root}; cd {root}; mount --bind {directory} media"]
+        lines += [f"mount --bind {source} .{path}" for path, source in binds.items()]
+        lines += [setup, "mount -t proc proc proc; pivot_root . opt; umount -l /opt; cd /"]
+        within = ["--pid", "--fork", *namespaces]
+        enter = f"unshare --user --map-root-user --mount {' '.join(within)} --mount-proc" if user else ""
+        begin = 'exec setsid "$@" </dev/null >/media/output 2>&1'
+        script = "set -e\n" + "\n".join(lines) + f"\nexec {enter} sh -c '{begin}' sh \"$@\""
+        prefix = ["unshare", "--mount", *([] if user else within), "sh", "-c", script, "sh"]
+        return self.subject(name, prefix=prefix, seen_as="/media")
+
+    def dump_container(self, subject: Subject, *options: str) -> str:
+        return self.dump(subject, "--external", "mnt[/media]:control", *options)
+
+    def restore_container(self, subject: Subject, *options: str) -> None:
+        pidfile = self.base / "pid"
+        pidfile.unlink(missing_ok=True)
+        control = f"mnt[control]:{subject.directory}"
+        self.restore("--root", str(self.base / "root"), "--external", control, "--pidfile", str(pidfile), *options)
+        subject.pid = int(pidfile.read_text())
+
     def dump(self, subject: Subject, *options: str) -> str:
         said = spfs_criu("dump", "-t", str(subject.pid), "-D", str(self.images), "-o", "dump.log", "-v4", *options)
         subject.reap()
@@ -199,12 +255,20 @@ class World:
         log = ["-o", "restore.log", "-v4"]
         return spfs_criu("restore", "-D", str(self.images), "-d", *log, *options, status=status, **named)
 
+    def new_images(self) -> None:
+        """Of the dumps to come."""
+        self.images = self.base / f"{self.images.name}-more"
+        self.images.mkdir()
+
     def client(self) -> ManagerClient:
         client = ManagerClient(str(Path(WORK_DIR, "control.sock")), TIMEOUT)
         self.stack.callback(client.close)
         return client
 
     def rows(self) -> List[Dict[str, Any]]:
+        """Of the mounts that the manager has; without a mount it has ended, or will."""
+        if not os.path.exists(f"{WORK_DIR}/control.sock"):
+            return []
         return list(self.client().status()["mounts"])
 
     def wait(self) -> Dict[str, Dict[str, Any]]:
@@ -212,7 +276,10 @@ class World:
         client = self.client()
         status = client.status()
         ids = [row["id"] for row in status["mounts"] + status["finished"]]
-        return {id.partition("@")[0]: client.wait(id, TIMEOUT)["replace"]["report"] for id in ids}
+        reports = {}
+        for id in reversed(ids):  # the latest first: of several restores it counts
+            reports[id.partition("@")[0]] = client.wait(id, TIMEOUT)["replace"]["report"]
+        return reports
 
     def replaced(self, path: Optional[Path] = None) -> None:
         """The real side, and it alone, is on the path."""
@@ -236,15 +303,18 @@ class World:
 
 
 def _end_manager() -> None:
-    path = os.path.join(WORK_DIR, "control.sock")
-    if not os.path.exists(path):
+    """Of a test that has left mounts behind; else it ends by itself, perhaps just now."""
+    if not os.path.exists(WORK_DIR):
         return
-    with ManagerClient(path, TIMEOUT) as client:
-        pid = client.status()["manager"]["pid"]
-        log = Path(WORK_DIR, "spfs-manager.log").read_text()
-        client.shutdown(unmount=True, force=True)
+    log = Path(WORK_DIR, "spfs-manager.log")
+    try:
+        with ManagerClient(os.path.join(WORK_DIR, "control.sock"), TIMEOUT) as client:
+            text = log.read_text()
+            pid = client.status()["manager"]["pid"]
+            client.shutdown(unmount=True, force=True)
+    except (FileNotFoundError, SpfsError) as error:
+        if error.errno not in (errno.ENOENT, errno.ECONNREFUSED, errno.ECONNRESET):
+            raise
+        return
     wait_until(lambda: process_state(pid) in ("", "Z"), TIMEOUT, "the manager to end")
-    assert "Traceback" not in log, log
-
-
-__all__ = ["STATE", "Subject", "World", "spfs_criu", "time"]
+    assert "Traceback" not in text, text
