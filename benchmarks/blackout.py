@@ -1,8 +1,10 @@
-"""How long processes stand still while their files are exchanged, against a bare loop over as many files.
+"""How long processes stand still while what they hold is exchanged, against a bare loop over as many files.
 
-``python -m benchmarks.blackout [--json] [--rounds N] [--profile PROCESSESxFDS]``. As root. The processes are moved
-there and back between two tmpfs mounts; the loop (open, lseek, dup2, close in Python, on the same tmpfs) is measured
-between the moves. Medians.
+``python -m benchmarks.blackout [--json] [--rounds N] [--case NAME]… [--profile NAME]``. As root. The processes are
+moved there and back between two tmpfs mounts. "blackout" is by our own clock, from the first stop to the last detach;
+"seen" by the applications: the largest gap of a thread that looks at the clock every half millisecond, in the worst
+one of the first and the last process. The bare loop (open, lseek, dup2, close in Python, on the same tmpfs) is measured
+between the moves. Medians, and the median of the ratios.
 """
 
 from __future__ import annotations
@@ -18,7 +20,8 @@ import sys
 import tempfile
 import time
 from contextlib import ExitStack
-from typing import Any, Dict, Iterable, List, Optional, Tuple
+from dataclasses import dataclass
+from typing import Any, Dict, Iterable, Optional
 
 from rich.console import Console
 from rich.table import Table
@@ -27,17 +30,63 @@ from spfs.freezer import NoFreezer
 from spfs.references import MountRoot, Remains
 from spfs.switch import Switch, SwitchReport
 
-CASES: List[Tuple[int, int, float]] = [(1, 1000, 4.0), (10, 100, 5.0), (50, 10, 15.0)]  # processes, fds, ratio to reach
+MIB = 1 << 20
+
+
+@dataclass(frozen=True)
+class Setting:
+    """``processes`` with ``fds`` files each. ``ratio``: to reach, to the bare loop; for ``dirty`` bytes of ``mapped``
+    ones, which are private, to a memcpy of them. ``threads``: of each process, besides the first and the ticker."""
+
+    name: str
+    processes: int
+    fds: int
+    ratio: Optional[float] = None
+    mapped: int = 0
+    dirty: int = 0
+    threads: int = 0
+
+
+SETTINGS = [
+    Setting("1x1000", 1, 1000, 2.5),
+    Setting("1x3000", 1, 3000, 2.5),
+    Setting("10x100", 10, 100, 3.5),
+    Setting("50x10", 50, 10, 10.0),
+    Setting("200x3", 200, 3),
+    Setting("memory", 1, 1, 2.0, mapped=1024 * MIB, dirty=64 * MIB),
+    Setting("threads", 1, 10, threads=500),
+]
 
 _HOLDER = """
-import os, sys
-first, count = int(sys.argv[2]), int(sys.argv[3])
-fds = [os.open(f"{sys.argv[1]}/f{i}", os.O_RDWR) for i in range(first, first + count)]
+import mmap, os, sys, threading, time
+top, first, count, mapped, dirty, threads, ticks = sys.argv[1], *map(int, sys.argv[2:])
+fds = [os.open(f"{top}/f{i}", os.O_RDWR) for i in range(first, first + count)]
 for fd in fds:
     os.lseek(fd, 3, os.SEEK_SET)
+if mapped:
+    memory = mmap.mmap(fds[0], mapped, mmap.MAP_PRIVATE)
+    for start in range(0, dirty, mmap.PAGESIZE):
+        memory[start] = 1
+over, gap = threading.Event(), [0.0]
+def tick():
+    last = time.perf_counter()
+    while not over.is_set():
+        time.sleep(0.0005)
+        now = time.perf_counter()
+        gap[0] = max(gap[0], now - last)
+        last = now
+started = [threading.Thread(target=over.wait) for _ in range(threads)] + [threading.Thread(target=tick)] * ticks
+for thread in started:
+    thread.start()
 print("ready", flush=True)
-sys.stdin.read(1)
+for line in sys.stdin:
+    print(gap[0], flush=True)
+    gap[0] = 0.0
+over.set()
+for thread in started:
+    thread.join()
 assert all(os.lseek(fd, 0, os.SEEK_CUR) == 3 for fd in fds)
+assert not mapped or all(memory[start] == 1 for start in range(0, dirty, mmap.PAGESIZE)) and memory[dirty] == 0
 """
 
 
@@ -54,11 +103,49 @@ class _Names:
         return {}
 
 
-class Case:
-    """``processes`` that hold ``fds`` files each on the first of two mounts."""
+class Holder:
+    """A process, which tells the largest gap that its ticker has seen since it was asked last."""
 
-    def __init__(self, processes: int, fds: int, stack: ExitStack) -> None:
-        self.files = processes * fds
+    def __init__(self, stack: ExitStack, setting: Setting, mount: str, number: int) -> None:
+        self.ticks = number in (0, setting.processes - 1)
+        numbers = (number * setting.fds, setting.fds, setting.mapped, setting.dirty, setting.threads, int(self.ticks))
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", _HOLDER, mount, *map(str, numbers)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        stack.enter_context(self._process)
+        stack.callback(self._process.kill)
+
+    def _line(self) -> str:
+        assert self._process.stdout is not None
+        return self._process.stdout.readline()
+
+    def ready(self) -> None:
+        if self._line() != "ready\n":
+            raise AssertionError("a process did not start")
+
+    def gap(self) -> float:
+        """Seconds."""
+        assert self._process.stdin is not None
+        self._process.stdin.write("\n")
+        self._process.stdin.flush()
+        return float(self._line())
+
+    def finish(self) -> None:
+        """It checks what it holds."""
+        self._process.communicate()
+        if self._process.returncode:
+            raise AssertionError(f"a process noticed: {self._process.returncode}")
+
+
+class Case:
+    """The processes of a setting, which hold files on the first of two mounts."""
+
+    def __init__(self, setting: Setting, stack: ExitStack) -> None:
+        self.setting = setting
+        self.files = setting.processes * setting.fds
         top = stack.enter_context(tempfile.TemporaryDirectory(prefix="spfs-blackout-"))
         self.mounts = [os.path.join(top, name) for name in ("a", "b")]
         for mount in self.mounts:
@@ -68,33 +155,32 @@ class Case:
             for number in range(self.files):
                 with open(f"{mount}/f{number}", "w") as file:
                     file.write("contents")
-        self._holders = []
-        for number in range(processes):
-            holder = subprocess.Popen(
-                [sys.executable, "-c", _HOLDER, self.mounts[0], str(number * fds), str(fds)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-            )
-            stack.enter_context(holder)
-            stack.callback(holder.kill)
-            self._holders.append(holder)
-        for holder in self._holders:
-            assert holder.stdout is not None and holder.stdout.readline() == b"ready\n"
+                    file.truncate(setting.mapped or 8)
+        self.holders = [Holder(stack, setting, self.mounts[0], number) for number in range(setting.processes)]
+        for holder in self.holders:
+            holder.ready()
 
     def loop(self) -> float:
-        """Seconds of the bare loop."""
+        """Seconds of the bare loop; of the memcpy where that is the measure."""
+        if self.setting.dirty:
+            source, target = bytearray(self.setting.dirty), bytearray(self.setting.dirty)
+            view = memoryview(target)
+            view[:] = source  # pages are made at the first touch
+            begin = time.perf_counter()
+            view[:] = source
+            return time.perf_counter() - begin
         directory = self.mounts[0]
-        target = os.open(os.devnull, os.O_RDONLY)
+        target_fd = os.open(os.devnull, os.O_RDONLY)
         try:
             begin = time.perf_counter()
             for number in range(self.files):
                 fd = os.open(f"{directory}/f{number}", os.O_RDWR)
                 os.lseek(fd, 3, os.SEEK_SET)
-                os.dup2(fd, target)
+                os.dup2(fd, target_fd)
                 os.close(fd)
             return time.perf_counter() - begin
         finally:
-            os.close(target)
+            os.close(target_fd)
 
     def move(self) -> SwitchReport:
         """From the first mount to the second one, which then changes places with it."""
@@ -103,53 +189,58 @@ class Case:
             device = os.stat(self.mounts[0]).st_dev
             with Switch(device, _Names(self.mounts[0]), lambda mount: MountRoot(new), NoFreezer()) as switch:
                 switch.prepare()
+                for holder in self.holders:
+                    holder.gap() if holder.ticks else None
                 report = switch.execute(lambda: None)
         finally:
             os.close(new)
-        if report.moved != {"file": self.files} or report.left:
+        mappings = int(bool(self.setting.mapped))  # each with a descriptor of its own: so Python maps
+        expected = {"file": self.files + mappings, **({"private mapping": mappings} if mappings else {})}
+        if report.moved != expected or report.left:
             raise AssertionError(f"not everything was moved: {report.moved}, {report.left[:3]}")
         self.mounts.reverse()
         return report
 
-    def finish(self) -> None:
-        """Every holder checks its offsets."""
-        for holder in self._holders:
-            holder.communicate(b"x")
-            if holder.returncode:
-                raise AssertionError(f"a process noticed: {holder.returncode}")
+    def seen(self) -> float:
+        """The largest gap since the move began, in seconds."""
+        return max(holder.gap() for holder in self.holders if holder.ticks)
 
 
-def measure(processes: int, fds: int, target: float, rounds: int) -> Dict[str, Any]:
+def measure(setting: Setting, rounds: int) -> Dict[str, Any]:
     with ExitStack() as stack:
-        case = Case(processes, fds, stack)
+        case = Case(setting, stack)
         case.move()
         case.move()  # the first ones warm up caches, and both directions are alike afterwards
-        loops, reports = [], []
+        loops, reports, seen = [], [], []
         for _ in range(rounds):
-            loops.append(case.loop())
+            before = case.loop()
             reports.append(case.move())
-            loops.append(case.loop())
-        case.finish()
-    blackout = statistics.median(report.blackout for report in reports)
-    loop = statistics.median(loops)
+            seen.append(case.seen())
+            loops.append((before + case.loop()) / 2)
+        for holder in case.holders:
+            holder.finish()
+    blackouts = [report.blackout for report in reports]
     stages = {
         name: 1000 * statistics.median(report.stages.get(name, 0.0) for report in reports) for name in reports[0].stages
     }
     return {
-        "processes": processes,
-        "fds": fds,
-        "blackout_ms": 1000 * blackout,
-        "loop_ms": 1000 * loop,
-        "ratio": blackout / loop,
-        "target": target,
+        "case": setting.name,
+        "processes": setting.processes,
+        "fds": setting.fds,
+        "blackout_ms": 1000 * statistics.median(blackouts),
+        "best_ms": 1000 * min(blackouts),
+        "seen_ms": 1000 * statistics.median(seen),
+        "loop_ms": 1000 * statistics.median(loops),
+        "ratio": statistics.median(blackout / loop for blackout, loop in zip(blackouts, loops)),
+        "target": setting.ratio,
         "stages_ms": stages,
     }
 
 
-def profile(processes: int, fds: int) -> None:
+def profile(setting: Setting) -> None:
     """Where the time goes: cProfile of what happens in the blackout, which it lengthens."""
     with ExitStack() as stack:
-        case = Case(processes, fds, stack)
+        case = Case(setting, stack)
         case.move()
         profiler = cProfile.Profile()
         original = Switch._round
@@ -163,30 +254,27 @@ def profile(processes: int, fds: int) -> None:
 
 
 def main() -> int:
+    names = [setting.name for setting in SETTINGS]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--rounds", type=int, default=15, help="moves per case (default: 15)")
-    parser.add_argument("--profile", metavar="PROCESSESxFDS", help="profile one case instead")
+    parser.add_argument("--case", action="append", choices=names, help="only this one; repeatable")
+    parser.add_argument("--profile", choices=names, help="profile one case instead")
     arguments = parser.parse_args()
+    by_name = dict(zip(names, SETTINGS))
     if arguments.profile:
-        processes, fds = (int(part) for part in arguments.profile.split("x"))
-        profile(processes, fds)
+        profile(by_name[arguments.profile])
         return 0
-    results = [measure(processes, fds, target, arguments.rounds) for processes, fds, target in CASES]
+    results = [measure(by_name[name], arguments.rounds) for name in arguments.case or names]
     if arguments.json:
         print(json.dumps(results, indent=2))
         return 0
-    table = Table("processes × fds", "blackout", "bare loop", "ratio", "to reach", "stages (ms)")
+    table = Table("case", "blackout", "best", "seen", "loop", "ratio", "to reach", "stages (ms)")
     for result in results:
         stages = ", ".join(f"{name} {value:.1f}" for name, value in result["stages_ms"].items() if value >= 0.05)
-        table.add_row(
-            f"{result['processes']} × {result['fds']}",
-            f"{result['blackout_ms']:.1f} ms",
-            f"{result['loop_ms']:.1f} ms",
-            f"{result['ratio']:.1f}",
-            f"{result['target']:.0f}",
-            stages,
-        )
+        times = [f"{result[key]:.1f} ms" for key in ("blackout_ms", "best_ms", "seen_ms", "loop_ms")]
+        target = f"{result['target']:.1f}" if result["target"] else "-"
+        table.add_row(result["case"], *times, f"{result['ratio']:.1f}", target, stages)
     Console().print(table)
     return 0
 

@@ -311,6 +311,8 @@ class Registry:
         wanted.stages.append({"stage": stage, "time": when, **details})
         if stage == "proxy":
             self.mode_changed(managed, "proxy")
+        elif stage == "refused":  # and the doors shut again
+            self.mode_changed(managed, str(details["mode"]))
 
     def replace_ended(
         self, managed: Managed, phase: Phase, report: Optional[Dict[str, Any]], error: Optional[Dict[str, Any]]

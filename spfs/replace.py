@@ -25,7 +25,7 @@ from spfs.processes import has_ended
 from spfs.realmount import Attempt, Retry, RetryPolicy, not_yet
 from spfs.references import MountRoot, Remains
 from spfs.surgery.census import users_of
-from spfs.switch import Switch, SwitchReport
+from spfs.switch import Refused, Switch, SwitchReport
 from spfs.target import Target
 from stubfs.carry import Carrying
 from stubfs.client import FilesystemClient
@@ -153,6 +153,7 @@ class _Step:
         self._progress = progress
         self._ended = ended
         self._proxied = False
+        self._former_mode = ""
         self._bare = False  # nothing is mounted on the path
         self._late: Set[int] = set()  # old mounts whose new root was known only after the switch
         self.notes: List[str] = []
@@ -229,6 +230,9 @@ class _Step:
                     try:
                         report = switch.execute(when_stopped)
                         break
+                    except Refused:
+                        self._hold_again()
+                        raise
                     except SpfsError as error:
                         # The freezer's time limit: a task was inside a request to the real file system.
                         if error.errno != errno.ETIMEDOUT or outcomes or attempt == FREEZE_ATTEMPTS:
@@ -314,6 +318,7 @@ class _Step:
     def _let_through(self, prepared: PreparedSwitch) -> None:
         """From here on requests go to the real file system; those that were held first of all."""
         if not self._proxied:
+            self._former_mode = self._client.status().mode
             # Also if it was proxy before, to what an earlier replace or somebody else had named.
             self._client.mode("proxy", self._root_fd)
             self._proxied = True
@@ -323,6 +328,12 @@ class _Step:
             self._bare = False
             self.notes.append(f"{self._filesystem.mountpoint}: nothing was mounted there any more; now it is")
         prepared.prepare_nested()
+
+    def _hold_again(self) -> None:
+        """Back to the mode in which nothing gets through, if that is where we came from."""
+        if self._former_mode == "stub":
+            self._client.mode("stub")
+            self._progress("refused", {"mode": "stub"})
 
     def _mounts_of_latecomers(self, outcome: SwitchOutcome) -> List[Tuple[Instance, str]]:
         """Mounts of namespaces that were cloned meanwhile. Their processes have been moved by the rounds of Switch."""

@@ -27,7 +27,6 @@ from spfs.surgery.account import Account, Identity
 from spfs.surgery.census import Census
 from spfs.surgery.compare import Comparison, memory_is_same
 from spfs.surgery.gadget import GadgetFinder
-from spfs.surgery.kinds import locks
 from spfs.surgery.operation import Operation
 from spfs.surgery.scheduler import Bell
 from spfs.surgery.selection import Everybody
@@ -70,6 +69,10 @@ class SwitchReport:
             "moved": self.moved,
             "left": [dataclasses.asdict(one) for one in self.left],
         }
+
+
+class Refused(SpfsError):
+    """With ``strict``: something cannot be moved, so nothing was."""
 
 
 class Switch:
@@ -128,7 +131,7 @@ class Switch:
     def prepare(self) -> Preparation:
         """Find the users and open the counterparts of what they hold; causes no request to the file system.
 
-        SpfsError with ``strict`` if anything could not be moved.
+        Refused if anything could not be moved, with ``strict``.
         """
         self._census.find()
         processes = self._census.processes.values()
@@ -146,15 +149,15 @@ class Switch:
             first = left[0]
             what = f"{first.what} ({first.path or 'no name'}) of process {first.pid} ({first.command})"
             more = f" and {len(left) - 1} more" if len(left) > 1 else ""
-            raise SpfsError(f"cannot move {what}{more}: {first.reason}", "without strict they stay on the old mount")
+            raise Refused(f"cannot move {what}{more}: {first.reason}", "without strict they stay on the old mount")
 
     # -- the blackout
 
     def execute(self, when_stopped: Callable[[], None]) -> SwitchReport:
         """Stop the processes, call ``when_stopped`` (the mounts are switched), move everything, let them go.
 
-        Whatever fails, nothing stays frozen or stopped. SpfsError: the freezer's, or with ``strict`` for what came
-        since ``prepare``; what ``when_stopped`` raises passes through; in these cases nothing was moved.
+        Whatever fails, nothing stays frozen or stopped. SpfsError: the freezer's; Refused, with ``strict``, for what
+        came since ``prepare``; what ``when_stopped`` raises passes through; in these cases nothing was moved.
         """
         census = self._census
         everybody: Dict[int, str] = {}

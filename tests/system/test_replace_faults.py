@@ -222,6 +222,31 @@ def test_strict_refuses_what_would_be_left(scene: Scene) -> None:
 # The processes
 
 
+@pytest.mark.parametrize("kind", FREEZERS)
+@paused_at("proxy")
+def test_strict_refuses_what_comes_in_the_last_moment(scene: Scene, tracer: "Tracers", kind: str) -> None:
+    """What could not be known before the requests were let through: then they are held again."""
+    victim = in_stub(scene)
+    scene.may_be_traced.append(victim.pid)
+    group = scene.cgroup(kind, victim.pid)
+    scene.ask(strict=True, freeze_cgroup=group)
+    scene.manager.reached()
+    debugger = tracer.seize(victim.pid)
+    scene.manager.no_more()
+    scene.manager.go()
+    with pytest.raises(SpfsError, match=f"is traced by process {debugger.pid}"):
+        scene.wait()
+    scene.untouched()
+    with reading(scene.mnt / "file") as reader:
+        scene.held_by(reader.pid)
+        tracer.let_go()
+        scene.may_be_traced.clear()
+        assert scene.replace(strict=True, freeze_cgroup=group)["left"] == []
+        assert reader.communicate(timeout=TIMEOUT) == (b"real contents", b"")
+    assert victim.run("os.read(file, 100)") == b"real contents"
+    scene.replaced()
+
+
 TRACER = """
 import sys, ctypes, os
 libc = ctypes.CDLL(None, use_errno=True)
