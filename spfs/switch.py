@@ -27,6 +27,7 @@ from spfs.surgery.account import Account, Identity
 from spfs.surgery.census import Census
 from spfs.surgery.compare import Comparison, memory_is_same
 from spfs.surgery.gadget import GadgetFinder
+from spfs.surgery.kinds import locks
 from spfs.surgery.operation import Operation
 from spfs.surgery.scheduler import Bell
 from spfs.surgery.selection import Everybody
