@@ -37,7 +37,8 @@ MIB = 1 << 20
 @dataclass(frozen=True)
 class Setting:
     """``processes`` with ``fds`` files each. ``ratio``: to reach, to the bare loop; for ``dirty`` bytes of ``mapped``
-    ones, which are private, to a memcpy of them to new pages. ``threads``: of each process, besides the first and the ticker."""
+    ones, which are private, to a memcpy of them to new pages. ``threads``: of each, besides the first and the ticker.
+    """
 
     name: str
     processes: int
