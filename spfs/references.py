@@ -71,6 +71,7 @@ class Kind(enum.Enum):
     LOCK = "lock"
     IN_FLIGHT = "descriptor in flight"
     RING = "io_uring file"
+    EPOLL = "epoll registration"
 
 
 @dataclass(frozen=True)

@@ -126,7 +126,7 @@ class Descriptors:
                 candidates.insert(place, process.pidfd_getfd(pidfd, number, 0))
             return candidates[place]
 
-        return Found(table, number, found, info, copy)
+        return Found(table, number, found, info, copy, pidfd)
 
     def _description(
         self, tid: int, pidfd: int, number: int, found: statx.Object, info: procfs.FdInfo

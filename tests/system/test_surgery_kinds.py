@@ -367,3 +367,13 @@ def test_executable_of_an_unprivileged_process(mounts: Mounts, tmp_path: Path) -
         assert process.stdout.read() == b"42\n" and process.wait(5) == 0
     assert process_state(process.pid) == ""
     wait_until(lambda: mounts.users() == [])
+
+
+def test_registration_that_nobody_can_change(mounts: Mounts, victim: Victim, fifo: str) -> None:
+    """Made for a descriptor that was closed while a duplicate lives: reported, as epoll(7) warns of it."""
+    victim.run(f"r = os.open({fifo!r}, os.O_RDWR); e = select.epoll(); e.register(r, select.EPOLLIN)")
+    victim.run("d = os.dup(r); os.close(r)")
+    preparation, report = mounts.prepared_switch()
+    (left,) = preparation.left
+    assert left.kind == "epoll registration" and "closed" in left.reason and report.moved == {"fifo": 1}
+    assert victim.run("os.write(d, b'x'), os.read(d, 1)") == (1, b"x")

@@ -39,7 +39,8 @@ def other() -> Iterator[Victim]:
 def locks_of(path: Path) -> List[str]:
     """Kind, mode and range of every lock on a file, sorted."""
     found = path.stat()
-    lines = procfs.locks_on(procfs.read("/proc/locks"), found.st_dev).get(found.st_ino, [])
+    # A set: what is listed in parts can be listed twice when somebody else takes a lock meanwhile.
+    lines = set(procfs.locks_on(procfs.read("/proc/locks"), found.st_dev).get(found.st_ino, []))
     return sorted(" ".join([*words[:1], words[2], *words[-2:]]) for words in (line.decode().split() for line in lines))
 
 

@@ -6,11 +6,14 @@ a module with its class, and a line in ``spfs.surgery.kinds.registry``.
 
 from __future__ import annotations
 
+import functools
 import os
 from typing import TYPE_CHECKING, Callable, Iterable, Iterator, List, NamedTuple, Tuple
 
 from spfs.linux import statx
 from spfs.linux.procfs import FdInfo
+from spfs.linux.sockdiag import UnixSocket
+from spfs.surgery import socketlist
 from spfs.surgery.records import Description, FdTable, Holding, Process
 
 if TYPE_CHECKING:  # both import this package
@@ -51,6 +54,18 @@ class Scene:
         return ((process, table, holding) for process, table in self.tables() for holding in table.holdings)
 
 
+class Survey:
+    """What is looked at once for all kinds: ``pids``, all processes that will be examined."""
+
+    def __init__(self, pids: List[int]) -> None:
+        self.pids = pids
+
+    @functools.cached_property
+    def sockets(self) -> List[UnixSocket]:
+        """Of all their network namespaces."""
+        return socketlist.of_processes(self.pids)
+
+
 class Found(NamedTuple):
     """A descriptor that is not of the old mount. ``info``: its fdinfo, read when first asked for (OSError).
 
@@ -63,6 +78,7 @@ class Found(NamedTuple):
     object: statx.Object
     info: Callable[[], FdInfo]
     copy: Callable[[], int]
+    pidfd: int  # of the task whose table it is, -1 if it is out of reach; the examiner's
 
 
 class Handler:
@@ -73,7 +89,7 @@ class Handler:
 
     # While everything is examined; nothing here may cause a request to the file system.
 
-    def survey(self, pids: List[int]) -> None:
+    def survey(self, survey: Survey) -> None:
         """Before the processes are examined: what the kernel lists without regard to processes."""
 
     def note(self, table: FdTable, number: int, description: Description, info: FdInfo) -> None:

@@ -13,7 +13,7 @@ from typing import Dict, List, NamedTuple, Optional
 
 from spfs.errors import reason
 from spfs.references import Kind
-from spfs.surgery.kinds.base import Handler, Scene
+from spfs.surgery.kinds.base import Handler, Scene, Survey
 from spfs.surgery.records import Description
 from stubfs.protocol import native_dirents
 from stubfs.syscalls import getdents64
@@ -42,7 +42,7 @@ class Directories(Handler):
         self._failures: Dict[int, str] = {}
         self._positions: Dict[int, int] = {}
 
-    def survey(self, pids: List[int]) -> None:
+    def survey(self, survey: Survey) -> None:
         self._rehearsed = False
         for known in (self._listings, self._failures, self._positions):
             known.clear()

@@ -11,12 +11,14 @@ import stat
 import struct
 from typing import Iterable, Iterator, List
 
-from spfs.linux import procfs
-from spfs.surgery.kinds.base import Found, Handler, from_kernel_device
+from spfs.linux import procfs, statx
+from spfs.references import Kind
+from spfs.surgery.kinds.base import Found, Handler, Scene, from_kernel_device
 from spfs.surgery.program import Program
-from spfs.surgery.records import EpollEntry, FdTable, Process
+from spfs.surgery.records import EpollEntry, FdTable, Holding, Process
 
 _EPOLL_ADD, _EPOLL_DEL = 1, 2
+_STALE = "the descriptor that it was made for is closed (epoll(7), Q6): nobody can change it any more"
 _EVENT = struct.Struct("<IQxxxx")  # struct epoll_event, which is packed on x86-64; its size rounded up
 
 
@@ -28,6 +30,19 @@ class Epolls(Handler):
 
     def changed(self, process: Process) -> bool:
         return any(_read(table) != table.epolls for table in process.tables if _has_pollable(table))
+
+    def judge(self, scene: Scene) -> None:
+        """Report what was registered by a descriptor that nobody has any more: it can be neither removed nor made."""
+        known = {(use.number, use.description.object.inode) for use in scene.uses}
+        for process, table in scene.tables():
+            reported = {holding.what for holding in table.holdings}
+            for entry in (entry for entries in table.epolls.values() for entry in entries):
+                if entry.device != self.device or (entry.number, entry.inode) in known:
+                    continue
+                holder = statx.Object(entry.device, entry.inode, 0, 0, 0, 0, 0, 0, 0)
+                stale = Holding(entry.epoll, Kind.EPOLL, entry.inode, holder, f"for {entry.number}", problem=_STALE)
+                if stale.what not in reported:
+                    table.holdings.append(stale)
 
     def before(self, program: Program, table: FdTable, number: int) -> None:
         for entry in _of(table, number):

@@ -12,11 +12,11 @@ import socket
 import stat
 from typing import List, Set
 
+from spfs.linux import process as syscalls
 from spfs.linux import statx
 from spfs.references import Kind
-from spfs.surgery import socketlist
 from spfs.surgery.counterparts import Counterparts
-from spfs.surgery.kinds.base import Found, Handler
+from spfs.surgery.kinds.base import Found, Handler, Survey
 from spfs.surgery.records import Holding, Process
 from stubfs.wire import MAX_FDS
 
@@ -28,8 +28,8 @@ class InFlight(Handler):
         super().__init__(device)
         self._queued: Set[int] = set()
 
-    def survey(self, pids: List[int]) -> None:
-        self._queued = {one.number for one in socketlist.of_processes(pids) if one.queued}
+    def survey(self, survey: Survey) -> None:
+        self._queued = {one.number for one in survey.sockets if one.queued}
 
     def look(self, found: Found) -> None:
         if not stat.S_ISSOCK(found.object.mode) or found.object.inode not in self._queued:
@@ -37,8 +37,8 @@ class InFlight(Handler):
         counts = [int(line.split()[1]) for line in found.info().lines if line.startswith("scm_fds:")]
         if not any(counts):
             return
-        copy = found.copy()
-        for index, inode in enumerate(_peeked(copy, self.device) if copy >= 0 else ()):
+        # Not a copy that lasts: to others who look at the same time it would be one more socket with the descriptor.
+        for index, inode in enumerate(_peeked(found.pidfd, found.number, self.device) if found.pidfd >= 0 else ()):
             detail = f"in flight {index + 1}"
             found.table.holdings.append(
                 Holding(found.number, Kind.IN_FLIGHT, inode, found.object, detail, problem=_WHY)
@@ -51,10 +51,9 @@ class InFlight(Handler):
                     holding.path = counterparts.path(holding.inode)
 
 
-def _peeked(fd: int, device: int) -> List[int]:
+def _peeked(pidfd: int, number: int, device: int) -> List[int]:
     """The inode numbers of what is on ``device`` among the descriptors in the first message that has any."""
-    wrapped = socket.socket(fileno=os.dup(fd))
-    with wrapped:
+    with socket.socket(fileno=syscalls.pidfd_getfd(pidfd, number, 0)) as wrapped:
         flags = socket.MSG_PEEK | socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
         try:
             _, ancillary, _, _ = wrapped.recvmsg(1, socket.CMSG_SPACE(4 * MAX_FDS), flags)

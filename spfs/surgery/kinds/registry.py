@@ -6,7 +6,7 @@ from typing import Iterable, List, Tuple, Type
 
 from spfs.linux.procfs import FdInfo
 from spfs.surgery.counterparts import Counterparts
-from spfs.surgery.kinds.base import Found, Handler, Scene
+from spfs.surgery.kinds.base import Found, Handler, Scene, Survey
 from spfs.surgery.kinds.directories import Directories
 from spfs.surgery.kinds.epolls import Epolls
 from spfs.surgery.kinds.fanotify import Fanotify
@@ -37,8 +37,9 @@ class Kinds:
         self._preparers = [one for one in self._handlers if type(one).before is not Handler.before]
 
     def survey(self, pids: List[int]) -> None:
+        survey = Survey(pids)
         for handler in self._handlers:
-            handler.survey(pids)
+            handler.survey(survey)
 
     def note(self, table: FdTable, number: int, description: Description, info: FdInfo) -> None:
         for handler in self._noters:

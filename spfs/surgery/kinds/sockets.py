@@ -10,13 +10,12 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-import secrets
 import select
 import socket
 import stat
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Dict, Iterator, List, Optional, Tuple
+from typing import Dict, Iterable, Iterator, List, Optional, Tuple
 
 from spfs.errors import reason
 from spfs.linux import namespaces, sockdiag
@@ -24,14 +23,13 @@ from spfs.linux.sockdiag import UnixSocket
 from spfs.references import Kind
 from spfs.surgery import socketlist
 from spfs.surgery.counterparts import Counterparts, copy_flags
-from spfs.surgery.kinds.base import Found, Handler, Scene
+from spfs.surgery.kinds.base import Found, Handler, Scene, Survey
 from spfs.surgery.program import Program
 from spfs.surgery.records import FdTable, Holding, Process
 
 _CONNECTED = "it is one end of a connection, which cannot be made again: it works on, and keeps the old mount in use"
 _WAITING = "{} wait in it that cannot be handed over: asked again when they are gone, it goes"
 
-_NAME = ".spfs-%s"
 _SIOCGSKNS = 0x894C  # the network namespace of a socket, netdevice(7)
 _SO_PASSPIDFD, _SO_PEEK_OFF, _SO_SNDBUFFORCE, _SO_RCVBUFFORCE = 76, 42, 32, 33
 _BUFFERS = ((socket.SO_SNDBUF, _SO_SNDBUFFORCE), (socket.SO_RCVBUF, _SO_RCVBUFFORCE))
@@ -63,14 +61,14 @@ class Sockets(Handler):
         self._peers: Dict[int, int] = {}  # how many are connected to a socket, by its number
         self._pids: List[int] = []
 
-    def survey(self, pids: List[int]) -> None:
-        self._pids = pids
-        self._list()
+    def survey(self, survey: Survey) -> None:
+        self._pids = survey.pids
+        self._list(survey.sockets)
 
-    def _list(self) -> None:
+    def _list(self, sockets: Iterable[UnixSocket]) -> None:
         self._bound.clear()
         self._peers.clear()
-        for one in socketlist.of_processes(self._pids):
+        for one in sockets:
             if one.device == self.device:
                 self._bound[one.number] = one
             if one.peer:
@@ -117,7 +115,7 @@ class Sockets(Handler):
     def transfer(self, scene: Scene) -> None:
         groups = [users for users in _by_socket(scene) if all(one.problem is None for _, one in users)]
         if any(one.known is not None and one.known.type == socket.SOCK_DGRAM for users in groups for _, one in users):
-            self._list()  # somebody can have connected to it a moment ago
+            self._list(socketlist.of_processes(self._pids))  # somebody can have connected to it a moment ago
         for users in groups:
             process, first = users[0]
             try:
@@ -215,19 +213,18 @@ def _bind(process: Process, one: BoundSocket) -> None:
             raise OSError(errno.EEXIST, "something that is no socket has its name there")
         if any((s.device, s.inode) == (there.st_dev, there.st_ino & 0xFFFFFFFF) for s in sockdiag.unix_sockets()):
             raise OSError(errno.EADDRINUSE, "another socket is bound there")
-    aside = _NAME % secrets.token_hex(8)
     if there is not None:
-        os.rename(name, aside, src_dir_fd=one.directory, dst_dir_fd=one.directory)
+        os.unlink(name, dir_fd=one.directory)  # as every server does before it binds
     mode = stat.S_IMODE(there.st_mode) if there is not None else 0o777 & ~process.status.umask
+    uid, gid = (there.st_uid, there.st_gid) if there is not None else (process.status.uid, process.status.gid)
     try:
         _bind_as_seen(process, one, address, mode)
     except BaseException:
         if there is not None:
-            os.rename(aside, name, src_dir_fd=one.directory, dst_dir_fd=one.directory)
+            os.mknod(name, stat.S_IFSOCK | 0o600, dir_fd=one.directory)
+            os.chmod(name, mode, dir_fd=one.directory)
+            os.chown(name, uid, gid, dir_fd=one.directory, follow_symlinks=False)
         raise
-    if there is not None:
-        os.unlink(aside, dir_fd=one.directory)
-    uid, gid = (there.st_uid, there.st_gid) if there is not None else (process.status.uid, process.status.gid)
     os.chown(name, uid, gid, dir_fd=one.directory, follow_symlinks=False)
 
 
