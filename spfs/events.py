@@ -1,6 +1,6 @@
 """What happens to mounts, in the manager: counted, written into each mount's record, told to those who wait for it.
 
-The registry and the supervisor tell; what an event is called, and what it says, is written in docs/records.md.
+The registry and the supervisor tell; docs/reference/records.md says what an event is called, and what it says.
 """
 
 from __future__ import annotations
