@@ -132,7 +132,9 @@ def action() -> NoReturn:
     try:
         stages.act(os.environ)
     except (StubfsError, OSError) as error:
-        print(f"spfs-criu: {os.environ.get('CRTOOLS_SCRIPT_ACTION', 'action')}: {error}", file=sys.stderr)
+        message = f"spfs-criu: {os.environ.get('CRTOOLS_SCRIPT_ACTION', 'action')}: {error}"
+        print(message, file=sys.stderr)
+        stages.log(message)
         sys.exit(getattr(error, "exit_code", 1))
     sys.exit(0)
 

@@ -14,15 +14,19 @@ from __future__ import annotations
 
 import errno
 import os
+import time
 from typing import Callable, Dict, List, Mapping, Optional
 
 from spfs.criu import guard, record
 from spfs.criu.delayed import DelayedMount
 from spfs.criu.restoration import TOKEN_VARIABLE, Restoration
 from spfs.errors import SpfsError
+from spfs.linux import mountinfo
 from spfs.processes import start_time
 
 CONFIGURATION = "/etc/spfs/criu.json"
+LOG = "/run/spfs-criu.log"
+"""What went wrong in calls of the script, one line each."""
 CONFIGURATION_VARIABLE = "SPFS_CRIU_CONFIG"
 
 
@@ -60,6 +64,15 @@ def act(environment: Mapping[str, str]) -> None:
         stage(call)
 
 
+def log(message: str) -> None:
+    """Keep it where it is found: through its RPC CRIU shows nobody what a script says."""
+    try:
+        with open(LOG, "a", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {message}\n")
+    except OSError:
+        pass  # it has been said on standard error, too
+
+
 def _pre_restore(call: Call) -> None:
     restoration = call.restoration
     if not restoration.known:
@@ -69,6 +82,7 @@ def _pre_restore(call: Call) -> None:
         if not mounts:
             return
         restoration.begin(mounts)
+    _leave_cgroups()
     try:
         restoration.prepare()
         guard.start(restoration, call.criu)
@@ -107,6 +121,32 @@ _STAGES: Dict[str, Callable[[Call], None]] = {
     "post-resume": _post_resume,
     "post-dump": _post_dump,
 }
+
+
+def _leave_cgroups() -> None:
+    """For those of the first process: what is started here outlives CRIU, which runc has put into the container's."""
+    with open("/proc/self/mountinfo", "rb") as file:
+        mounts = [mount for mount in mountinfo.parse(file.read()) if mount.fstype in ("cgroup", "cgroup2")]
+    ours, wanted = (_cgroups(pid) for pid in ("self", "1"))
+    for mount in mounts:
+        options = mount.super_options.split(",")
+        for controllers, path in wanted.items():
+            if ours.get(controllers) == path or (mount.fstype == "cgroup2") != (controllers == ""):
+                continue
+            if controllers == "" or set(controllers.split(",")) <= set(options):
+                beneath = os.path.relpath(path, mount.root) if path.startswith(mount.root) else "."
+                try:
+                    with open(os.path.join(mount.mountpoint, beneath, "cgroup.procs"), "w") as procs:
+                        procs.write("0")
+                except OSError as error:
+                    log(f"spfs-criu: cannot leave the cgroup of CRIU for {path}: {error}")
+
+
+def _cgroups(pid: str) -> Dict[str, str]:
+    """Controllers ("" for v2's) → path."""
+    with open(f"/proc/{pid}/cgroup") as file:
+        lines = [line.rstrip("\n").split(":", 2) for line in file]
+    return {controllers: path for _, controllers, path in lines}
 
 
 def _own(criu: int, restored: Optional[int]) -> List[int]:
