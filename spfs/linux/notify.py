@@ -6,6 +6,7 @@ import array
 import ctypes
 import errno
 import fcntl
+import functools
 import os
 import termios
 
@@ -42,6 +43,7 @@ def set_next_watch(instance: int, watch: int) -> None:
     fcntl.ioctl(instance, _SETNEXTWD, watch)
 
 
+@functools.lru_cache(maxsize=None)
 def can_set_next_watch() -> bool:
     instance = int(_inotify_init(os.O_CLOEXEC))
     try:

@@ -19,7 +19,8 @@ from spfs.references import Kind
 class Carried:
     """A regular file that was made on the new mount for one without a name. The descriptors are not this record's.
 
-    ``target`` can be written to; ``source`` (O_PATH) is what the old file system has of it, -1 if only its users have.
+    ``target`` can be written to until it is done; ``source`` (O_PATH) is what the old file system has of it, -1 if only
+    its users have it.
     """
 
     inode: int
@@ -52,8 +53,10 @@ class Description:
     @property
     def special(self) -> bool:
         """Whether more than the descriptor, the offset and the flags must be taken care of."""
+        if self.carried is not None:
+            return True
         if self.kind is Kind.FILE:  # nearly all are, and thousands are asked
-            return bool(self.locks) or self.carried is not None
+            return bool(self.locks)
         return self.kind is not Kind.PATH and self.kind is not Kind.SYMLINK
 
     def close(self) -> None:

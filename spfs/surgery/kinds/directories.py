@@ -80,8 +80,11 @@ class Directories(Handler):
     def transfer(self, scene: Scene) -> None:
         for description in _directories(scene):
             position = self._positions.get(id(description))
-            if position is not None:
-                os.lseek(description.new, position, os.SEEK_SET)
+            try:
+                if position is not None:
+                    os.lseek(description.new, position, os.SEEK_SET)
+            except OSError as error:
+                description.problem = f"{_STAYS}: {reason(error)}"
 
 
 def _directories(scene: Scene) -> List[Description]:

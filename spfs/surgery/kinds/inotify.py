@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import stat
 from dataclasses import dataclass
-from typing import Dict, Iterable, Iterator, List, Tuple
+from typing import Dict, Iterable, Iterator, List, Set, Tuple
 
 from spfs.errors import reason
 from spfs.linux import notify, procfs
@@ -80,17 +80,24 @@ class Inotify(Handler):
 
     def transfer(self, scene: Scene) -> None:
         for users in _instances(scene):
-            ended = {holding.watch for _, _, holding in users if _goes(holding)}
             copy = users[0][2].copy
-            for watch in ended:
-                notify.remove_watch(copy, watch)
+            ended: Set[int] = set()
+            for _, _, holding in users:
+                if not _goes(holding) or holding.watch in ended:
+                    continue
+                try:
+                    notify.remove_watch(copy, holding.watch)
+                    ended.add(holding.watch)
+                except OSError as error:  # what it watched was removed just now
+                    holding.problem = f"it cannot be ended: {reason(error)}"
+            if not ended:
+                continue
             if notify.queued(copy) == len(ended) * notify.EVENT_SIZE:
-                if ended:
-                    os.read(copy, len(ended) * notify.EVENT_SIZE)
+                os.read(copy, len(ended) * notify.EVENT_SIZE)
                 continue
             # Of what is watched elsewhere, and that goes on: an event came just now, and is not to be lost.
             for _, table, holding in users:
-                if _goes(holding):
+                if holding.watch in ended:
                     _lose(table, holding, "seems to have ended (IN_IGNORED)")
 
     def conclude(self, scene: Scene) -> None:

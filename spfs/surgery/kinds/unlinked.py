@@ -35,6 +35,7 @@ class Unlinked(Handler):
                 continue
             try:
                 _carry(carried, users)
+                _give_up_writing(carried.target)
                 carried.done = True
             except OSError as error:
                 for _, record in users:
@@ -80,6 +81,13 @@ def _carry(carried: Carried, users: List[User]) -> None:
         _copy(fd, carried.target)
     finally:
         os.close(fd)
+
+
+def _give_up_writing(fd: int) -> None:
+    """A program's file must not be open for writing (ETXTBSY) by anybody, if it is to be its /proc/PID/exe."""
+    reading = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
+    os.dup2(reading, fd, inheritable=False)
+    os.close(reading)
 
 
 def _link(user: User) -> str:
