@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
+import subprocess
 from pathlib import Path
 from typing import Iterator, Set
 
@@ -142,3 +144,84 @@ def test_the_same_for_two_real_directories(fs: Filesystem, tmp_path: Path) -> No
         fs.proxy(other)
         assert first_bytes(mapping) == b"O" * PAGES
     assert (fs.real / "f").read_bytes()[:2] == b"WR" and (other / "f").read_bytes() == b"O" * SIZE
+
+
+def test_names_and_attributes(fs: Filesystem) -> None:
+    """Known, listed, looked up in vain, opened: after the change all of it is as on the real side."""
+    for top, size in ((fs.path, 10), (fs.real, 20)):
+        (top / "both").write_bytes(b"x" * size)
+        (top / f"only-{size}").mkdir()
+        (top / "kind").mkdir() if size == 10 else (top / "kind").write_text("a file")
+        os.symlink(str(size), top / "link")
+    (fs.real / "late").touch()
+    directory = os.open(fs.path, os.O_RDONLY)
+    file = open(fs.path / "both", "rb")
+    place = os.open(fs.path / "only-10", os.O_PATH)
+    os.chmod(fs.real / "both", 0o751)
+    try:
+        assert sorted(os.listdir(directory)) == ["both", "f", "kind", "link", "only-10"]
+        assert os.fstat(file.fileno()).st_size == 10 and not (fs.path / "late").exists()
+        assert (fs.path / "kind").is_dir() and os.readlink(fs.path / "link") == "10"
+        fs.client.mode("stub")
+        waiting = [
+            fs.run(lambda: os.fstat(file.fileno()).st_size), fs.run(lambda: (fs.path / "late").exists()),
+            fs.run(lambda: (fs.path / "kind").is_file()), fs.run(lambda: os.readlink(fs.path / "link")),
+            fs.run(lambda: sorted(os.listdir(fs.path))), fs.run(lambda: sorted(os.listdir(directory))),
+        ]  # fmt: skip
+        fs.wait_held(6)
+        fs.proxy()
+        names = ["both", "f", "kind", "late", "link", "only-20"]
+        os.lseek(directory, 0, os.SEEK_SET)
+        assert [process.result() for process in waiting[:-1]] == [20, True, True, "20", names]
+        # Its position was in a directory that is not there any more; from the beginning on it is the real one.
+        assert set(waiting[-1].result()) <= set(names) and sorted(os.listdir(directory)) == names
+        assert os.fstat(file.fileno()).st_mode & 0o777 == 0o751
+        for gone in (lambda: os.stat(fs.path / "only-10"), lambda: os.stat("x", dir_fd=place)):
+            with pytest.raises(OSError) as caught:
+                gone()
+            assert caught.value.errno in (errno.ENOENT, errno.ESTALE)
+    finally:
+        os.close(directory)
+        os.close(place)
+        file.close()
+
+
+def test_a_program_runs_from_the_real_side(fs: Filesystem) -> None:
+    """Executed before and after: the pages of the first are not those of the second."""
+    for top, text in ((fs.path, "staging"), (fs.real, "real")):
+        (top / "program").write_text(f"#!/bin/sh\necho {text}\n")
+        (top / "program").chmod(0o755)
+    assert subprocess.check_output([str(fs.path / "program")]) == b"staging\n"
+    fs.client.mode("stub")
+    process = fs.run(lambda: subprocess.check_output([str(fs.path / "program")]))
+    fs.wait_held(1)
+    fs.proxy()
+    assert process.result() == b"real\n"
+
+
+@pytest.mark.parametrize("modes", [("proxy",), ("stub", "proxy"), ("stub", "restore", "proxy")])
+def test_dirty_pages_by_every_way_out_of_restore_mode(fs: Filesystem, modes: "tuple[str, ...]") -> None:
+    """Written at full speed by maps and by writes until stub or proxy mode is in force; none comes to the real file."""
+    mapped = [fs.run(lambda: write_for_ever(fs)) for _ in range(2)]
+    wait_until(lambda: all((fs.base / f"running-{writer.pid}").exists() for writer in mapped), 10)
+    other = fs.path / "written"
+    other.write_bytes(b"")
+    (fs.real / "written").write_bytes(b"R" * SIZE)
+    with open(other, "r+b", buffering=0) as file:
+        assert file.write(b"D" * SIZE) == SIZE
+        for mode in modes:
+            if mode == "stub":
+                (fs.base / "in-force").touch()
+                for writer in mapped:
+                    writer.kill()
+            fs.proxy() if mode == "proxy" else fs.client.mode(mode)
+        (fs.base / "in-force").touch()
+        for writer in mapped:
+            writer.kill()
+            writer.wait()
+        assert os.pread(file.fileno(), SIZE, 0) == b"R" * SIZE
+    assert (fs.real / "written").read_bytes() == b"R" * SIZE
+    # What was written by a map after the change belongs to the real side, one byte per page.
+    real = (fs.real / "f").read_bytes()
+    for page in range(0, SIZE, mmap.PAGESIZE):
+        assert real[page + 1 : page + mmap.PAGESIZE] == b"R" * (mmap.PAGESIZE - 1)

@@ -7,6 +7,7 @@ import faulthandler
 import os
 import signal
 import time
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Iterator, List
 
@@ -138,6 +139,19 @@ def test_ptrace_attach_and_detach(fs: Filesystem) -> None:
     assert process.result() == "real"
 
 
+def test_a_tracer_that_goes_away(fs: Filesystem) -> None:
+    process = reader(fs)
+
+    def trace() -> None:
+        libc = ctypes.CDLL(None)
+        libc.ptrace.argtypes = [ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p]
+        assert libc.ptrace(_PTRACE_SEIZE, process.pid, None, None) == 0
+        assert libc.ptrace(_PTRACE_INTERRUPT, process.pid, None, None) == 0
+
+    fs.run(trace).wait()  # by its end it lets go
+    must_go_on(fs, process)
+
+
 def freezer(version: int) -> Path:
     top = Path("/sys/fs/cgroup/freezer" if version == 1 else "/sys/fs/cgroup/unified")
     if version == 2 and not top.is_dir():
@@ -147,28 +161,49 @@ def freezer(version: int) -> Path:
     return path
 
 
-@pytest.mark.parametrize(
-    "version",
-    [pytest.param(1, marks=pytest.mark.needs_cgroup1), pytest.param(2, marks=pytest.mark.needs_cgroup2)],
-)
-def test_freeze_and_thaw(fs: Filesystem, version: int) -> None:
+VERSIONS = [pytest.param(1, marks=pytest.mark.needs_cgroup1), pytest.param(2, marks=pytest.mark.needs_cgroup2)]
+
+
+@contextmanager
+def frozen_and_thawed(fs: Filesystem, version: int) -> Iterator[Process]:
+    """A process that waits, and that was told to freeze in between, which it cannot do while it waits."""
     path = freezer(version)
-    control, freeze, thaw = (
-        (path / "freezer.state", "FROZEN", "THAWED") if version == 1 else (path / "cgroup.freeze", "1", "0")
-    )
+    control, freeze, thaw, state = (
+        (path / "freezer.state", "FROZEN", "THAWED", path / "freezer.state") if version == 1
+        else (path / "cgroup.freeze", "1", "0", path / "cgroup.events")
+    )  # fmt: skip
     process = reader(fs)
     try:
         (path / "cgroup.procs").write_text(str(process.pid))
         control.write_text(freeze)
         assert not process.finished(0.7)
+        assert state.read_text().strip() in ("FREEZING", "populated 1\nfrozen 0"), "who waits cannot be frozen"
         control.write_text(thaw)
-        must_go_on(fs, process)
-        process.wait()
+        yield process
     finally:
         control.write_text(thaw)
         process.close()
         wait_until(lambda: not (path / "cgroup.procs").read_text(), 5)
         path.rmdir()
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_freeze_and_thaw(fs: Filesystem, version: int) -> None:
+    with frozen_and_thawed(fs, version) as process:
+        must_go_on(fs, process)
+        process.wait()
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize("version", VERSIONS)
+def test_killed_within_a_second_after_freeze_and_thaw(fs: Filesystem, version: int, number: int) -> None:
+    """The freezer's fake signal has used up the kernel's only announcement."""
+    with frozen_and_thawed(fs, version) as process:
+        start = time.monotonic()
+        process.kill(number)
+        process.wait(3)
+        assert time.monotonic() - start < 1.0
+    assert waiting(fs) == []
 
 
 def test_killed_after_freeze_and_thaw(fs: Filesystem) -> None:
