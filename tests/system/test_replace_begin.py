@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import time
 from pathlib import Path
 from typing import Iterator, List
@@ -211,3 +212,37 @@ def test_the_socket_answers_within_the_blackout(scene: Scene) -> None:
     assert scene.wait()["left"] == []
     assert victim.run("os.read(file, 100)") == b"real contents"
     scene.replaced()
+
+
+@pytest.mark.needs_cgroup1
+@pytest.mark.parametrize("how", ["auto", "hold"])
+def test_a_c_restorer_with_and_without_hold_and_release(scene: Scene, how: str) -> None:
+    """Both byte streams give the same: blocked until the real side is there, then on it."""
+    program = scene.base / "old_restorer"
+    source = Path(__file__).with_name("old_restorer.c")
+    subprocess.run(["cc", "-Wall", "-Werror", "-o", str(program), str(source)], check=True)
+    scene.real_file("dir/file", b"0123456789")
+    os.mkfifo(scene.export / "fifo")
+    late = scene.export.rename(scene.real / "late")
+    cgroup = scene.cgroup("v1")
+    assert cgroup is not None
+    scene.expect_mount(scene.mnt)
+    arguments = [str(scene.manager.socket), str(scene.mnt), str(scene.export), cgroup, how]
+    with subprocess.Popen(
+        ["sh", "-c", 'echo $$ >"$0/cgroup.procs"; exec "$@"', cgroup, str(program), *arguments],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, "SPFS_MODE": "stub"},
+    ) as process:  # fmt: skip
+        scene.cleanup(process.kill)
+        assert process.stdout is not None and process.stdin is not None
+        assert process.stdout.readline() == "blocked\n"
+        wait_until(lambda: scene.client.held("412"), TIMEOUT, "the read to be held")
+        assert scene.types() == ["fuse.stubfs"] and process.poll() is None
+        late.rename(scene.export)
+        assert process.stdout.readline() == "3456789\n"
+        report = scene.client.wait("412", TIMEOUT)["replace"]["report"]
+        assert report["left"] == [] and report["moved"]["file"] == 1
+        process.stdin.write("x")
+        process.stdin.close()
+        assert process.stdout.readline() == "10\n"
+        assert process.wait(TIMEOUT) == 0
+    assert scene.types() == ["tmpfs"]
