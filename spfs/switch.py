@@ -19,7 +19,7 @@ from typing import Callable, Collection, Container, Dict, Iterator, List, Option
 from spfs.blackoutguard import BlackoutGuard
 from spfs.errors import MissingFeatureError, SpfsError
 from spfs.freezer import Freezer
-from spfs.linux import arch, procfs
+from spfs.linux import machine, procfs
 from spfs.linux.arch import Architecture
 from spfs.references import HeldReference, LeftReference, MountRoot, Resolver
 from spfs.surgery import execution, report
@@ -99,7 +99,7 @@ class Switch:
         late: Collection[int] = (),
         freeze_timeout: float = FREEZE_TIMEOUT,
     ) -> None:
-        architecture = arch.current()
+        architecture = machine.current()
         if architecture is None:
             raise MissingFeatureError(f"cannot operate on processes: no code for {os.uname().machine}")
         self._architecture: Architecture = architecture

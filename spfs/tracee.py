@@ -16,8 +16,8 @@ import socket
 import struct
 from typing import Callable, Generator, List, MutableSequence, Optional, Sequence, Set
 
-from spfs.linux import process, ptrace, sigframe
-from spfs.linux.arch import Architecture
+from spfs.linux import process, ptrace
+from spfs.linux.arch import FRAME_ALIGNMENT, Architecture
 
 PAGE = 4096
 DATA = PAGE  # offset of the command buffer within the scratch memory; the code lies before it
@@ -35,7 +35,6 @@ _MESSAGES = 100  # of one byte, which fit into the default buffer
 _SOCKET_BUFFER = 8 << 20
 _SO_SNDBUFFORCE = 32
 _RLIMIT_NOFILE = 7
-_WORD = (1 << 64) - 1
 
 
 class Wait(enum.Enum):
@@ -104,7 +103,7 @@ class Tracee:
         """Save what will be given back. OSError ENOEXEC for a task of another architecture (32 bits)."""
         size = 8 * self.architecture.registers
         self._registers = ptrace.read_registers(self.tid, size)
-        if len(self._registers) != size or self._compatibility_mode():
+        if len(self._registers) != size or self.architecture.is_compatibility(self._words(self._registers)):
             raise OSError(errno.ENOEXEC, "a 32-bit process cannot be operated on", str(self.pid))
         self._mask = ptrace.signal_mask(self.tid)
         self.memory = os.open(f"/proc/{self.tid}/mem", os.O_RDWR | os.O_CLOEXEC)
@@ -115,8 +114,8 @@ class Tracee:
 
         ``descriptors``: the soft RLIMIT_NOFILE to set meanwhile, for a process whose table is full.
         """
-        xstate = ptrace.floating_point_state(self.tid, _MAX_XSTATE)
-        self._frame = sigframe.build(self._registers, self._mask, xstate, base + FRAME)
+        xstate = ptrace.extended_state(self.tid, _MAX_XSTATE, self.architecture.state_kinds)
+        self._frame = self.architecture.frame(self._registers, self._mask, xstate, base + FRAME)
         self._spread_net()
         try:
             yield from self._map(base, size, _PROT_READ | _PROT_WRITE | _PROT_EXEC)
@@ -181,7 +180,12 @@ class Tracee:
             self.write(self.base + LIMITS, self._limits)
             _check((yield from self._call("prlimit64", 0, _RLIMIT_NOFILE, self.base + LIMITS, 0)), "prlimit64")
         yield from self._unmap()
-        self.restore()
+        again = self._to_enter_again()
+        if again is None:
+            self.restore()
+        else:
+            yield from self._enter_again(again)
+            self._take_net_in()
 
     def restore(self) -> None:
         """In an event stop: the registers *unmodified*, so that the kernel itself restarts an interrupted call or
@@ -207,7 +211,7 @@ class Tracee:
             words[index] = value
         words[self.architecture.instruction_pointer] = self.gadget
         if self._net:
-            words[self.architecture.stack_pointer] = self._net
+            self.architecture.return_to(words, self.sigreturn, self._net + 8)
         self._buffer.write(self.tid)
         if not self._masked:
             ptrace.set_signal_mask(self.tid, _SIGNALS_BLOCKED)
@@ -221,6 +225,38 @@ class Tracee:
         self._buffer.read(self.tid)
         result = words[self.architecture.result]
         return result - (1 << 64) if result >> 63 else result
+
+    def _to_enter_again(self) -> Optional[Sequence[int]]:
+        """The registers to have the call that was interrupted interrupted once more; None if there is none, or if the
+        kernel does without."""
+        if self.architecture.decides_at_the_end:
+            return None
+        saved = self._words(self._registers)
+        try:
+            instruction = self.read(saved[self.architecture.instruction_pointer], len(self.architecture.syscall))
+        except OSError:
+            return None  # may be executed but not read: the call is begun anew, whatever signal is handled first
+        return self.architecture.entered_again(saved, instruction)
+
+    def _enter_again(self, registers: Sequence[int]) -> Script:
+        """From an event stop to one in which the kernel has decided how the interrupted call goes on; it may have ended
+        meanwhile."""
+        words = self._buffer.words
+        while True:
+            words[:] = registers
+            self._buffer.write(self.tid)
+            self._go(ptrace.cont_to_syscall)
+            yield from self._until(_is_entry)
+            # Not before: a signal would be delivered before the call has begun.
+            ptrace.set_signal_mask(self.tid, self._mask)
+            ptrace.interrupt(self.tid)
+            self._go(ptrace.cont)
+            yield from self._until(_is_event)
+            self._buffer.read(self.tid)
+            if not self.architecture.refused(words, registers):
+                return
+            ptrace.set_signal_mask(self.tid, _SIGNALS_BLOCKED)
+            registers = self._words(self._registers)
 
     def _map(self, address: int, length: int, protection: int) -> Script:
         """Add to the scratch memory; ``close`` takes it away."""
@@ -245,8 +281,8 @@ class Tracee:
         if not self.sigreturn:
             return
         pointer = self._words(self._registers)[self.architecture.stack_pointer] - self.architecture.red_zone
-        address = (pointer - len(self._frame)) // sigframe.ALIGNMENT * sigframe.ALIGNMENT
-        net = struct.pack("<Q", self.sigreturn) + sigframe.at(self._frame, address)
+        address = (pointer - len(self._frame)) // FRAME_ALIGNMENT * FRAME_ALIGNMENT
+        net = struct.pack("<Q", self.sigreturn) + self.architecture.frame_at(self._frame, address)
         try:
             # Put back afterwards: on the small stacks of some runtimes, what lies there is somebody's.
             self._below_stack = self.read(address - 8, len(net))
@@ -300,17 +336,14 @@ class Tracee:
     def _fresh_registers(self) -> MutableSequence[int]:
         """The saved registers in the buffer, to be changed and written."""
         self._buffer.set(self._registers)
-        self._buffer.words[self.architecture.original] = _WORD  # else the kernel would "restart" with our registers
+        self.architecture.forget_call(self._buffer.words)
         return self._buffer.words
-
-    def _compatibility_mode(self) -> bool:
-        return self.architecture.machine == "x86_64" and self._words(self._registers)[17] == 0x23  # cs: __USER32_CS
 
     def _leave_critical_section(self) -> None:
         """Abort an rseq critical section as the kernel would: it will see our code and take the section for left."""
         words = self._words(self._registers)
-        if words[self.architecture.original] >> 63 == 0:
-            return  # in a system call, hence in no section
+        if not self.architecture.outside_of_calls(words):
+            return  # hence in no section
         area = ptrace.rseq_area(self.tid)
         if area is None:
             return

@@ -9,16 +9,24 @@ from __future__ import annotations
 import array
 import ctypes
 import mmap
+import os
 import struct
 from typing import Any, Optional, Union
 
-from spfs.linux.arch import LOAD_ARGUMENT_0, LOAD_ARGUMENT_1, LOAD_ARGUMENT_2, LOAD_ARGUMENT_4, call_numbers, current
+from spfs.linux.arch import LOAD_ARGUMENT_0, LOAD_ARGUMENT_1, LOAD_ARGUMENT_2, LOAD_ARGUMENT_4
+from spfs.linux.machine import call_numbers, current
 from stubfs.libc import bind
 
 ENTRY = 64
 RESULT = 56  # offset of the result within an entry
 _PACK = struct.Struct("<Qqqqqqqq")
 _MASK = (1 << 64) - 1
+
+_mmap = bind(
+    "mmap",
+    *(ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long),
+    restype=ctypes.c_long,
+)
 
 
 class CallTable:
@@ -67,13 +75,16 @@ class _LocalCode:
         architecture = current()
         if architecture is None:
             return
+        # Mapped from a file: the kernel then sees to it that the processor's instruction cache has what was written.
+        fd = os.memfd_create("calls", os.MFD_CLOEXEC)
         try:
-            protection = mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC
-            self._memory = mmap.mmap(-1, mmap.PAGESIZE, prot=protection)
+            os.write(fd, architecture.local)
+            # Not by Python's mmap, which keeps a descriptor of its own.
+            address = _mmap(None, len(architecture.local), mmap.PROT_READ | mmap.PROT_EXEC, mmap.MAP_PRIVATE, fd, 0)
         except OSError:
             return
-        self._memory[: len(architecture.local)] = architecture.local
-        address = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
+        finally:
+            os.close(fd)
         self._function = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_size_t)(address)
 
     def run(self, address: int, count: int, by_call: bool = False) -> None:

@@ -7,7 +7,7 @@ import os
 import struct
 from typing import Iterable, List, Tuple
 
-from spfs.linux.arch import call_numbers
+from spfs.linux.machine import call_numbers
 from stubfs.libc import bind, bind_syscall
 
 KCMP_FILE, KCMP_VM, KCMP_FILES, KCMP_FS = 0, 1, 2, 3  # linux/kcmp.h

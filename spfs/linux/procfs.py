@@ -75,6 +75,16 @@ def parse_status(data: bytes) -> Status:
     )
 
 
+def handles_signal(tid: int) -> bool:
+    """Whether a signal is pending for the task, or for its process, that a handler will be run for: proc(5), status."""
+    sets = {"SigPnd": 0, "ShdPnd": 0, "SigBlk": 0, "SigCgt": 0}
+    for line in read(f"/proc/{tid}/status").decode(errors="replace").splitlines():
+        key, _, value = line.partition(":")
+        if key in sets:
+            sets[key] = int(value, 16)
+    return bool((sets["SigPnd"] | sets["ShdPnd"]) & sets["SigCgt"] & ~sets["SigBlk"])
+
+
 class Lock(NamedTuple):
     """A lock as fdinfo shows it: ``start`` and ``end`` are the first and the last byte, None: the end of the file."""
 

@@ -11,7 +11,7 @@ import ctypes
 import errno
 import os
 import signal
-from typing import MutableSequence, Optional, Tuple
+from typing import MutableSequence, Optional, Sequence, Tuple
 
 from stubfs.libc import bind
 
@@ -32,8 +32,6 @@ _GETSIGMASK = 0x420A
 _SETSIGMASK = 0x420B
 _GET_RSEQ_CONFIGURATION = 0x420F
 _NT_PRSTATUS = 1
-NT_PRFPREG = 2  # x86-64: the 512 bytes of FXSAVE
-NT_X86_XSTATE = 0x202
 
 _WALL = 0x40000000
 _STOPS = os.WSTOPPED | os.WNOHANG | _WALL
@@ -80,15 +78,16 @@ def read_registers(tid: int, size: int, kind: int = _NT_PRSTATUS) -> bytes:
     return buffer.raw[: vector.length]
 
 
-def floating_point_state(tid: int, size: int) -> bytes:
-    """The extended state as XSAVE has it, at most ``size`` bytes; on a processor without XSAVE only what FXSAVE has
-    (``spfs.linux.sigframe`` tells them apart by their length)."""
-    try:
-        return read_registers(tid, size, NT_X86_XSTATE)
-    except OSError as error:
-        if error.errno != errno.ENODEV:
-            raise
-    return read_registers(tid, size, NT_PRFPREG)
+def extended_state(tid: int, size: int, kinds: Sequence[int]) -> bytes:
+    """The vector registers, at most ``size`` bytes, as the first of the register sets ``kinds`` that there is: a
+    processor without XSAVE has only a shorter one."""
+    for kind in kinds[:-1]:
+        try:
+            return read_registers(tid, size, kind)
+        except OSError as error:
+            if error.errno != errno.ENODEV:
+                raise
+    return read_registers(tid, size, kinds[-1])
 
 
 class Registers:

@@ -17,10 +17,10 @@ import re
 import struct
 import time
 from dataclasses import dataclass
-from typing import Dict, Iterable, Sequence, Tuple
+from typing import Dict, Iterable, Tuple
 
 from spfs.linux import procfs, ptrace
-from spfs.linux.arch import Architecture
+from spfs.linux.arch import Architecture, Noted
 
 
 class _Form(enum.Enum):
@@ -60,10 +60,9 @@ _SLEEPS = re.compile(rb"^nr_voluntary_switches\s*:\s*(\d+)", re.MULTILINE)
 
 
 @dataclass
-class _Noted:
-    """A timed wait: the system call with its arguments and stack pointer, when it began, sleeps of the task so far."""
+class _Timed:
+    """A timed wait: when it began, and sleeps of the task so far."""
 
-    call: Sequence[int]
     begin: int  # ns of CLOCK_MONOTONIC
     sleeps: int
 
@@ -75,8 +74,10 @@ class Waits:
         self._architecture = architecture
         numbers = ((architecture.calls.get(name), rule) for name, rule in _CALLS.items())
         self._rules = {number: rule for number, rule in numbers if number is not None}
-        self._noted: Dict[int, _Noted] = {}
+        self._noted: Dict[int, Noted] = {}
+        self._timed: Dict[int, _Timed] = {}
         self._stopped = 0
+        self._number = -1  # of the call whose registers are in the buffer
         self._buffer = ptrace.Registers(architecture.registers)
 
     def note(self, pids: Iterable[int]) -> None:
@@ -94,27 +95,28 @@ class Waits:
 
     def _note(self, tid: int, clock: "_SchedulerClock") -> None:
         words = procfs.read(f"/proc/{tid}/syscall").split()
-        if len(words) < 8 or int(words[0]) not in self._rules:
+        if len(words) < 9 or int(words[0]) not in self._rules:
             return
+        *arguments, pointer, instruction = (int(word, 16) for word in words[1:9])
+        self._noted[tid] = Noted(int(words[0]), tuple(arguments), pointer, instruction)
         form, index = self._rules[int(words[0])]
-        if form in _KEPT or form is _Form.NONE or int(words[1 + index], 16) == 0:
+        if form in _KEPT or form is _Form.NONE or arguments[index] == 0:
             return
-        call = [int(words[0]), *(int(word, 16) for word in words[1:8])]
         last_run, sleeps = _schedule(f"/proc/{tid}/sched")
         fields = procfs.parse_stat(procfs.read(f"/proc/{tid}/stat")).fields
-        self._noted[tid] = _Noted(call, clock.monotonic(last_run, int(fields[36])), sleeps)
+        self._timed[tid] = _Timed(clock.monotonic(last_run, int(fields[36])), sleeps)
 
     def stopped(self, stops: int) -> None:
         """When all stand still. ``stops``: how often each was put to sleep for that. Who slept more often has left
         the call that was noted: it is not known, then, when the present one began, but that it was just now."""
         self._stopped = time.monotonic_ns()
-        for tid, noted in list(self._noted.items()):
+        for tid, timed in list(self._timed.items()):
             try:
                 _, sleeps = _schedule(f"/proc/{tid}/sched")
             except (OSError, ValueError):
                 continue
-            if sleeps > noted.sleeps + stops:
-                del self._noted[tid]
+            if sleeps > timed.sleeps + stops:
+                del self._timed[tid]
 
     def resume(self, tid: int) -> None:
         """In the event stop of a task that has its own registers again: have its call go on if a stop has ended it.
@@ -125,15 +127,18 @@ class Waits:
         words = self._buffer.words
         if not self._buffer.read(tid):
             return  # 32 bits: other numbers, other structures
-        number, result = self._architecture.interrupted_call(words), self._architecture.call_result(words)
-        if number is None or number not in self._rules:
+        call = self._architecture.interrupted(words, self._noted.get(tid))
+        if call is None or call.number not in self._rules:
             return
-        form, index = self._rules[number]
+        form, index = self._rules[call.number]
+        self._number = call.number
         try:
             if form in _KEPT:
-                if result == -_ERESTARTNOHAND:
+                if call.result == -_ERESTARTNOHAND:
                     self._shorten(tid, words[self._architecture.arguments[index]], _KEPT[form])
-            elif result == -errno.EINTR and self._set_time_left(tid, form, index):
+            elif call.result == -errno.EINTR and self._set_time_left(tid, form, index):
+                if not self._architecture.decides_at_the_end and procfs.handles_signal(tid):
+                    return
                 self._architecture.restart_unless_handled(words)
                 self._buffer.write(tid)
         except ProcessLookupError:
@@ -184,12 +189,12 @@ class Waits:
 
     def _left(self, tid: int, limit: int) -> int:
         """ns of ``limit`` that are left; never too few."""
-        words, noted = self._buffer.words, self._noted.get(tid)
+        words, noted, timed = self._buffer.words, self._noted.get(tid), self._timed.get(tid)
         begin = self._stopped
-        if noted is not None:
-            present = [words[position] for position in self._architecture.arguments]
-            if noted.call == [self._architecture.interrupted_call(words), *present, self._pointer]:
-                begin = min(begin, noted.begin)
+        if noted is not None and timed is not None:
+            present = tuple(words[position] for position in self._architecture.arguments)
+            if noted[:3] == (self._number, present, self._pointer):
+                begin = min(begin, timed.begin)
         return max(0, limit - (time.monotonic_ns() - begin))
 
     def _put(self, tid: int, data: bytes) -> int:

@@ -15,6 +15,7 @@ import pytest
 from surgery_kit import Mounts, Victim, compile_c, tasks_stopped
 
 from spfs.linux import ptrace
+from spfs.linux.x86_64 import X86_64
 from spfs.surgery import compare, execution, operation, theatre
 from spfs.testing import process_state, wait_until
 from spfs.tracee import Tracee
@@ -142,7 +143,7 @@ def test_killed_surgeon_without_xsave(
     read = ptrace.read_registers
 
     def without_xsave(tid: int, size: int, kind: int = 1) -> bytes:
-        if kind == ptrace.NT_X86_XSTATE:
+        if kind == X86_64.state_kinds[0]:
             raise OSError(errno.ENODEV, "No such device")
         return read(tid, size, kind)
 

@@ -12,6 +12,7 @@ import pytest
 from surgery_kit import Mounts, Victim, mounts, victim
 
 from spfs.linux import procfs
+from spfs.linux.machine import call_numbers
 
 __all__ = ["mounts", "victim"]
 
@@ -232,7 +233,7 @@ libc = ctypes.CDLL(None)
     other.start(f"os.close(os.open({str(mounts.new / 'f')!r}, os.O_RDONLY))")
     # struct siginfo: si_fd lies behind si_band
     taken = "info = ctypes.create_string_buffer(128); mask = struct.pack('Q', 1 << signal.SIGUSR1 - 1)"
-    victim.run(f"{taken}; number = libc.syscall(128, mask, info, None, 8)")
+    victim.run(f"{taken}; number = libc.syscall({call_numbers()['rt_sigtimedwait']}, mask, info, None, 8)")
     assert victim.run("number == signal.SIGUSR1, struct.unpack_from('i', info.raw, 24)[0] == fd") == (True, True)
     victim.run(f"fcntl.fcntl(fd, {LEASE}, {NOTHING})")
     assert other.result() is None

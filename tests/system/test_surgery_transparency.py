@@ -193,6 +193,7 @@ int main(int argc, char **argv)
 """
 
 
+@pytest.mark.skipif(os.uname().machine != "x86_64", reason="the program uses the vector registers of x86")
 def test_busy_registers(mounts: Mounts, tmp_path: Path) -> None:
     """Interrupted in user space, with the vector registers in use."""
     program = compile_c(tmp_path, BUSY, "-Wno-unused-result", "-O2")

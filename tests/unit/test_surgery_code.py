@@ -9,38 +9,40 @@ import shutil
 import struct
 import subprocess
 from pathlib import Path
-from typing import Dict
+from types import ModuleType
 
 import pytest
 
-from spfs.linux import arch, sigframe
+from spfs.linux import aarch64, arch, x86_64
 from spfs.linux.calls import CallTable, address_of, result_address, run_local
 
-x86_64_only = pytest.mark.skipif(os.uname().machine != "x86_64", reason="the code of another architecture")
+ASSEMBLERS = {"x86_64": "x86_64-linux-gnu", "aarch64": "aarch64-linux-gnu"}
+HEADERS = {"x86_64": "asm/unistd_64.h", "aarch64": "asm-generic/unistd.h"}  # the generic table is aarch64's
+modules = pytest.mark.parametrize("module", [x86_64, aarch64], ids=["x86_64", "aarch64"])
+x86_64_only = pytest.mark.skipif(os.uname().machine != "x86_64", reason="a header of x86_64's")
 
 
-@x86_64_only
-@pytest.mark.skipif(shutil.which("as") is None, reason="no assembler")
+@modules
 @pytest.mark.parametrize("name", ["_CORE", "_SERVER", "_LOCAL"])
-def test_bytes_are_their_listing(tmp_path: Path, name: str) -> None:
+def test_bytes_are_their_listing(tmp_path: Path, name: str, module: ModuleType) -> None:
+    machine = module.__name__.rpartition(".")[2]
+    prefix = "" if machine == os.uname().machine else ASSEMBLERS[machine] + "-"
+    if shutil.which(prefix + "as") is None:
+        pytest.skip(f"no assembler for {machine} (apt install binutils-{ASSEMBLERS[machine].replace('_', '-')})")
     source, thing, raw = tmp_path / "code.s", tmp_path / "code.o", tmp_path / "code.bin"
-    source.write_text(".intel_syntax noprefix\n" + getattr(arch, name + "_LISTING"))
-    subprocess.run(["as", "-o", str(thing), str(source)], check=True)
-    subprocess.run(["objcopy", "-O", "binary", "-j", ".text", str(thing), str(raw)], check=True)
-    assert raw.read_bytes() == getattr(arch, name)
+    syntax = ".intel_syntax noprefix\n" if machine == "x86_64" else ""
+    source.write_text(syntax + getattr(module, name + "_LISTING"))
+    subprocess.run([prefix + "as", "-o", str(thing), str(source)], check=True)
+    subprocess.run([prefix + "objcopy", "-O", "binary", "-j", ".text", str(thing), str(raw)], check=True)
+    assert raw.read_bytes() == getattr(module, name)
 
 
 @pytest.mark.skipif(shutil.which("cc") is None, reason="no compiler")
-@pytest.mark.parametrize(
-    "header, numbers",
-    [
-        pytest.param("asm/unistd_64.h", arch._X86_64_CALLS, marks=x86_64_only),
-        ("asm-generic/unistd.h", arch._AARCH64_CALLS),  # aarch64 has the generic table
-    ],
-)
-def test_call_numbers(header: str, numbers: Dict[str, int]) -> None:
+@pytest.mark.parametrize("machine", [pytest.param("x86_64", marks=x86_64_only), "aarch64"])
+def test_call_numbers(machine: str) -> None:
     """Against the kernel's headers."""
-    source = f"#include <{header}>\n" + "".join(f"NUMBER {name} __NR_{name}\n" for name in numbers)
+    numbers = {"x86_64": x86_64.X86_64, "aarch64": aarch64.AARCH64}[machine].calls
+    source = f"#include <{HEADERS[machine]}>\n" + "".join(f"NUMBER {name} __NR_{name}\n" for name in numbers)
     out = subprocess.run(["cc", "-E", "-P", "-"], input=source, capture_output=True, text=True, check=True).stdout
     found = dict(re.findall(r"NUMBER\s+(\w+)\s+(\d+)", out))
     assert found == {name: str(number) for name, number in numbers.items()}
@@ -73,7 +75,6 @@ def test_tables(by_call: bool) -> None:
         os.close(other)
 
 
-@x86_64_only
 @pytest.mark.parametrize(
     "original, result, expected, back",
     [
@@ -85,26 +86,25 @@ def test_tables(by_call: bool) -> None:
     ],
 )
 def test_frame_restarts_as_the_kernel_would(original: int, result: int, expected: int, back: int) -> None:
-    words = [0] * arch.X86_64.registers
-    words[arch.X86_64.original], words[arch.X86_64.result] = original & (1 << 64) - 1, result & (1 << 64) - 1
-    words[arch.X86_64.instruction_pointer] = 0x1000
+    words = [0] * x86_64.X86_64.registers
+    words[x86_64._ORIGINAL], words[x86_64.X86_64.result] = original & (1 << 64) - 1, result & (1 << 64) - 1
+    words[x86_64.X86_64.instruction_pointer] = 0x1000
     xstate = bytearray(2696)
     struct.pack_into("<Q", xstate, 464, 0x2E7)
-    frame = sigframe.build(struct.pack("<27Q", *words), b"\x01" + bytes(7), bytes(xstate), 0x5000)
+    frame = x86_64.X86_64.frame(struct.pack("<27Q", *words), b"\x01" + bytes(7), bytes(xstate), 0x5000)
     registers = struct.unpack_from("<18q", frame, 40)
     assert (registers[13], registers[16]) == (expected, 0x1000 - back)
     assert struct.unpack_from("<Q", frame, 224) == (0x5000 + 320,) and frame[296:304] == b"\x01" + bytes(7)
     assert struct.unpack_from("<IIQI", frame, 320 + 464) == (0x46505853, 2700, 0x2E7, 2696)
     assert frame[-4:] == struct.pack("<I", 0x46505845)
-    assert sigframe.at(frame, 0x9000) == sigframe.build(
+    assert x86_64.X86_64.frame_at(frame, 0x9000) == x86_64.X86_64.frame(
         struct.pack("<27Q", *words), b"\x01" + bytes(7), bytes(xstate), 0x9000
     )
 
 
-@x86_64_only
 def test_frame_without_extended_state() -> None:
     """Of a processor without XSAVE: 512 bytes, and nothing that announces more (no magic, no UC_FP_XSTATE)."""
     state = bytes(range(256)) * 2
-    frame = sigframe.build(bytes(8 * arch.X86_64.registers), bytes(8), state, 0x5000)
+    frame = x86_64.X86_64.frame(bytes(8 * x86_64.X86_64.registers), bytes(8), state, 0x5000)
     assert struct.unpack_from("<Q", frame) == (0x6,)
     assert frame[320:] == state[:464] + bytes(48)

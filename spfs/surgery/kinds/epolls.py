@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import os
 import stat
-import struct
 from typing import Iterable, Iterator, List
 
 from spfs.linux import procfs, statx
+from spfs.linux.machine import EPOLL_EVENT
 from spfs.references import Kind
 from spfs.surgery.kinds.base import Found, Handler, Scene, from_kernel_device
 from spfs.surgery.program import Program
@@ -19,7 +19,6 @@ from spfs.surgery.records import EpollEntry, FdTable, Holding, Process
 
 _EPOLL_ADD, _EPOLL_DEL = 1, 2
 _STALE = "the descriptor that it was made for is closed (epoll(7), Q6): nobody can change it any more"
-_EVENT = struct.Struct("<IQxxxx")  # struct epoll_event, which is packed on x86-64; its size rounded up
 
 
 class Epolls(Handler):
@@ -52,7 +51,7 @@ class Epolls(Handler):
         if table.epolls:
             for number in sorted(program.exchanged):
                 for entry in _of(table, number):
-                    event = program.put(_EVENT.pack(entry.events, entry.data))
+                    event = program.put(EPOLL_EVENT.pack(entry.events, entry.data))
                     program.add("epoll_ctl", entry.epoll, _EPOLL_ADD, number, event)
 
 
