@@ -28,7 +28,9 @@ class Epolls(Handler):
             found.table.epolls[found.number] = list(_entries(found.number, found.info().lines))
 
     def changed(self, process: Process) -> bool:
-        return any(_read(table) != table.epolls for table in process.tables if _has_pollable(table))
+        return any(
+            _read(table) != table.epolls for table in process.tables if table.epolls and _has_pollable(table)
+        )
 
     def judge(self, scene: Scene) -> None:
         """Report what was registered by a descriptor that nobody has any more: it can be neither removed nor made."""
