@@ -83,11 +83,12 @@ def test_a_name_that_was_reused_is_not_the_file(two_mounts: Tuple[Path, Path], h
     old, new = two_mounts
     os.unlink(old / "file")
     (old / "file").write_text("another")
+    wanted = new.stat().st_dev
     report = switch(SwitchRequest(str(new), None, source=str(old)), lambda stage, details: None)
-    (left,) = report["left"]  # type: ignore[misc]
-    assert (left["pid"], left["kind"], left["path"]) == (holder.pid, "file", None)
-    assert report["moved"] == {"cwd": 1}
-    assert ask(holder)["read"] == "OLD."
+    # It has no name any more: what it held goes along as a file without a name, not as the other one's counterpart.
+    assert report["left"] == [] and report["moved"] == {"file": 1, "cwd": 1}
+    assert ask(holder)["device"] == wanted
+    assert found["read"] == "OLD."
 
 
 @pytest.mark.parametrize(
