@@ -87,8 +87,8 @@ def test_a_name_that_was_reused_is_not_the_file(two_mounts: Tuple[Path, Path], h
     report = switch(SwitchRequest(str(new), None, source=str(old)), lambda stage, details: None)
     # It has no name any more: what it held goes along as a file without a name, not as the other one's counterpart.
     assert report["left"] == [] and report["moved"] == {"file": 1, "cwd": 1}
-    assert ask(holder)["device"] == wanted
-    assert found["read"] == "OLD."
+    found = ask(holder)
+    assert found["device"] == wanted and found["read"] == "OLD."
 
 
 @pytest.mark.parametrize(
