@@ -242,3 +242,31 @@ def test_numbers_go_on_after_a_takeover() -> None:
     old.number = 41
     registry.adopt(old)
     assert registry.add(Mount("b", "restore", "/b")).number == 42 and registry.ever_mounted
+
+
+@pytest.mark.parametrize(
+    "state, by_real, replaced, phase",
+    [
+        (ended(Phase.DONE), False, True, Phase.DONE),
+        (ended(Phase.WAITING), True, True, Phase.DONE),  # its process was killed when all was done
+        (ended(Phase.WAITING), False, False, Phase.WAITING),
+        (ended(Phase.FAILED), True, True, Phase.FAILED),
+        (ended(Phase.FAILED), False, False, Phase.FAILED),
+    ],
+)
+def test_what_became_of_a_mount_whose_file_system_has_ended(
+    state: Callable[[Registry, Managed], None], by_real: bool, replaced: bool, phase: Phase
+) -> None:
+    registry = registry_with("a", mode="stub")
+    managed = ask(registry)
+    state(registry, managed)
+    assert registry.was_replaced(managed, by_real) is replaced
+    assert managed.replacement is not None and managed.replacement.phase is phase
+    if phase is Phase.DONE and by_real:
+        assert managed.replacement.report is not None and managed.replacement.report["left"] == []
+
+
+def test_a_mount_that_was_not_to_be_replaced_yet_was_not() -> None:
+    registry = registry_with("a")
+    assert not registry.was_replaced(registry.get("a"), True)
+    assert not registry.was_replaced(ask(registry, mode="hold"), True)
