@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
-from typing import Optional, Tuple
+from typing import Callable, Optional, Tuple, TypeVar
 
 from stubfs import protocol, syscalls
 from stubfs.backing import Backing, allowed_flags
@@ -16,9 +16,12 @@ from stubfs.handles import HandleTable, OpenFile
 from stubfs.lanes import Worker
 from stubfs.nodes import NodeTable
 from stubfs.objects import Objects, backing_if_any, backing_of, fd_link
-from stubfs.protocol import BODY, SetattrValid
+from stubfs.protocol import BODY, Opcode, SetattrValid
 from stubfs.request import Request
 
+_T = TypeVar("_T")
+_BASIC_STATS = 0x7FF  # STATX_BASIC_STATS, linux/stat.h
+_COPIED_AT_ONCE = 64 * 2**20  # bytes
 # As plain ints: each "&" with an IntFlag costs a microsecond.
 _MODE, _UID, _SIZE, _FH = (
     int(flag) for flag in (SetattrValid.MODE, SetattrValid.UID, SetattrValid.SIZE, SetattrValid.FH)
@@ -36,18 +39,38 @@ class Answers:
         self._objects = objects
 
     def _status(self, request: Request) -> os.stat_result:
-        try:
+        def by_path() -> os.stat_result:
             status = self._objects.by_path(request, Backing.stat)
             self._objects.check(request, status)
             return status
+
+        try:
+            return self._even_if_removed(request, by_path, os.fstat)
+        except PermissionError:
+            return self._objects.by_fd(request, os.fstat)
+
+    def _even_if_removed(self, request: Request, look: Callable[[], _T], by_fd: Callable[[int], _T]) -> _T:
+        """fstat(2) of an open file needs no name, nor does it matter if somebody else has removed it."""
+        try:
+            return look()
         except OSError as error:
-            if error.errno == errno.EACCES:
-                return self._objects.by_fd(request, os.fstat)
-            # fstat(2) of an open file needs no name, nor does it matter if somebody else has removed it.
             fd = self._objects.own_fd(request.node)
             if fd is None or error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ESTALE):
                 raise
-            return os.fstat(fd)
+            return by_fd(fd)
+
+    def statx(self, worker: Worker, request: Request) -> None:
+        """Asked by who wants to know of a birth time."""
+        flags, _, fh, sync, mask = protocol.STATX_IN.unpack_from(request.buffer, BODY)
+
+        def look(fd: int) -> bytes:
+            return syscalls.statx(fd, b"", syscalls.AT_EMPTY_PATH | sync, mask | _BASIC_STATS)
+
+        if flags & protocol.GETATTR_FH:
+            found = look(self._objects.by_handle(worker, request, fh).fd)
+        else:
+            found = self._even_if_removed(request, lambda: self._objects.by_fd(request, look), look)
+        request.answer(protocol.statx_out(request.node, found))
 
     # --- by the object
 
@@ -229,6 +252,18 @@ class Answers:
         worker.identity.assume(worker.identity.of(request.uid, request.gid, request.tid))
         syscalls.fallocate(fd, mode, offset, length)
         request.answer()
+
+    def copy_file_range(self, worker: Worker, request: Request) -> None:
+        source, start, _, target, to, length, flags = protocol.COPY_FILE_RANGE_IN.unpack_from(request.buffer, BODY)
+        if flags:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        from_fd = self._objects.by_handle(worker, request, source).fd
+        to_fd = self._objects.by_handle(worker, request, target).appending(False)
+        worker.identity.assume(worker.identity.of(request.uid, request.gid, request.tid))
+        # Not all of it at once: nothing but the end of this call ends it.
+        copied = os.copy_file_range(from_fd, to_fd, min(length, _COPIED_AT_ONCE), start, to)
+        wide = request.opcode == Opcode.COPY_FILE_RANGE_64
+        request.answer(protocol.U64.pack(copied) if wide else protocol.WRITE_OUT.pack(copied, 0))
 
     def lseek(self, worker: Worker, request: Request) -> None:
         fh, offset, whence, _ = protocol.LSEEK_IN.unpack_from(request.buffer, BODY)

@@ -140,6 +140,11 @@ LSEEK_IN = struct.Struct("=QQII")  # fh offset whence padding
 RENAME_IN = struct.Struct("=Q")  # newdir; two names follow
 RENAME2_IN = struct.Struct("=QII")  # newdir flags padding; two names follow
 INVAL_INODE_OUT = struct.Struct("=Qqq")  # ino offset length
+COPY_FILE_RANGE_IN = struct.Struct("=QQQQQQQ")  # fh_in off_in nodeid_out fh_out off_out len flags
+STATX_IN = struct.Struct("=IIQII")  # getattr_flags reserved fh sx_flags sx_mask
+STATX_OUT = struct.Struct("=QII16x")  # attr_valid, nanoseconds, flags; a struct statx follows
+STATX = struct.Struct("=IIQIIIHHQQQQ")  # mask blksize attributes nlink uid gid mode spare ino size blocks mask; times
+STATX_TIME = struct.Struct("=qI4x")
 GETXATTR_IN = struct.Struct("=II")  # size padding; GETXATTR: the name follows
 GETXATTR_OUT = struct.Struct("=II")
 SETXATTR_IN = struct.Struct("=II")  # size flags; the name and the value follow
@@ -209,6 +214,28 @@ def encode_device(device: int) -> int:
 def attr_out(node: int, status: os.stat_result) -> bytes:
     """A GETATTR or SETATTR reply; never valid for longer than the answer itself."""
     return ATTR_OUT.pack(0, 0, 0) + attr(node, status)
+
+
+def statx_out(node: int, found: bytes) -> bytes:
+    """A STATX reply from a struct statx (FUSE has the same layout), valid for no longer than itself."""
+    return STATX_OUT.pack(0, 0, 0) + found[:32] + U64.pack(node) + found[40:]
+
+
+def basic_statx(status: os.stat_result) -> bytes:
+    """A struct statx with what stat(2) tells, STATX_BASIC_STATS."""
+    times = b"".join(
+        STATX_TIME.pack(*divmod(time, 1_000_000_000))
+        for time in (status.st_atime_ns, 0, status.st_ctime_ns, status.st_mtime_ns)
+    )
+    device = os.major(status.st_rdev), os.minor(status.st_rdev), 0, 0
+    return (
+        STATX.pack(
+            0x7FF, status.st_blksize, 0, status.st_nlink, status.st_uid, status.st_gid, status.st_mode, 0,
+            status.st_ino, status.st_size, status.st_blocks, 0,
+        )  # fmt: skip
+        + times
+        + struct.pack("=IIII112x", *device)
+    )
 
 
 def entry_out(node: int, generation: int, status: os.stat_result) -> bytes:

@@ -35,9 +35,11 @@ OPERATIONS: Dict[str, FrozenSet[int]] = {
         Opcode.TMPFILE,
     )
 }  # fmt: skip
+OPERATIONS["getattr"] = frozenset((Opcode.GETATTR, Opcode.STATX))
+OPERATIONS["copy_file_range"] = frozenset((Opcode.COPY_FILE_RANGE, Opcode.COPY_FILE_RANGE_64))
 OPERATIONS["rename"] = frozenset((Opcode.RENAME, Opcode.RENAME2))
 _SUBJECT = frozenset().union(*OPERATIONS.values())
-_ROOT_ANSWERS = frozenset((Opcode.GETATTR, Opcode.ACCESS, Opcode.GETXATTR, Opcode.LISTXATTR))
+_ROOT_ANSWERS = frozenset((Opcode.GETATTR, Opcode.STATX, Opcode.ACCESS, Opcode.GETXATTR, Opcode.LISTXATTR))
 _DATA = frozenset((Opcode.READ, Opcode.WRITE))
 
 

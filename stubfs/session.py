@@ -88,6 +88,7 @@ class Session:
         self._by_caller: Dict[int, _Handler] = {
             Opcode.LOOKUP: entries.lookup,
             Opcode.GETATTR: self._getattr,
+            Opcode.STATX: self._statx,
             Opcode.SETATTR: answers.setattr,
             Opcode.OPEN: answers.open,
             Opcode.OPENDIR: answers.opendir,
@@ -119,6 +120,8 @@ class Session:
             Opcode.READDIR: answers.readdir,
             Opcode.FALLOCATE: answers.fallocate,
             Opcode.LSEEK: answers.lseek,
+            Opcode.COPY_FILE_RANGE: answers.copy_file_range,
+            Opcode.COPY_FILE_RANGE_64: answers.copy_file_range,
             Opcode.IOCTL: lambda worker, request: request.fail(errno.ENOTTY),
         }
         # Never held: nobody waits for them, or the answer is the same in every mode.
@@ -133,9 +136,7 @@ class Session:
             Opcode.NOTIFY_REPLY: lambda worker, request: None,
         }
         # The kernel does without them from then on, also where it could not wait.
-        for opcode in (
-            Opcode.POLL, Opcode.BMAP, Opcode.STATX, Opcode.COPY_FILE_RANGE, Opcode.COPY_FILE_RANGE_64,
-        ):  # fmt: skip
+        for opcode in (Opcode.POLL, Opcode.BMAP):
             self._at_once[opcode] = self._unknown
 
     # --- life
@@ -278,6 +279,12 @@ class Session:
         status = self._answers.getattr(worker, request)
         if request.node == ROOT_NODE:
             self._root_status = status
+
+    def _statx(self, worker: Worker, request: Request) -> None:
+        if request.node == ROOT_NODE and request.state is not None and request.state.backing is None:
+            request.answer(protocol.statx_out(ROOT_NODE, protocol.basic_statx(self._root_status)))
+            return
+        self._answers.statx(worker, request)
 
     def _access(self, worker: Worker, request: Request) -> None:
         if request.state is not None and request.state.backing is None:

@@ -181,11 +181,15 @@ def umount2(path: bytes, flags: int) -> None:
     _umount2(path, flags)
 
 
+def statx(dir_fd: int, path: bytes, flags: int, mask: int) -> bytes:
+    """A struct statx, of linux/stat.h."""
+    buffer = ctypes.create_string_buffer(256)
+    _statx(dir_fd, path, flags, mask, buffer)
+    return buffer.raw
+
+
 def device_without_sync(path: bytes, dir_fd: int = AT_FDCWD) -> int:
     """st_dev of a path, of which a FUSE server need not be asked (AT_STATX_DONT_SYNC, statx(2))."""
-    buffer = ctypes.create_string_buffer(256)
-    _statx(dir_fd, path, AT_STATX_DONT_SYNC | AT_EMPTY_PATH, 0, buffer)
+    found = statx(dir_fd, path, AT_STATX_DONT_SYNC | AT_EMPTY_PATH, 0)
     # stx_dev_major and stx_dev_minor, struct statx in linux/stat.h
-    major = int.from_bytes(buffer.raw[136:140], "little")
-    minor = int.from_bytes(buffer.raw[140:144], "little")
-    return os.makedev(major, minor)
+    return os.makedev(int.from_bytes(found[136:140], "little"), int.from_bytes(found[140:144], "little"))

@@ -20,6 +20,7 @@ from stubfs_kit import Filesystem, mounted
 
 import stubfs
 from stubfs import protocol, syscalls
+from stubfs.rules import Rule
 
 pytestmark = [pytest.mark.needs_root, pytest.mark.needs_fuse]
 
@@ -29,6 +30,11 @@ def fs(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Filesystem]:
     with mounted(tmp_path, request.param) as filesystem:
         yield filesystem
         assert "ERROR" not in filesystem.log.read_text()
+
+
+def statx(path: Path) -> bytes:
+    """With the birth time, which is at offset 80."""
+    return syscalls.statx(syscalls.AT_FDCWD, bytes(path), 0, 0xFFF)
 
 
 def error_of(action: Callable[[], Any]) -> str:
@@ -275,10 +281,24 @@ class TestContents:
             assert os.copy_file_range(source.fileno(), target.fileno(), 60_000, 0, 0) == 60_000
             target.seek(60_000)
             assert os.sendfile(target.fileno(), source.fileno(), 60_000, 40_000) == 40_000
+            # By the file system, and not by the kernel, which would read and write: a server can do it without a copy.
+            fs.client.set_rules([Rule.parse("fail operations=copy_file_range errno=EIO")])
+            assert error_of(lambda: os.copy_file_range(source.fileno(), target.fileno(), 10, 0, 0)) == "EIO"
         assert (fs.path / "to").read_bytes() == (fs.path / "from").read_bytes()
 
 
 class TestAttributes:
+    def test_birth_times(self, fs: Filesystem) -> None:
+        (fs.path / "file").write_text("")
+        made = protocol.STATX_TIME.unpack_from(statx(fs.path / "file"), 80)
+        assert made > (10**9, 0)
+        if fs.client.status().mode == "proxy":
+            assert made == protocol.STATX_TIME.unpack_from(statx(fs.real / "file"), 80)
+        os.utime(fs.path / "file", (1, 1))
+        assert protocol.STATX_TIME.unpack_from(statx(fs.path / "file"), 80) == made
+        fs.client.mode("stub")
+        assert stat.S_ISDIR(int.from_bytes(statx(fs.path)[28:30], "little"))  # the top answers, as it does to stat(2)
+
     def test_times(self, fs: Filesystem) -> None:
         path = fs.path / "file"
         path.write_text("")

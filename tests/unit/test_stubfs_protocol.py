@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from stubfs import protocol
+from stubfs import protocol, syscalls
 
 STRUCTURES = {
     "fuse_in_header": protocol.IN_HEADER, "fuse_out_header": protocol.OUT_HEADER, "fuse_attr": protocol.ATTR,
@@ -21,6 +21,7 @@ STRUCTURES = {
     "fuse_fallocate_in": protocol.FALLOCATE_IN, "fuse_rename_in": protocol.RENAME_IN,
     "fuse_rename2_in": protocol.RENAME2_IN, "fuse_getxattr_in": protocol.GETXATTR_IN,
     "fuse_getxattr_out": protocol.GETXATTR_OUT, "fuse_statfs_out": protocol.STATFS_OUT,
+    "fuse_copy_file_range_in": protocol.COPY_FILE_RANGE_IN,
     "fuse_write_out": protocol.WRITE_OUT, "fuse_notify_inval_inode_out": protocol.INVAL_INODE_OUT,
 }  # fmt: skip
 
@@ -86,3 +87,17 @@ def test_names() -> None:
     assert protocol.text_at(memoryview(b"no end"), 3, 6) == b"end"
     assert protocol.opcode_name(protocol.Opcode.READ) == "read"
     assert protocol.opcode_name(4711) == "opcode 4711"
+
+
+def test_the_same_by_stat_and_statx(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_text("text")
+    os.utime(path, ns=(-5, 7))
+    found = syscalls.statx(syscalls.AT_FDCWD, bytes(path), 0, 0x7FF)
+    made = protocol.basic_statx(os.stat(path))
+    size = protocol.STATX.size
+    ours, theirs = list(protocol.STATX.unpack_from(made)), list(protocol.STATX.unpack_from(found))
+    ours[2] = theirs[2] = ours[11] = theirs[11] = ours[0] = theirs[0] = 0  # attributes, and the masks
+    assert ours == theirs and len(made) == len(found) == 256
+    atime, ctime = slice(size, size + 16), slice(size + 32, size + 64)
+    assert made[atime] == found[atime] and made[ctime] == found[ctime]
