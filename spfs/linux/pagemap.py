@@ -24,6 +24,7 @@ _RANGES = 1024  # per call
 # The same as bits of an entry's last byte.
 _BYTE_PRESENT, _BYTE_SWAPPED, _BYTE_FILE, _BYTE_GUARD = 0x80, 0x40, 0x20, 0x04
 _ENTRIES = 1 << 19  # read at once
+_MOST_ENTRIES = 1 << 24  # 64 GiB of 4 KiB pages, looked through in a tenth of a second
 
 
 class Range(NamedTuple):
@@ -74,7 +75,7 @@ class PageMap:
         os.close(self._fd)
 
     def pages(self, start: int, end: int) -> Pages:
-        """What lies between two addresses. OSError, such as ESRCH for a process that has ended."""
+        """What lies between two addresses. OSError, such as ESRCH for a process that has ended, and EFBIG."""
         if not self._by_entry:
             try:
                 return self._scan(start, end)
@@ -108,6 +109,8 @@ class PageMap:
 
     def _read(self, start: int, end: int) -> Pages:
         pages = Pages([], [])
+        if (end - start) // PAGESIZE > _MOST_ENTRIES:
+            raise OSError(errno.EFBIG, "it is too large for a kernel without PAGEMAP_SCAN (before Linux 6.7)")
         while start < end:
             count = min(_ENTRIES, (end - start) // PAGESIZE)
             # Of each entry the byte that has the bits in question.

@@ -145,7 +145,11 @@ class Exchange:
                     if flag in region.flags and region.problem is None:
                         region.problem = why
                 if region.problem is None and region.new >= 0:
-                    pages = page_map.pages(region.mapping.start, region.mapping.end)
+                    try:
+                        pages = page_map.pages(region.mapping.start, region.mapping.end)
+                    except OSError as error:
+                        region.problem = f"what is the process's own in it cannot be told: {error.strerror}"
+                        continue
                     self._mappings.append(_Mapping(region, pages))
 
     @property
@@ -324,7 +328,8 @@ def _advise(calls: CallTable, mapping: _Mapping) -> Dict[int, Region]:
         calls.add("madvise", guard.start, guard.end - guard.start, _GUARD_INSTALL)
     if "lo" not in region.flags:
         return {}
-    return {calls.add("mlock2", mapping.start, mapping.length, _MLOCK_ONFAULT if "lf" in region.flags else 0): region}
+    on_fault = bool({"lf", "??"} & region.flags)  # smaps had no letters for it before Linux 6.4
+    return {calls.add("mlock2", mapping.start, mapping.length, _MLOCK_ONFAULT if on_fault else 0): region}
 
 
 def _warn_of_locks(tracee: Tracee, locks: Dict[int, Region], outcome: "array.array[int]") -> None:

@@ -212,7 +212,10 @@ at = mapped({str(mounts.old / 'f')!r}, 1 << 40, READ | WRITE, PRIVATE | 0x4000)
 for place in (0, 1 << 35, (1 << 40) - 1): ctypes.memset(at + place, ord('a'), 1)
 """
     )
-    assert mounts.switch().moved == {"private mapping": 1} and mounts.users() == []
+    report = mounts.switch()
+    if report.left and "6.7" in report.left[0].reason:
+        pytest.skip(report.left[0].reason)
+    assert report.moved == {"private mapping": 1} and mounts.users() == []
     there = "[ctypes.string_at(at + place, 1) for place in (0, 1, 1 << 35, (1 << 40) - 1)]"
     assert victim.run(there) == [b"a", b"\0", b"a", b"a"]
 
@@ -258,7 +261,10 @@ MEMORY_CGROUPS = (("/sys/fs/cgroup/memory", "memory.limit_in_bytes"), ("/sys/fs/
 @pytest.fixture
 def memory_limit() -> Iterator[Callable[[int, int], None]]:
     """A function that puts a process into a cgroup with so many bytes, all told."""
-    top, file = next((Path(top), file) for top, file in MEMORY_CGROUPS if Path(top, "cgroup.procs").exists())
+    there = [(Path(top), file) for top, file in MEMORY_CGROUPS if Path(top, "cgroup.procs").exists()]
+    if not there:
+        pytest.skip("there is no memory controller")
+    top, file = there[0]
     if file == "memory.max":
         (top / "cgroup.subtree_control").write_text("+memory")
     path = top / f"spfs-test-{os.getpid()}-memory"
