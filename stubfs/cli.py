@@ -68,7 +68,9 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("-o", metavar="OPTIONS", dest="options", action="append", default=[],
                         help="mount options, see below; may be repeated")  # fmt: skip
     result.add_argument("--ready-fd", metavar="N", type=int, help="write one newline there when all is ready")
-    result.add_argument("--lifeline-fd", metavar="N", type=int, help="end when the other end of this pipe is closed")
+    end = result.add_mutually_exclusive_group()
+    end.add_argument("--lifeline-fd", metavar="N", type=int, help="end when the other end of this pipe is closed")
+    end.add_argument("--exit-with-pid", metavar="PID", type=int, help="unmount and end when this process has ended")
     result.add_argument("--log", metavar="FILE", help="append messages to FILE")
     result.add_argument("--record", metavar="FILE", help="append who waited, for what and how long, as JSON lines")
     result.add_argument("--log-format", choices=logs.FORMATS, default="text", help="json: one object a line")
@@ -118,6 +120,8 @@ def _run(arguments: List[str]) -> int:
         except (OSError, OverflowError) as error:
             raise UsageError(f"cannot use {name} {fd}: {reason(error)}", "pass an open descriptor") from error
     daemon.close_inherited(fd for fd in (device, ready, lifeline) if fd is not None)
+    if settings.exit_with_pid is not None:
+        lifeline = _pidfd(settings.exit_with_pid)
     socket_path = os.path.abspath(settings.socket_path) if settings.socket_path is not None else None
     proxy_directory = os.path.abspath(settings.proxy_dir) if settings.proxy_dir is not None else None
     record = os.path.abspath(settings.record) if settings.record is not None else None
@@ -135,13 +139,14 @@ def _run(arguments: List[str]) -> int:
         except OSError:
             pass  # nobody wants to know any more
         os.close(ready)
+    server.serve(lifeline)
+
+
+def _pidfd(pid: int) -> int:
     try:
-        server.run(lifeline)
-    finally:
-        server.leave()
-        logging.shutdown()
-        # A thread may be inside read(2) of the device, or of a real file system that hangs: join none of them.
-        os._exit(0)
+        return os.pidfd_open(pid)
+    except (OSError, OverflowError) as error:
+        raise UsageError(f"cannot end with process {pid}: {reason(error)}", "give the id of one that runs") from error
 
 
 def _parse(arguments: List[str]) -> Tuple[argparse.Namespace, MountOptions]:

@@ -10,7 +10,7 @@ import signal
 import socket
 import threading
 from functools import partial
-from typing import Callable, Iterable, List, Optional, Sequence
+from typing import Callable, Iterable, List, NoReturn, Optional, Sequence
 
 from stubfs import fusemount, wire
 from stubfs.backing import Staging
@@ -183,8 +183,19 @@ class Daemon:
         except OSError:
             pass  # full: it is awake
 
+    def serve(self, lifeline: Optional[int] = None) -> NoReturn:
+        """run(), leave(), and the end of the process."""
+        try:
+            self.run(lifeline)
+        finally:
+            self.leave()
+            logging.shutdown()
+            # A thread may be inside read(2) of the device, or of a real file system that hangs: join none of them.
+            os._exit(0)
+
     def run(self, lifeline: Optional[int] = None) -> None:
-        """Until the mount is gone, a signal or a client ends it, or nobody holds the pipe ``lifeline`` any more."""
+        """Until the mount is gone, a signal or a client ends it, nobody holds the pipe ``lifeline`` any more, or the
+        process has ended of which it is a pidfd."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: None)
         signal.signal(signal.SIGHUP, signal.SIG_IGN)

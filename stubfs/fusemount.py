@@ -137,7 +137,6 @@ class OwnMount:
 
     def __init__(self, mountpoint: str, options: MountOptions) -> None:
         self.mountpoint = mountpoint
-        self._by_fusermount = False
         try:
             try:
                 self.device_fd, mount_fd = fuse_mount(
@@ -147,7 +146,6 @@ class OwnMount:
                 if error.errno != errno.EPERM:
                     raise
                 self.device_fd = _fusermount(mountpoint, options)
-                self._by_fusermount = True
             else:
                 try:
                     syscalls.move_mount(mount_fd, os.fsencode(mountpoint))
@@ -169,16 +167,22 @@ class OwnMount:
         """Lazily, so that whoever still uses it does not keep it on the path. Never what somebody else put there."""
         path = os.fsencode(self.mountpoint)
         try:
-            if self._device is None or syscalls.device_without_sync(path) != self._device:
-                return
-            if self._by_fusermount:
-                import subprocess
-
-                subprocess.run([_fusermount_path(), "-u", "-z", "-q", self.mountpoint], check=False)
-            else:
-                syscalls.umount2(path, syscalls.MNT_DETACH)
+            if self._device is not None and syscalls.device_without_sync(path) == self._device:
+                detach(self.mountpoint)
         except OSError:
             return  # not on the path any more
+
+
+def detach(mountpoint: str) -> None:
+    """Unmount lazily; without root a FUSE mount of our own, by fusermount. OSError as umount2(2)."""
+    try:
+        syscalls.umount2(os.fsencode(mountpoint), syscalls.MNT_DETACH)
+    except PermissionError as error:
+        import subprocess
+
+        done = subprocess.run([_fusermount_path(), "-u", "-z", "-q", "--", mountpoint], check=False)
+        if done.returncode:
+            raise error
 
 
 # Without root starting is slower anyway: what only that needs is imported there.
@@ -231,4 +235,10 @@ def _fusermount(mountpoint: str, options: MountOptions) -> int:
         if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
             return int(array.array("i", content[:4])[0])
     text = os.fsdecode(message).strip().replace("\n", "; ") or f"fusermount ended with {process.returncode}"
+    if text.endswith(os.strerror(errno.EPERM)):  # what mount(2) said
+        raise MissingFeatureError(
+            f"cannot mount on {mountpoint}: {text}",
+            "fusermount must be setuid root, and neither a container nor no_new_privs may take that away: become root",
+            errno.EPERM,
+        )
     raise StubfsError(f"cannot mount on {mountpoint}: {text}", "become root, or mend what fusermount says", errno.EPERM)

@@ -51,6 +51,11 @@ class HeldRequest:
     age: float
     command: str
 
+    def __str__(self) -> str:
+        where = "/".join(part for part in (self.path, self.name) if part) or ("the root" if self.path == "" else "?")
+        who = f"process {self.pid} ({self.command})" if self.pid else "the kernel"
+        return f"{self.operation} of {where} by {who}, for {self.age:.1f} s"
+
 
 @dataclass(frozen=True)
 class Handle:

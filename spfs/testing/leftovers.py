@@ -1,47 +1,14 @@
-"""What tests of programs on delayed mounts need, and the project's own tests use: waiting, and leftovers.
-
-Works without pytest. Nothing here is used by the manager or the file system.
-"""
+"""What a test can leave behind, found by comparing what was there before it with what is there after it."""
 
 from __future__ import annotations
 
 import os
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Callable, Dict, FrozenSet, Iterator, List, Optional, TypeVar
-
-import psutil
-
-from spfs.linux import procfs
-
-T = TypeVar("T")
+from typing import Callable, Dict, FrozenSet, Iterator, List, Optional
 
 MARK = "SPFS_TEST_RUN"
 """Environment variable by which every process that a test started is found again, whoever its parent is now."""
-
-
-def wait_until(condition: Callable[[], T], timeout: float = 10.0, what: str = "") -> T:
-    """The first true result of ``condition``, which is asked every few milliseconds; TimeoutError after ``timeout`` s.
-
-    For what the kernel gives no event for (a state in /proc); where there is one, wait for that.
-    """
-    deadline = time.monotonic() + timeout
-    while True:
-        result = condition()
-        if result:
-            return result
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"not within {timeout} s: {what or condition}")
-        time.sleep(0.002)
-
-
-def process_state(pid: int) -> str:
-    """The state letter of /proc/PID/stat ("R", "S", "D", "T", "t", "Z" …); "" if there is no such process."""
-    try:
-        return procfs.parse_stat(procfs.read(f"/proc/{pid}/stat")).state
-    except (FileNotFoundError, ProcessLookupError):
-        return ""
 
 
 @dataclass(frozen=True)
@@ -77,6 +44,8 @@ def snapshot(below: str, mark: Optional[str] = None, cgroups: Callable[[], List[
 
 
 def _processes(below: str, mark: str) -> Dict[int, str]:
+    import psutil  # here, because not every user of the package looks for processes
+
     found = {}
     ours = {os.getpid(), os.getppid()}  # pytest, which can have been told the directory
     for process in psutil.process_iter():
