@@ -277,3 +277,48 @@ def test_the_file_system_is_killed_after_it_was_left_with_a_reference(scene: Sce
     works(scene, user)
     assert user.run("try: os.read(here, 1)\nexcept OSError as error: number = error.errno") is None
     assert user.run("number") in (errno.ENOTCONN, errno.ECONNABORTED)
+
+
+@paused_at("mounted")
+def test_what_was_left_is_let_go_while_it_is_asked_for_again(scene: Scene, user: Victim) -> None:
+    """The file system ends under the second replace, which finds that nothing is left to be done."""
+    scene.client.mode("restore")
+    scene.scaffold(only_here=10)
+    user.run("here = os.open('only_here', os.O_RDONLY)")
+    scene.client.mode("stub")
+    for expected in (1, 0):
+        scene.ask(freeze_cgroup=scene.cgroup("v1", user.pid))
+        scene.manager.reached()
+        if not expected:
+            user.run("os.close(here)")
+            wait_until(lambda: not alive(scene.filesystem))
+        scene.manager.go()
+        report = scene.wait()
+        assert len(report["left"]) == expected and report["ended"] is not bool(expected)
+    assert any("an earlier replace had done it" in note for note in report["notes"])
+    works(scene, user)
+    scene.replaced()
+    wait_until(lambda: not scene.client.status()["mounts"])
+    assert scene.row()["end"] == "replaced"
+
+
+@paused_at("mounted")
+def test_a_file_system_that_is_killed_when_something_was_left_is_an_error(scene: Scene, user: Victim) -> None:
+    """Though nothing of it is on any path, somebody holds something of it."""
+    scene.client.mode("restore")
+    scene.scaffold(only_here=10)
+    user.run("here = os.open('only_here', os.O_RDONLY)")
+    scene.client.mode("stub")
+    scene.ask()
+    scene.manager.reached()
+    scene.manager.go()
+    assert len(scene.wait()["left"]) == 1
+    scene.ask()
+    scene.manager.reached()
+    os.kill(scene.filesystem, signal.SIGKILL)
+    wait_until(lambda: not alive(scene.filesystem))
+    scene.manager.go()
+    with pytest.raises(SpfsError, match="has ended"):
+        scene.wait()
+    runs(scene)
+    works(scene, user)
