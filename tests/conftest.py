@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import runpy
 import signal
 import uuid
 from pathlib import Path
@@ -28,6 +29,11 @@ MARKERS = {
 
 def pytest_configure(config: pytest.Config) -> None:
     os.environ[MARK] = RUN  # inherited by every process that a test starts
+    if os.environ.get("SPFS_MESSAGES"):
+        os.environ["SPFS_MESSAGES"] = os.path.abspath(os.environ["SPFS_MESSAGES"])
+        recorder = str(Path(__file__).with_name("messages"))
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [recorder, os.environ.get("PYTHONPATH")]))
+        runpy.run_path(f"{recorder}/sitecustomize.py")  # for this process, which has started without it
     if features.probe("root").available:
         # Whoever clones the mount namespace of a test, for a container, say, or in other tests that run at the same
         # time, gets copies of the mounts that are there just then, and keeps their file systems alive.

@@ -16,7 +16,8 @@ from spfs.errors import SpfsError
 from spfs.testing import wait_until
 
 TOP = Path(__file__).parents[2]
-ENVIRONMENT = {"PYTHONPATH": str(TOP)}
+# With what is there already: the recorder of messages, if there is one.
+ENVIRONMENT = {"PYTHONPATH": os.pathsep.join(filter(None, [str(TOP), os.environ.get("PYTHONPATH")]))}
 TIMEOUT = 20.0
 
 

@@ -27,7 +27,7 @@ def command(*arguments: str) -> List[str]:
 
 
 def environment() -> "dict[str, str]":
-    return {**os.environ, "PYTHONPATH": str(TOP)}
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(TOP), os.environ.get("PYTHONPATH")]))}
 
 
 class Process:
