@@ -125,7 +125,9 @@ class ManagerClient:
         except socket.timeout as error:
             self.close()
             raise SpfsError(
-                f"cannot get an answer from the manager: {self.socket_path}: it took too long", "", errno.ETIMEDOUT
+                f"cannot get an answer from the manager: {self.socket_path}: it took too long",
+                "it goes on with what it was asked: see status",
+                errno.ETIMEDOUT,
             ) from error
         except (BrokenPipeError, ConnectionResetError) as error:
             self.close()

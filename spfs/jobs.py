@@ -231,17 +231,17 @@ def _report(kind: str, function: Callable[[Context], None], context: Context) ->
             context.deliver({})
         return 0
     except Cancelled:
-        error = SpfsError(f"cannot finish the {kind}: it was aborted", "", errno.ECANCELED)
+        error = SpfsError(f"cannot finish the {kind}: it was aborted", "ask for it again", errno.ECANCELED)
         context.fail(error, cancelled=True)
     except StubfsError as known:
         context.fail(known)
     except ConnectionError as gone:
         if context.delivered:
             return 1  # nobody is left to be told
-        context.fail(SpfsError(f"cannot do the {kind}: {reason(gone)}", "", gone.errno or errno.EIO))
+        context.fail(SpfsError(f"cannot do the {kind}: {reason(gone)}", "see the log", gone.errno or errno.EIO))
     except OSError as system:
         on = f": {system.filename}" if system.filename else ""
-        context.fail(SpfsError(f"cannot do the {kind}{on}: {reason(system)}", "", system.errno or errno.EIO))
+        context.fail(SpfsError(f"cannot do the {kind}{on}: {reason(system)}", "see the log", system.errno or errno.EIO))
     except Exception as bug:
         log.exception("job %s", kind)
         context.fail(SpfsError(f"cannot do the {kind}: {bug!r}", "this is a defect: the log has more", errno.EIO))

@@ -85,7 +85,8 @@ class ModeChanges(Replaces):
         running = self._running.get(managed.number)
         what = change["command"]
         if running is None:
-            return done(SpfsError(f"cannot change the {what} of mount {managed.id!r}: it is gone", "", errno.ENOENT))
+            gone = f"cannot change the {what} of mount {managed.id!r}: it is gone"
+            return done(SpfsError(gone, "see status", errno.ENOENT))
 
         def begin() -> None:
             fds = [directory] if directory >= 0 else []

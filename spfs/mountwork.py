@@ -29,6 +29,8 @@ log = logging.getLogger(__name__)
 STATUS_TIMEOUT = 1.0  # seconds for a file system to answer what is merely shown
 LISTING_TIMEOUT = 15.0  # seconds for all that it holds: some ten microseconds each on an idle machine
 
+_MORE_PROCESSES = "end some, or raise the limit on processes, and ask again"
+
 Done = Callable[[Optional[StubfsError], Dict[str, Any]], None]
 """Told once how something ended: with an error, or with its data."""
 
@@ -83,12 +85,13 @@ class MountWork:
     ) -> Job:
         """SpfsError if no process can be made. ``ended`` is called from the loop, never from here."""
         if self._stopping:
-            raise SpfsError(f"cannot do the {kind}: the manager is shutting down", "", errno.ESHUTDOWN)
+            raise SpfsError(f"cannot do the {kind}: the manager is shutting down", "ask the next one", errno.ESHUTDOWN)
         try:
             job = jobs.start(kind, function, on_progress, keep, result_file)
         except OSError as error:
             number = error.errno or errno.EAGAIN
-            raise SpfsError(f"cannot do the {kind}: no new process: {error.strerror}", "", number) from error
+            what = f"cannot do the {kind}: no new process: {reason(error)}"
+            raise SpfsError(what, _MORE_PROCESSES, number) from error
         self._jobs.add(job)
         outcomes: List[Outcome] = []
 

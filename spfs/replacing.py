@@ -175,7 +175,8 @@ class Replaces(MountWork):
             wanted = managed.replacement
             job = self._running[managed.number].job
             if wanted is not None and wanted.phase in PENDING:
-                error = SpfsError(f"cannot finish the replace of {managed.id!r}: it was aborted", "", errno.ECANCELED)
+                what = f"cannot finish the replace of {managed.id!r}: it was aborted"
+                error = SpfsError(what, "ask for it again", errno.ECANCELED)
                 self.registry.replace_ended(managed, Phase.ABORTED, None, error_data(error))
                 self._save(managed)
                 self._wake(managed)

@@ -50,7 +50,11 @@ class WorkDirectory:
                 pass
             status = os.stat(path)
             if status.st_uid != os.geteuid():
-                raise SpfsError(f"cannot use the work directory {path}: it belongs to uid {status.st_uid}")
+                raise SpfsError(
+                    f"cannot use the work directory {path}: it belongs to uid {status.st_uid}",
+                    "choose another: --work-dir",
+                    errno.EPERM,
+                )
             if self.created is False and status.st_mode & 0o022:
                 raise SpfsError(
                     f"cannot use the work directory {path}: others may write to it", f"chmod go-w {path}", errno.EPERM

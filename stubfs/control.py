@@ -62,7 +62,8 @@ class Control:
                     except OSError as error:
                         if error.errno not in (errno.EPROTO, errno.EMSGSIZE):
                             raise
-                        self._reply(client, -error.errno, {"message": f"bad packet: {reason(error)}", "hint": ""})
+                        what = f"cannot read the request: {reason(error)}"
+                        self._reply(client, -error.errno, {"message": what, "hint": ""})
                         continue
                     if packet is None:
                         return
@@ -89,7 +90,9 @@ class Control:
             handler = self._commands.get(command) if isinstance(command, str) else None
             if handler is None:
                 raise UsageError(
-                    f"unknown command: {str(command)[:100]}", f"one of: {', '.join(self._commands)}", errno.EINVAL
+                    f"cannot read the request: unknown command: {str(command)[:100]}",
+                    f"one of: {', '.join(self._commands)}",
+                    errno.EINVAL,
                 )
             answer, fds = handler(Call(request, descriptors, client))
             status = 0
@@ -98,7 +101,7 @@ class Control:
         except StubfsError as error:
             status, answer = -error.errno, {"message": error.message, "hint": error.hint}
         except ValueError as error:
-            status, answer = -errno.EINVAL, {"message": f"bad request: {error}", "hint": ""}
+            status, answer = -errno.EINVAL, {"message": f"cannot read the request: {error}", "hint": ""}
         except OSError as error:
             status, answer = -(error.errno or errno.EIO), {"message": reason(error), "hint": ""}
         except Exception as error:

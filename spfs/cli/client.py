@@ -82,7 +82,8 @@ def _mode(options: argparse.Namespace) -> None:
     from stubfs.client import FilesystemClient
 
     if (options.mode == "proxy") != (options.path_to_send is not None):
-        raise UsageError("cannot change the mode: --path_to_send is needed with --mode proxy, and only there")
+        what = "cannot change the mode: --path_to_send is needed with --mode proxy, and only there"
+        raise UsageError(what, "it names the directory that requests shall go to")
     directory: Optional[int] = None
     try:
         if options.path_to_send is not None:

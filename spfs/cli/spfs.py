@@ -243,7 +243,7 @@ def _mode(options: argparse.Namespace, client: ManagerClient) -> None:
 def _rules(options: argparse.Namespace, client: ManagerClient) -> None:
     id = _chosen(options)
     if options.rule and options.none:
-        raise UsageError("cannot set the rules: --rule and --none contradict each other")
+        raise UsageError("cannot set the rules: --rule and --none contradict each other", "give one of them")
     if options.rule or options.none:
         _print(options, {"mounts": client.set_rules([Rule.parse(text) for text in options.rule], id)})
         return
@@ -260,7 +260,7 @@ def _replace(options: argparse.Namespace, client: ManagerClient) -> None:
             )
         _print(options, {"mounts": client.begin(options.begin, id)})
     elif id is None or options.source is None or options.type is None:
-        raise UsageError("cannot replace: an id, --source and --type are needed together")
+        raise UsageError("cannot replace: an id, --source and --type are needed together", "give all three")
     else:
         phase = client.replace(
             id,
