@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
 from pathlib import Path
 from typing import Iterator
 
 import pytest
-from criu_kit import World
+from criu_kit import TIMEOUT, World, spfs_criu
+from surgery_kit import compile_c
+
+from spfs.testing import process_state, wait_until
 
 pytestmark = [pytest.mark.needs_root, pytest.mark.needs_fuse, pytest.mark.needs_ptrace, pytest.mark.needs_criu]
 
@@ -42,3 +47,60 @@ def test_the_main_road(world: World) -> None:
     assert reports["data"]["moved"] == {"file": 1} and not reports["data"]["left"], reports
     world.replaced()
     assert subject.run("os.fstat(fd).st_dev") == os.stat(world.real).st_dev
+
+
+PROGRAM = r"""
+#include <fcntl.h>
+#include <signal.h>
+#include <string.h>
+#include <unistd.h>
+
+static char dirty[100000] = "initial";
+
+int main(int argc, char **argv)
+{
+    sigset_t set;
+    int sig, fd;
+
+    for (fd = 0; fd < 3; fd++)
+        close(fd);
+    sigemptyset(&set);
+    sigaddset(&set, SIGUSR1);
+    sigprocmask(SIG_BLOCK, &set, NULL);
+    strcpy(dirty + 50000, "changed");
+    for (;;) {
+        fd = open(argv[1], O_WRONLY | O_CREAT | O_APPEND, 0644);
+        if (write(fd, dirty, strlen(dirty)) < 0 || write(fd, dirty + 50000, strlen(dirty + 50000)) < 0)
+            return 1;
+        close(fd);
+        sigwait(&set, &sig);
+    }
+}
+"""
+
+
+def test_a_program_that_runs_from_the_mount(world: World) -> None:
+    """Its code is the file's: a page that it has not needed yet is one of the real file, never of the stand-in."""
+    world.bind()
+    compiled = Path(compile_c(world.base, PROGRAM, "-static"))
+    (world.export / "program").write_bytes(compiled.read_bytes())
+    (world.export / "program").chmod(0o755)
+    out = world.base / "out"
+    with subprocess.Popen([world.mnt / "program", out], start_new_session=True, cwd="/") as process:
+        wait_until(lambda: out.exists() and out.read_text() == "initialchanged", TIMEOUT)
+        spfs_criu("dump", "-t", str(process.pid), "-D", str(world.images), "--delayed", world.delayed)
+    pid = process.pid
+    assert f"program of {pid}" in spfs_criu("files", str(world.images))
+    world.unbind()
+    world.server_goes()
+    world.restore()
+    try:
+        os.kill(pid, signal.SIGUSR1)
+        world.server_comes()
+        wait_until(lambda: out.read_text() == "initialchanged" * 2, TIMEOUT, "the program to go on")
+        report = world.wait()["data"]
+        assert report["left"] == [] and report["ended"], report
+        assert os.stat(f"/proc/{pid}/exe").st_dev == os.stat(world.real).st_dev
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        wait_until(lambda: process_state(pid) in ("", "Z"), TIMEOUT)
