@@ -11,6 +11,7 @@ from typing import List, Mapping, Optional, Sequence
 
 import spfs
 from spfs.criu.delayed import DelayedMount
+from spfs.criu.restoration import STATE, TOKEN_VARIABLE
 from spfs.errors import MissingFeatureError, SpfsError, UsageError, reason
 
 
@@ -100,21 +101,44 @@ def check(what: str, status: int, images: str) -> None:
         raise error
 
 
-STAGES = ("pre-restore", "post-restore", "pre-resume", "post-resume", "post-dump")
+_SCRIPT = """\
+#!/bin/sh
+# CRIU's action script for delayed mounts, made by spfs-criu of @TOP@.
+case "$CRTOOLS_SCRIPT_ACTION" in
+pre-restore | post-dump) ;;
+post-restore | pre-resume | post-resume)
+    # The guard of this restore does it; without one an interpreter must be started.
+    read -r stat </proc/$PPID/stat
+    case "$stat" in
+    *"(criu)"*)
+        set -- ${stat##*) }
+        state=@STATE@/${@TOKEN@:-$PPID.${20}}
+        [ -d "$state" ] || exit 0
+        if read -r guard 2>/dev/null <"$state/pid" && [ -d "/proc/$guard" ]; then
+            exec 4<"$state/answer"
+            echo "$CRTOOLS_SCRIPT_ACTION $CRTOOLS_INIT_PID" >"$state/guard"
+            if read -r status message <&4; then
+                [ -z "$message" ] || echo "$message" >&2
+                exit "$status"
+            fi
+        fi ;;
+    esac ;;
+*) exit 0 ;;
+esac
+exec @PYTHON@ -I -S -c @CODE@
+"""
 
 
 def action_script() -> str:
-    """A shell script for CRIU: of the many stages it starts an interpreter only for those where there is work, and
-    without what an interpreter does at its start for programs that use packages."""
+    """A shell script for CRIU: of the many stages it starts an interpreter only for those where nobody else can do the
+    work, and without what an interpreter does at its start for programs that use packages."""
     top = os.path.dirname(os.path.dirname(os.path.abspath(spfs.__file__)))
     code = f"import sys; sys.path.insert(0, {top!r}); from spfs.cli.criu import action; action()"
-    return f"""\
-#!/bin/sh
-# CRIU's action script for delayed mounts, made by spfs-criu of {top}.
-case "$CRTOOLS_SCRIPT_ACTION" in
-{"|".join(STAGES)}) exec {_quoted(sys.executable)} -I -S -c {_quoted(code)} ;;
-esac
-"""
+    values = {"TOP": top, "STATE": STATE, "TOKEN": TOKEN_VARIABLE, "PYTHON": sys.executable, "CODE": code}
+    text = _SCRIPT
+    for name, value in values.items():
+        text = text.replace(f"@{name}@", _quoted(value) if name in ("PYTHON", "CODE") else value)
+    return text
 
 
 def _quoted(text: str) -> str:

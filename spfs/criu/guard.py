@@ -1,6 +1,7 @@
 """Who waits beside CRIU: if it ends before it has let the processes go, no mount of ours may stay behind.
 
-CRIU calls no script for a restore that fails, and it may be killed.
+CRIU calls no script for a restore that fails, and it may be killed. As it is there, it also does what later stages ask
+for: the script then needs no interpreter of its own, which at several stages would be most of what a restore costs.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import logging
 import os
 import select
 import signal
+from typing import Callable, Optional, Tuple
 
 from spfs.criu.restoration import Restoration
 from stubfs.errors import StubfsError
@@ -16,22 +18,35 @@ from stubfs.errors import StubfsError
 log = logging.getLogger(__name__)
 
 
-def start(restoration: Restoration, criu: int) -> None:
+Perform = Callable[[str, Optional[int]], str]
+"""Do a stage's part, of which the process ``pid`` is the restored tree's first; what is to be answered."""
+
+
+def start(restoration: Restoration, criu: int, perform: Perform) -> None:
     """Fork one for the CRIU process ``criu``, unless there is one already."""
     try:
         os.mkfifo(restoration.guard_path, 0o600)
     except FileExistsError:
         return
-    fifo = os.open(restoration.guard_path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    os.mkfifo(restoration.answer_path, 0o600)
+    # For both directions: no writer's close is then an end, and whoever opens the other end need not wait for us.
+    asked, answers = (os.open(path, os.O_RDWR | os.O_CLOEXEC) for path in _fifos(restoration))
     pidfd = os.pidfd_open(criu)
-    if os.fork() == 0:
+    pid = os.fork()
+    if pid == 0:
         try:
-            _detach(fifo, pidfd)
-            _guard(restoration, fifo, pidfd)
+            _detach(asked, answers, pidfd)
+            _guard(restoration, asked, answers, pidfd, perform)
         finally:
             os._exit(0)
-    os.close(fifo)
-    os.close(pidfd)
+    for fd in (asked, answers, pidfd):
+        os.close(fd)
+    with open(restoration.pid_path, "w") as file:
+        file.write(f"{pid}\n")
+
+
+def _fifos(restoration: Restoration) -> Tuple[str, str]:
+    return restoration.guard_path, restoration.answer_path
 
 
 def _detach(*keep: int) -> None:
@@ -50,13 +65,22 @@ def _detach(*keep: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def _guard(restoration: Restoration, fifo: int, pidfd: int) -> None:
+def _guard(restoration: Restoration, asked: int, answers: int, pidfd: int, perform: Perform) -> None:
     poll = select.poll()
-    poll.register(fifo, select.POLLIN)
+    poll.register(asked, select.POLLIN)
     poll.register(pidfd, select.POLLIN)
-    ready = [fd for fd, _ in poll.poll()]
-    if fifo in ready:
-        return
+    while restoration.known:
+        ready = [fd for fd, _ in poll.poll()]
+        if asked not in ready:
+            return _clean_up(restoration)
+        for line in os.read(asked, 4096).decode().splitlines():  # a request is one write
+            stage, _, pid = line.partition(" ")
+            if stage == "end":
+                return
+            os.write(answers, f"{perform(stage, int(pid) if pid else None)}\n".encode())
+
+
+def _clean_up(restoration: Restoration) -> None:
     try:
         restoration.abandon()
     except (StubfsError, OSError) as error:

@@ -179,8 +179,9 @@ class Restoration:
         for mount in mounts:
             _remove(os.rmdir, self.hidden(mount))
         _remove(os.rmdir, os.path.join(self.directory, _HIDDEN))
-        for path in (self.guard_path, self.script, os.path.join(self.directory, record.NAME)):
+        for path in (self.guard_path, self.answer_path, self.pid_path, self.script):
             _remove(os.unlink, path)
+        _remove(os.unlink, os.path.join(self.directory, record.NAME))
         _remove(os.rmdir, self.directory)
 
     @property
@@ -190,8 +191,17 @@ class Restoration:
 
     @property
     def guard_path(self) -> str:
-        """The fifo by which the guard is told that all is well."""
+        """The fifo by which the guard is asked to do a stage's part, and told that all is well."""
         return os.path.join(self.directory, "guard")
+
+    @property
+    def answer_path(self) -> str:
+        """The fifo on which it answers."""
+        return os.path.join(self.directory, "answer")
+
+    @property
+    def pid_path(self) -> str:
+        return os.path.join(self.directory, "pid")
 
     @contextmanager
     def _manager(self, start: bool = False) -> Iterator[Restore]:
@@ -272,5 +282,5 @@ def _tell(fifo: str) -> None:
         fd = os.open(fifo, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError:
         return  # there is no guard
-    os.write(fd, b"x")
+    os.write(fd, b"end\n")
     os.close(fd)

@@ -23,6 +23,7 @@ from spfs.criu.restoration import TOKEN_VARIABLE, Restoration
 from spfs.errors import SpfsError
 from spfs.linux import mountinfo
 from spfs.processes import start_time
+from stubfs.errors import StubfsError
 
 CONFIGURATION = "/etc/spfs/criu.json"
 LOG = "/run/spfs-criu.log"
@@ -64,6 +65,18 @@ def act(environment: Mapping[str, str]) -> None:
         stage(call)
 
 
+def _for_script(call: Call, stage: str, pid: Optional[int]) -> str:
+    """Do a later stage of the same restore; exit code and message for the script."""
+    call.pid = pid
+    try:
+        _STAGES[stage](call)
+    except (StubfsError, OSError) as error:
+        message = f"spfs-criu: {stage}: {error}"
+        log(message)
+        return f"{getattr(error, 'exit_code', 1)} {message}"
+    return "0"
+
+
 def log(message: str) -> None:
     """Keep it where it is found: through its RPC CRIU shows nobody what a script says."""
     try:
@@ -85,7 +98,7 @@ def _pre_restore(call: Call) -> None:
     _leave_cgroups()
     try:
         restoration.prepare()
-        guard.start(restoration, call.criu)
+        guard.start(restoration, call.criu, lambda stage, pid: _for_script(call, stage, pid))
     except BaseException:
         restoration.forget()
         raise
