@@ -8,7 +8,6 @@ from __future__ import annotations
 import errno
 import os
 import stat
-import subprocess
 import sys
 from dataclasses import dataclass
 from types import TracebackType
@@ -220,6 +219,8 @@ def set_env(
 
 def start_manager(work_dir: str, socket_path: str, *, exit_with_spfs: bool = True, verbosity: int = 0) -> None:
     """Start a manager as a daemon; it accepts on return. SpfsError with what it said if it cannot."""
+    import subprocess  # by whom a manager must be started, not by all who restore
+
     command = [sys.executable, "-m", "spfs.cli.manager", "-d", "--work-dir", work_dir, "--socket-path", socket_path]
     command += ["--exit-with-spfs"] * exit_with_spfs + ["-v"] * verbosity
     package = os.path.dirname(os.path.dirname(os.path.abspath(spfs.__file__)))

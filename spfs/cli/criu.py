@@ -125,6 +125,7 @@ def _action(options: Any, rest: List[str]) -> None:
 def action() -> NoReturn:
     """What CRIU calls, by our shell script or by ``spfs-criu action``."""
     from spfs.criu import stages
+    from spfs.criu.restoration import log
     from stubfs import stdio
     from stubfs.errors import StubfsError
 
@@ -134,7 +135,7 @@ def action() -> NoReturn:
     except (StubfsError, OSError) as error:
         message = f"spfs-criu: {os.environ.get('CRTOOLS_SCRIPT_ACTION', 'action')}: {error}"
         print(message, file=sys.stderr)
-        stages.log(message)
+        log(message)
         sys.exit(getattr(error, "exit_code", 1))
     sys.exit(0)
 

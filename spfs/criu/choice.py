@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import errno
-from typing import Dict, List, Optional, Sequence
+from typing import TYPE_CHECKING, Dict, List, Optional, Sequence
 
 from spfs.criu import record
 from spfs.criu.delayed import DelayedMount, Wish, unlike
-from spfs.criu.images import Images
-from spfs.criu.observe import Observed
-from spfs.criu.plan import from_images, plan, used_alone
 from spfs.errors import SpfsError
+
+if TYPE_CHECKING:
+    from spfs.criu.observe import Observed
+
+# Imported where they are used: a restore with a record needs no images, and is waited for.
 
 
 def at_restore(
@@ -44,6 +46,9 @@ def completed(directory: str, mounts: List[DelayedMount]) -> List[DelayedMount]:
     """With files for those that have none yet: the images are read only then."""
     if all(mount.files is not None for mount in mounts):
         return unlike(mounts)
+    from spfs.criu.images import Images
+    from spfs.criu.plan import from_images, plan
+
     images = Images(directory)
     mounts = unlike([from_images(images, mount) for mount in mounts])
     planned = plan(images, mounts)
@@ -58,6 +63,9 @@ def recorded(directory: str, observed: Observed) -> List[DelayedMount]:
 
     What they hold nothing of is left out, unless CRIU needs it to make their mount namespace again.
     """
+    from spfs.criu.images import Images
+    from spfs.criu.plan import plan, used_alone
+
     images = Images(directory)
     planned = plan(images, observed.mounts, observed.others, images.uses(), observed.looks())
     mounts = observed.mounts if observed.namespaced else used_alone(images, observed.mounts, observed.others)
@@ -69,6 +77,8 @@ def recorded(directory: str, observed: Observed) -> List[DelayedMount]:
 def at_dump(directory: str, pid: int, configured: Optional[Sequence[DelayedMount]]) -> List[DelayedMount]:
     """As ``recorded``, of the process ``pid``, whose dump has just been written; what is configured, else all network
     file systems, are delayed."""
+    from spfs.criu.observe import Observed
+
     wishes = [_wish(mount) for mount in configured or ()]
     with Observed(pid, wishes) as observed:
         return recorded(directory, observed)

@@ -6,17 +6,13 @@ for: the script then needs no interpreter of its own, which at several stages wo
 
 from __future__ import annotations
 
-import logging
 import os
 import select
 import signal
 from typing import Callable, Optional, Tuple
 
-from spfs.criu.restoration import Restoration
+from spfs.criu.restoration import Restoration, log
 from stubfs.errors import StubfsError
-
-log = logging.getLogger(__name__)
-
 
 Perform = Callable[[str, Optional[int]], str]
 """Do a stage's part, of which the process ``pid`` is the restored tree's first; what is to be answered."""
@@ -84,4 +80,4 @@ def _clean_up(restoration: Restoration) -> None:
     try:
         restoration.abandon()
     except (StubfsError, OSError) as error:
-        log.error("cannot clean up after restore %s: %s", restoration.token, error)
+        log(f"spfs-criu: cannot clean up after restore {restoration.token}: {error}")

@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import tempfile
 from typing import List, Optional, Sequence
 
 from spfs.criu.delayed import DelayedMount, unlike
@@ -22,8 +21,9 @@ _VERSION = 1
 def write(directory: str, mounts: Sequence[DelayedMount]) -> None:
     """Beside the images in ``directory``; all of it or nothing."""
     path = os.path.join(directory, NAME)
+    made = f"{path}.{os.getpid()}"  # not by tempfile, whose import costs a restore several milliseconds
     try:
-        fd, made = tempfile.mkstemp(prefix=f".{NAME}.", dir=directory)
+        fd = os.open(made, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
             with open(fd, "w", encoding="utf-8") as file:
                 # Paths need not be UTF-8: ASCII escapes bring their surrogates through.

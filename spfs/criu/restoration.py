@@ -29,6 +29,8 @@ WORK_DIR = "/run/spfs-manager/criu"
 TOKEN_VARIABLE = "SPFS_CRIU_TOKEN"
 """By which the action script is told which restoration it belongs to."""
 
+LOG = "/run/spfs-criu.log"
+"""What went wrong in calls of the action script, one line each."""
 _HIDDEN = "mounts"
 _ENDING = (errno.ESHUTDOWN, errno.ECONNRESET, errno.ECONNREFUSED, errno.EPIPE, errno.EBUSY, errno.EADDRINUSE)
 _ENDING_TIMEOUT = 10.0  # seconds for a manager to end; it lets its clients have their last answers
@@ -284,3 +286,12 @@ def _tell(fifo: str) -> None:
         return  # there is no guard
     os.write(fd, b"end\n")
     os.close(fd)
+
+
+def log(message: str) -> None:
+    """Keep it where it is found: through its RPC CRIU shows nobody what a script says."""
+    try:
+        with open(LOG, "a", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {message}\n")
+    except OSError:
+        pass  # it has been said on standard error, too

@@ -14,20 +14,17 @@ from __future__ import annotations
 
 import errno
 import os
-import time
 from typing import Callable, Dict, List, Mapping, Optional
 
 from spfs.criu import guard, record
 from spfs.criu.delayed import DelayedMount
-from spfs.criu.restoration import TOKEN_VARIABLE, Restoration
+from spfs.criu.restoration import TOKEN_VARIABLE, Restoration, log
 from spfs.errors import SpfsError
 from spfs.linux import mountinfo
 from spfs.processes import start_time
 from stubfs.errors import StubfsError
 
 CONFIGURATION = "/etc/spfs/criu.json"
-LOG = "/run/spfs-criu.log"
-"""What went wrong in calls of the script, one line each."""
 CONFIGURATION_VARIABLE = "SPFS_CRIU_CONFIG"
 
 
@@ -75,15 +72,6 @@ def _for_script(call: Call, stage: str, pid: Optional[int]) -> str:
         log(message)
         return f"{getattr(error, 'exit_code', 1)} {message}"
     return "0"
-
-
-def log(message: str) -> None:
-    """Keep it where it is found: through its RPC CRIU shows nobody what a script says."""
-    try:
-        with open(LOG, "a", encoding="utf-8", errors="backslashreplace") as file:
-            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {message}\n")
-    except OSError:
-        pass  # it has been said on standard error, too
 
 
 def _pre_restore(call: Call) -> None:
