@@ -17,7 +17,7 @@ import re
 import struct
 import time
 from dataclasses import dataclass
-from typing import Dict, Iterable, Tuple
+from typing import Dict, Iterable, Set, Tuple
 
 from spfs.linux import procfs, ptrace
 from spfs.linux.arch import Architecture, Noted
@@ -76,6 +76,7 @@ class Waits:
         self._rules = {number: rule for number, rule in numbers if number is not None}
         self._noted: Dict[int, Noted] = {}
         self._timed: Dict[int, _Timed] = {}
+        self._unknown: Set[int] = set()  # tasks that wait for a time of which nobody knows when it began
         self._stopped = 0
         self._number = -1  # of the call whose registers are in the buffer
         self._buffer = ptrace.Registers(architecture.registers)
@@ -102,9 +103,11 @@ class Waits:
         form, index = self._rules[int(words[0])]
         if form in _KEPT or form is _Form.NONE or arguments[index] == 0:
             return
+        self._unknown.add(tid)
         last_run, sleeps = _schedule(f"/proc/{tid}/sched")
         fields = procfs.parse_stat(procfs.read(f"/proc/{tid}/stat")).fields
         self._timed[tid] = _Timed(clock.monotonic(last_run, int(fields[36])), sleeps)
+        self._unknown.discard(tid)
 
     def stopped(self, stops: int) -> None:
         """When all stand still. ``stops``: how often each was put to sleep for that. Who slept more often has left
@@ -136,7 +139,7 @@ class Waits:
             if form in _KEPT:
                 if call.result == -_ERESTARTNOHAND:
                     self._shorten(tid, words[self._architecture.arguments[index]], _KEPT[form])
-            elif call.result == -errno.EINTR and self._set_time_left(tid, form, index):
+            elif call.result == -errno.EINTR and tid not in self._unknown and self._set_time_left(tid, form, index):
                 if not self._architecture.decides_at_the_end and procfs.handles_signal(tid):
                     return
                 self._architecture.restart_unless_handled(words)

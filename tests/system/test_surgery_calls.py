@@ -16,6 +16,7 @@ import pytest
 from surgery_kit import Mounts, compile_c
 
 from spfs.freezer import open_freezer
+from spfs.surgery import waits
 from spfs.testing import process_state, wait_until
 
 pytestmark = [pytest.mark.needs_root, pytest.mark.needs_ptrace]
@@ -238,6 +239,24 @@ int main(int argc, char **argv)
     return 0;
 }
 """
+
+
+def test_timed_calls_whose_begin_is_not_known(
+    mounts: Mounts, blocked: Start, program: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the scheduler does not tell, they end as after any stop: at least not as if their time was over."""
+
+    def nothing(path: str) -> Tuple[int, int]:
+        raise ValueError(path)
+
+    monkeypatch.setattr(waits, "_schedule", nothing)
+    calls = ["epoll_pwait", "sigtimedwait", "semtimedop", "futex"]
+    processes = blocked(program, calls, TIME)
+    mounts.switch()
+    assert {call: process.end().errno for call, process in processes.items()} == {
+        **dict.fromkeys(calls, EINTR),
+        "futex": 110,  # the kernel's own business
+    }
 
 
 def test_endless_calls_go_on(mounts: Mounts, blocked: Start, program: str) -> None:
