@@ -178,6 +178,20 @@ def test_registered_after_the_preparation(mounts: Mounts, victim: Victim, fifo: 
     assert victim.run("os.write(r, b'x'); e.poll(5) == [(r, select.EPOLLIN)]")
 
 
+def test_registration_that_has_fired(mounts: Mounts, victim: Victim, fifo: str) -> None:
+    """EPOLLONESHOT: it stays silent until it is armed again."""
+    victim.run(
+        f"""
+r = os.open({fifo!r}, os.O_RDWR); e = select.epoll(); e.register(r, select.EPOLLIN | select.EPOLLONESHOT)
+os.write(r, b'x')
+"""
+    )
+    assert victim.run("e.poll(5) == [(r, select.EPOLLIN)], e.poll(0)") == (True, [])
+    assert mounts.switch().moved == {"fifo": 1}
+    assert victim.run("e.poll(0)") == []
+    assert victim.run("e.modify(r, select.EPOLLIN); e.poll(5) == [(r, select.EPOLLIN)]")
+
+
 def test_fifo_stays_whole(mounts: Mounts, victim: Victim) -> None:
     """Without a counterpart both ends stay, and go on working."""
     path = mounts.old / "only old"
