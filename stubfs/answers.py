@@ -54,10 +54,9 @@ class Answers:
         try:
             return look()
         except OSError as error:
-            fd = self._objects.own_fd(request.node)
-            if fd is None or error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ESTALE):
+            if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ESTALE):
                 raise
-            return by_fd(fd)
+            return self._objects.by_own_fd(request.node, by_fd, error)
 
     def statx(self, worker: Worker, request: Request) -> None:
         """Asked by who wants to know of a birth time."""

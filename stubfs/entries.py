@@ -132,10 +132,7 @@ class Entries:
             if old is not None:
                 backing.link(old, path)
             else:
-                fd = self._objects.own_fd(number)
-                if fd is None:
-                    raise stale()
-                backing.link_fd(fd, path)
+                self._objects.by_own_fd(number, lambda fd: backing.link_fd(fd, path), stale())
             return backing.stat(path)
 
         self._nodes.change()

@@ -114,21 +114,30 @@ class HandleTable:
             raise OSError(errno.EBADF, os.strerror(errno.EBADF))
         return file
 
-    def of_node(self, node: int) -> Optional[OpenFile]:
-        """Any open file of the node; one that can be written to, if there is one."""
+    def _of(self, node: int) -> Optional[OpenFile]:
+        """Any open file of the node; one that can be written to, if there is one. To be called with the lock."""
+        found = None
+        for file in self._of_node.get(node, {}).values():
+            found = file
+            if file.flags & os.O_ACCMODE != os.O_RDONLY:
+                break
+        return found
+
+    # Who is in the table has not been closed, and is not while the lock is held; later its number may be another fd's.
+
+    def duplicate(self, node: int, generation: Optional[int] = None) -> Optional[int]:
+        """An fd of an open file of the node, the caller's; of this generation, if one is given."""
         with self._lock:
-            found = None
-            for file in self._of_node.get(node, {}).values():
-                found = file
-                if file.flags & os.O_ACCMODE != os.O_RDONLY:
-                    break
-            return found
+            file = self._of(node)
+            if file is None or generation is not None and file.generation != generation:
+                return None
+            return os.dup(file.fd)
 
     def pin(self, node: int) -> Optional[Tuple[int, int]]:
         """An O_PATH fd, the caller's, of what an open file of the node has open, and the number of its generation."""
-        file = self.of_node(node)
-        with self._lock:  # who is still in the table has not been closed
-            if file is None or file.fh not in self._files:
+        with self._lock:
+            file = self._of(node)
+            if file is None:
                 return None
             return os.open(f"/proc/self/fd/{file.fd}", os.O_PATH | os.O_CLOEXEC), file.generation
 

@@ -104,19 +104,29 @@ class Objects:
         is closed to others.
         """
         if self._nodes.path(request.node) is None:
-            fd = self.own_fd(request.node)
-            if fd is None:
-                raise stale()
-            return action(fd)
-        file = self._handles.of_node(request.node)
-        if file is not None and file.generation == backing_of(request).number:
-            return action(file.fd)
-        pinned = self.by_path(request, Backing.pin)
+            return self.by_own_fd(request.node, action, stale())
+        fd = self._handles.duplicate(request.node, backing_of(request).number)
         try:
-            self.check(request, os.fstat(pinned))
-            return action(pinned)
+            if fd is None:
+                fd = self.by_path(request, Backing.pin)
+                self.check(request, os.fstat(fd))
+            return action(fd)
         finally:
-            os.close(pinned)
+            if fd is not None:
+                os.close(fd)
+
+    def by_own_fd(self, node: int, action: Callable[[int], _T], otherwise: OSError) -> _T:
+        """``action`` on an fd that we have of the node anyway, of an open file or of a removed name; else the error."""
+        fd = self._handles.duplicate(node)
+        if fd is None:
+            left = self._nodes.remains(node)
+            if left is None:
+                raise otherwise
+            fd = left.fd
+        try:
+            return action(fd)
+        finally:
+            os.close(fd)
 
     def check(self, request: Request, status: os.stat_result) -> None:
         """ESTALE if what was found at the node's path is something else, by somebody else's doing.
@@ -134,11 +144,3 @@ class Objects:
             and node.identity != identity
         ):
             raise stale()
-
-    def own_fd(self, node: int) -> Optional[int]:
-        """An fd that we have of the node anyway: of an open file, or what was kept of a removed name."""
-        file = self._handles.of_node(node)
-        if file is not None:
-            return file.fd
-        known = self._nodes.get(node)
-        return known.orphan.fd if known is not None and known.orphan is not None else None

@@ -416,5 +416,8 @@ class TestLocks:
                 lambda fd: ofd(fd, fcntl.F_RDLCK, 25),
                 lambda fd: fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB, 5, 50),
             ]
-            assert [fs.run(refused(check)).result() for check in checks] == [True, True, True, False]
+            processes = [fs.run(refused(check)) for check in checks]
+            assert [process.result() for process in processes] == [True, True, True, False]
+        for process in processes:
+            process.wait()  # they had inherited the open file, and the lock lives as long as the last of it
         assert not fs.run(refused(checks[0])).result()
