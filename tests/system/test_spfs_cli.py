@@ -203,3 +203,33 @@ def test_a_restore_by_the_library(tmp_path: Path, mnt: Path, monkeypatch: pytest
             restore.client.unmount(force=True)
     wait_until(lambda: not alive(pid), what="it ends with its last mount")
     assert not work.exists()
+
+
+def test_one_file_system_by_its_own_socket(manager: Manager, mnt: Path) -> None:
+    """Rules, who waits, and waiting for that, as shell scripts do it."""
+    control = manager.client().mount("data", str(mnt))["control"]
+    (mnt / "file").write_text("x")
+
+    def ask(*arguments: str, code: int = 0) -> str:
+        done = run("spfs.cli.client", *arguments, "--socket-path", control)
+        assert done.returncode == code, done.stderr
+        return done.stderr if code else done.stdout
+
+    assert ask("rules") == ""
+    ask("rules", "--rule", "hold operations=read", "--rule", "fail path='a b'")
+    assert ask("rules").splitlines() == ["hold operations=read", "fail 'path=a b'"]
+    assert ask("held") == "[]\n"
+    assert "0 after 0.1 s" in ask("wait-held", "--timeout", "0.1", code=4)
+    with reading(mnt / "file") as reader:
+        ask("wait-held", "--operation", "read", "--pid", str(reader.pid), "--timeout", "10")
+        (held,) = json.loads(ask("held", "--path", "file"))
+        assert (held["operation"], held["pid"]) == ("read", reader.pid)
+        assert json.loads(ask("held", "--operation", "fsync")) == []
+        ask("rules", "--none")
+        assert reader.communicate(timeout=10)[0] == b"x"
+    assert "fsink is none" in ask("rules", "--rule", "hold operations=fsink", code=2)
+    assert "contradict" in ask("rules", "--rule", "hold", "--none", code=2)
+    assert "missing: carry" in ask("mode", "--mode", "stub", "--missing", "carry", code=1)
+    ask("mode", "--mode", "stub")
+    ask("mode", "--mode", "restore")
+    assert (mnt / "file").read_text() == "x"
