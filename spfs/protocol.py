@@ -226,11 +226,9 @@ def _parse_json(packet: bytes) -> Request:
     try:
         # errors="surrogateescape": paths are bytes, and need not be UTF-8.
         text = packet.rstrip(b"\0").decode(errors="surrogateescape")
-        message = json.loads(text, object_pairs_hook=_no_duplicates)
+        message: Dict[str, Any] = json.loads(text, object_pairs_hook=_no_duplicates)  # it begins with a brace
     except (ValueError, RecursionError) as error:
         raise BadRequest(f"cannot read the request: not JSON: {error}") from error
-    if not isinstance(message, dict):
-        raise BadRequest("cannot read the request: more than one JSON object")
     command = message.pop("command", None)
     if not isinstance(command, str) or command not in COMMANDS:
         raise BadRequest(f"cannot read the request: unknown command {_shorten(command)}", _one_of(tuple(COMMANDS)))
