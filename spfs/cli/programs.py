@@ -12,6 +12,7 @@ _MODULES = {
     "spfs-client": "spfs.cli.client",
     "spfs-criu": "spfs.cli.criu",
     "stubfs": "stubfs.cli",
+    "stubfsctl": "stubfs.ctl",
 }
 NAMES = tuple(_MODULES)
 SECTIONS = {"spfs-manager": 8, "stubfs": 8}

@@ -16,7 +16,7 @@ import sys
 from typing import Any, Dict, NoReturn
 
 from spfs.testing import places
-from stubfs import daemon, logs, messages, stdio, wire
+from stubfs import daemon, libfuse, logs, messages, stdio, wire
 from stubfs.errors import StubfsError, reason
 from stubfs.modes import Mode
 from stubfs.options import MountOptions
@@ -31,6 +31,10 @@ def main() -> None:
         os.set_inheritable(fd, False)
     daemon.close_inherited([sock.fileno(), owner])
     os.chdir("/")
+    try:
+        libfuse.load()
+    except StubfsError:
+        pass  # those who are asked for a mount say so
     # Ctrl-C of a terminal does not reach this session; whoever is told to end all the same does so with its owner.
     children: Dict[int, int] = {}  # pidfd -> pid
     gc.freeze()  # so that collections in the children do not copy our pages

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Iterator
 
 import pytest
 
@@ -74,3 +76,40 @@ def test_the_workload_notices_what_is_wrong(role: str, tmp_path: Path) -> None:
 def test_wrong_arguments() -> None:
     done = run("--source", "server:/export")
     assert done.returncode == 2 and "--source and --type go together" in done.stdout
+
+
+class TestOfTesting:
+    """Those of ``examples/testing``."""
+
+    @pytest.fixture(autouse=True)
+    def environment(self, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+        base = tmp_path_factory.mktemp("t")
+        monkeypatch.setenv("TMPDIR", str(base))
+        monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+        yield
+        assert [entry.name for entry in base.iterdir() if not entry.name.startswith("pytest-of-")] == []
+
+    def run(self, *command: str) -> str:
+        done = subprocess.run(
+            command, cwd=EXAMPLES / "testing", stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=90
+        )
+        assert done.returncode == 0, done.stdout
+        return done.stdout
+
+    @pytest.mark.parametrize("name", sorted(path.name for path in (EXAMPLES / "testing").glob("test_*.py")))
+    def test_with_pytest(self, name: str) -> None:
+        assert " 1 passed" in self.run(sys.executable, "-m", "pytest", "-p", "no:cacheprovider", name)
+
+    def test_a_service_without_pytest(self) -> None:
+        lines = self.run(sys.executable, "late_service.py").splitlines()
+        assert lines == [
+            "the mount is late, and the service waits: lookup of service.conf",
+            "the mount is there: running with version 1",
+            "the mount is late, and the service waits: lookup of service.conf",
+            "the mount is there: running with version 2",
+        ]
+
+    def test_tools_in_a_shell(self) -> None:
+        lines = self.run("sh", "hung_mount.sh").splitlines()
+        assert lines[0] == "findmnt: answers" and lines[2].startswith("df: hangs, in: opendir of the root by process")
+        assert lines[3:] == ["the server is back: df has ended, and the open file can be read"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -226,3 +227,26 @@ def test_costs_nothing_who_does_not_use_it(pytester: pytest.Pytester) -> None:
     """
     )
     pytester.runpytest_subprocess().assert_outcomes(passed=1)
+
+
+class TestPage:
+    """What docs/testing.md shows works."""
+
+    @staticmethod
+    def _blocks(language: str) -> "list[str]":
+        return re.findall(rf"^```{language}\n(.*?)^```", (TOP / "docs" / "testing.md").read_text(), re.M | re.S)
+
+    def test_python(self, pytester: pytest.Pytester) -> None:
+        tests, script = self._blocks("python")[:-1], self._blocks("python")[-1]
+        pytester.makepyfile("\n".join(tests))
+        pytester.runpytest_subprocess().assert_outcomes(passed=2)
+        assert pytester.runpython_c(script).ret == 0
+
+    def test_shell(self, own_directory: Path) -> None:
+        (script,) = self._blocks("sh")
+        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+        done = subprocess.run(
+            ["sh", "-euc", script], env={**os.environ, "PATH": path}, stdout=subprocess.PIPE, text=True, timeout=60
+        )
+        assert done.returncode == 0 and done.stdout.startswith("fsync of file by process")
+        assert os.listdir(own_directory) == []
