@@ -4,7 +4,7 @@
 python -m benchmarks.criu``). Medians, in milliseconds. Restored is a process that holds the files: by ``criu restore
 -d`` onto a mount where they are; and onto a delayed mount by CRIU with our action script, whose manager it starts
 ("cold") or serves already ("warm", as one does that is run as a service). All are restores of one dump; the process is
-killed in between.
+killed in between. Beside them what a bare interpreter takes in the same run: the targets are those of an idle machine.
 """
 
 from __future__ import annotations
@@ -127,12 +127,13 @@ class Case:
 
 
 def measure(files: int, target: float, rounds: int) -> Dict[str, Any]:
-    samples: Dict[str, List[float]] = {"plain": [], "cold": [], "warm": []}
+    samples: Dict[str, List[float]] = {"plain": [], "cold": [], "warm": [], "interpreter": []}
     with ExitStack() as stack:
         base = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="spfs-bench-criu-", dir="/run")))
         case = Case(files, base, stack)
         for _ in range(rounds):
             samples["plain"].append(case.plain())
+            samples["interpreter"].append(_timed(lambda: subprocess.run([sys.executable, "-c", "pass"], check=True)))
             samples["cold"].append(case.delayed(keep=False))
         with _manager():
             for _ in range(rounds):
@@ -192,10 +193,10 @@ def main() -> int:
         print(json.dumps({"restore": results, "creation": made}, indent=2))
         return 0
     table = Table(title="Restore by CRIU, medians, ms")
-    for heading in ("files", "without", "delayed, cold", "more", "delayed, warm", "more", "target"):
+    for heading in ("files", "without", "delayed, cold", "more", "delayed, warm", "more", "target", "python"):
         table.add_column(heading, justify="right")
     for one in results:
-        columns = ("plain", "cold", "cold more", "warm", "warm more", "target")
+        columns = ("plain", "cold", "cold more", "warm", "warm more", "target", "interpreter")
         table.add_row(str(one["files"]), *(f"{one[column]:.0f}" for column in columns))
     Console().print(table)
     print(f"{made['files']} files made in bulk: {made['bulk']:.1f} ms (target: {made['target']:.0f})")
