@@ -40,6 +40,11 @@ class BlackoutGuard:
             os.close(hears)
             os.close(watched)
 
+    @property
+    def pid(self) -> int:
+        """Of a process that for a moment holds all that its parent held, and is never to be stopped."""
+        return self._pid
+
     @contextmanager
     def armed(self) -> Iterator[None]:
         """Should we die within the block, the cgroup becomes what it was when this object was made; should it take

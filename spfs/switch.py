@@ -107,13 +107,13 @@ class Switch:
         self._freezer = freezer
         self._strict = strict
         self._chosen = chosen
-        self._exclude = exclude
+        self._guard = BlackoutGuard(freezer)
+        self._exclude = _Excluded(exclude, self._guard.pid)
         self._late = late
         self._freeze_timeout = freeze_timeout
         self._gadgets = GadgetFinder(device, architecture)
-        self._census = Census(device, resolver, roots, freezer, exclude, chosen, within)
+        self._census = Census(device, resolver, roots, freezer, self._exclude, chosen, within)
         self._account = Account()
-        self._guard = BlackoutGuard(freezer)
         self._stages: Dict[str, float] = {}
         self._blackout = 0.0
 
@@ -314,6 +314,16 @@ class Switch:
                     return True
             time.sleep(0.005)  # the kernel tells nobody
         return False
+
+
+class _Excluded:
+    """``others``, and one more."""
+
+    def __init__(self, others: Container[int], pid: int) -> None:
+        self._others, self._pid = others, pid
+
+    def __contains__(self, pid: object) -> bool:
+        return pid == self._pid or pid in self._others
 
 
 def _nothing() -> None:

@@ -277,7 +277,7 @@ threads = [threading.Thread(target=churn) for _ in range(4)]
             for _ in range(2):
                 signal_it: Callable[[], None] = lambda: os.kill(victim.pid, signal.SIGUSR1)
                 report = mounts.switch(when_stopped=signal_it)
-                assert report.moved["file"] == 1 and report.left == []
+                assert report.moved == {"file": 1} and report.left == []
                 mounts.reverse()
         assert victim.run("stop = True; [t.join() for t in threads]; errors") == []
         wait_until(lambda: victim.run("len(got)") > 0, 2)
