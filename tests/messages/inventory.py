@@ -15,7 +15,26 @@ from typing import Iterator, List, Optional, Set, Tuple
 TOP = Path(__file__).parents[2]
 CLASSES = ("StubfsError", "SpfsError", "UsageError", "MissingFeatureError", "BadRequest", "RequestFailed")
 
+_MACHINE = "needs a machine without it, or with another one"
+_KERNEL = "the kernel would have to refuse what it has just allowed"
+_MOMENT = "needs something to end within a few microseconds"
 UNMET = {
+    "cannot import fusepy: {}": _MACHINE,
+    "cannot load libfuse: {}: {}": _MACHINE,
+    "cannot set up libfuse: {}@{} is missing": _MACHINE,
+    "cannot set up libfuse: fuse_chan_new failed": "needs an allocation of libfuse's to fail",
+    "cannot set up libfuse: fuse_new failed": "needs an allocation of libfuse's to fail",
+    "cannot mount without root: fusermount: not found": _MACHINE,
+    "cannot operate on processes: no code for {}": _MACHINE,
+    "cannot mount {}: type {}: there is no /sbin/mount.fuse to start its program": _MACHINE,
+    "cannot thaw cgroup: {}: still frozen after {} s": _KERNEL,
+    "cannot prepare the real mount: {}": _KERNEL,
+    "cannot prepare the switch of the mounts: {}": _KERNEL,
+    "cannot give the top directory its owner: {}": _KERNEL,
+    "cannot change the {} of mount {}: it is gone": _MOMENT,
+    "cannot do the {}: the manager is shutting down": _MOMENT,
+    "cannot do the {}: no new process: {}": "needs the machine's processes to be used up, which would hit everybody",
+    "cannot switch the mounts: already done": "a defect of ours, should it come",
 }  # fmt: skip
 """Message as in the source -> why no test meets it."""
 
