@@ -22,6 +22,9 @@ class _Factory:
         self._settings = settings
         self.mounts: List["DelayedMount"] = []
 
+    def __repr__(self) -> str:
+        return f"<delayed_mount: {self.mounts}>"
+
     def __call__(self, *arguments: Any, **keywords: Any) -> "DelayedMount":
         """Arguments as of ``spfs.testing.MountServer.mount``."""
         from spfs.testing import MissingFeatureError

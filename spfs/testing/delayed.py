@@ -80,6 +80,7 @@ class DelayedMount:
         self.path = Path(path)
         self.socket_path = socket_path
         self.closed = False
+        self._owner = os.getpid()
         self._place = place
         self._pidfd = pidfd
         self._log = log
@@ -392,9 +393,12 @@ class DelayedMount:
             self._wait_end(_END_LIMIT)
 
     def close(self) -> None:
-        """Unmount, lazily; who waits gets EIO. Nothing is left of it. StubfsError if that cannot be."""
-        if self.closed:
-            return
+        """Unmount, lazily; who waits gets EIO. Nothing is left of it. StubfsError if that cannot be.
+
+        Only in the process that has made it; in others nothing happens.
+        """
+        if self.closed or os.getpid() != self._owner:
+            return  # a child that a test has forked runs the test's clean-up, too, if an exception gets out of it
         self.closed = True
         for rule in self._rules:
             rule.close()

@@ -11,10 +11,13 @@ import time
 from typing import List
 
 from spfs.linux import mountinfo
+from spfs.linux.mountinfo import Mount
 from stubfs.fusemount import detach
 
 _PREFIX = "spfs-test-"
 _OWNER = "owner"
+_REPLACED = "replaced"
+_FSTYPE = "fuse.stubfs"
 _STAGING = "stubfs-"  # without root, a file system keeps its staging files in a temporary directory (stubfs.backing)
 _LONGEST_BASE = 75  # bytes; a socket's path has at most 107, unix(7)
 _ORPHANED = 3600.0  # seconds; a directory without an owner is one that is just being made, or whose maker was killed
@@ -68,10 +71,12 @@ def _is_abandoned(path: str) -> bool:
 
 
 def note_replaced(directory: str, mountpoint: str) -> None:
-    """Something else than the file system will be on ``mountpoint``: the mount ``directory`` is to take it away."""
-    link = os.path.join(directory, "replaced")
+    """Something else than the file system will be on ``mountpoint``: who clears ``directory`` is to take it away, but
+    not what was there before."""
+    link = os.path.join(directory, _REPLACED)
     if not os.path.islink(link):
-        os.symlink(mountpoint, link)
+        below = [mount for mount in _mounts() if mount.mountpoint == mountpoint and mount.fstype != _FSTYPE]
+        os.symlink(f"{len(below)} {mountpoint}", link)
 
 
 def clear(directory: str) -> None:
@@ -109,18 +114,26 @@ def _detach_all(directory: str) -> None:
         detach(mountpoint)
 
 
+def _mounts() -> List[Mount]:
+    with open("/proc/self/mountinfo", "rb") as table:
+        return mountinfo.parse(table.read())
+
+
 def _mounted(directory: str) -> List[str]:
     """What is mounted beneath a directory, or was mounted elsewhere on behalf of it, in the kernel's order."""
-    replaced = {
-        os.readlink(entry) for entry in (os.path.join(directory, "replaced"),) if os.path.islink(entry)
-    }
     inside = directory + "/"
-    with open("/proc/self/mountinfo", "rb") as table:
-        mounts = mountinfo.parse(table.read())
-    return [
+    mounts = _mounts()
+    found = [
         mount.mountpoint
         for mount in mounts
         if mount.mountpoint.startswith(inside)
-        or mount.mountpoint in replaced
-        or mount.fstype == "fuse.stubfs" and (mount.source + "/").startswith(inside)
+        or mount.fstype == _FSTYPE and (mount.source + "/").startswith(inside)
     ]
+    try:
+        below, _, mountpoint = os.readlink(os.path.join(directory, _REPLACED)).partition(" ")
+    except FileNotFoundError:
+        return found
+    if not mountpoint.startswith(inside):
+        there = [mount for mount in mounts if mount.mountpoint == mountpoint and mount.fstype != _FSTYPE]
+        found += [mountpoint for _ in there[int(below) :]]
+    return found

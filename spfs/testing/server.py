@@ -35,6 +35,7 @@ class MountServer:
     """
 
     def __init__(self) -> None:
+        self._owner = os.getpid()
         self._sock: Optional[socket.socket] = None
         self._pid = 0
         self._pidfd = -1
@@ -97,7 +98,12 @@ class MountServer:
         return list(self._mounts)
 
     def close(self) -> None:
-        """End all mounts and the server. Whoever waits gets EIO. StubfsError if something cannot be taken away."""
+        """End all mounts and the server. Whoever waits gets EIO. StubfsError if something cannot be taken away.
+
+        Only in the process that has made it; in others nothing happens.
+        """
+        if os.getpid() != self._owner:
+            return
         failures: List[StubfsError] = []
         for mount in reversed(self.mounts()):
             try:

@@ -279,6 +279,20 @@ class TestReplace:
         with pytest.raises(StubfsError, match="give a directory, or both"):
             mount.replace(source="none")
 
+    def test_on_a_directory_that_has_a_mount(self, server: MountServer, real: Path, tmp_path: Path) -> None:
+        here = tmp_path / "here"
+        here.mkdir()
+        with MountServer() as other:
+            below = other.mount(path=here)
+            below.replace(source="none", type="tmpfs")
+            (here / "below").touch()
+            mount = server.mount(path=here)
+            mount.replace(real)
+            assert os.listdir(here) == ["f"]
+            mount.close()
+            assert os.listdir(here) == ["below"]
+        assert os.listdir(here) == []
+
     def test_in_a_user_namespace(self) -> None:
         code = (
             "import os; from spfs.testing import delayed_mount\n"
@@ -434,3 +448,17 @@ def test_a_mount_that_is_in_use_is_taken_away(server: MountServer) -> None:
     with open(mount.create_file("f", "x")):
         mount.close()
         assert not mount.path.exists()
+
+
+def test_a_child_that_cleans_up_takes_nothing_away(server: MountServer) -> None:
+    mount = server.mount()
+    path = mount.create_file("f", "x")
+    pid = os.fork()
+    if not pid:
+        try:
+            mount.close()
+            server.close()
+        finally:
+            os._exit(0)
+    os.waitpid(pid, 0)
+    assert path.read_text() == "x" and mount.status().mode == "restore" and len(server.mounts()) == 1
