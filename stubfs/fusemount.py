@@ -180,9 +180,11 @@ def detach(mountpoint: str) -> None:
     except PermissionError as error:
         import subprocess
 
-        done = subprocess.run([_fusermount_path(), "-u", "-z", "-q", "--", mountpoint], check=False)
+        command = [_fusermount_path(), "-u", "-z", "--", mountpoint]
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, check=False)
         if done.returncode:
-            raise error
+            text = os.fsdecode(done.stderr).strip().replace("\n", "; ")
+            raise PermissionError(error.errno, text or error.strerror, mountpoint) from error
 
 
 # Without root starting is slower anyway: what only that needs is imported there.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -110,6 +111,9 @@ class TestOfTesting:
         ]
 
     def test_tools_in_a_shell(self) -> None:
+        if shutil.which("lsfd") is None:
+            pytest.skip("there is no lsfd: apt-get install util-linux-extra")
         lines = self.run("sh", "hung_mount.sh").splitlines()
         assert lines[0] == "findmnt: answers" and lines[2].startswith("df: hangs, in: opendir of the root by process")
+        assert lines[1] == "lsfd: answers" or lines[1].startswith("lsfd: hangs, in: getattr of file by process")
         assert lines[3:] == ["the server is back: df has ended, and the open file can be read"]
