@@ -66,7 +66,7 @@ def test_a_page_is_shown_as_it_is_meant() -> None:
 def test_pages_of_all_programs_in_a_directory(tmp_path: Path) -> None:
     assert spfs("manual", "--output", str(tmp_path / "man")) == ""
     names = sorted(path.name for path in (tmp_path / "man").iterdir())
-    assert names == ["spfs-client.1", "spfs-criu.1", "spfs-manager.8", "spfs.1", "stubfs.8"]
+    assert names == ["spfs-client.1", "spfs-criu.1", "spfs-manager.8", "spfs.1", "stubfs.8", "stubfsctl.1"]
     (tmp_path / "file").write_text("")
     error = spfs("manual", "--output", str(tmp_path / "file"), code=1)
     assert error.startswith("spfs: cannot write the manual page") and "--output" in error
