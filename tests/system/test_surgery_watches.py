@@ -63,6 +63,19 @@ fd = os.open({path!r}, os.O_RDWR)
     assert victim.run(f"watch('/etc', {CREATE})") > d
 
 
+def test_inotify_with_many_watches(mounts: Mounts, victim: Victim) -> None:
+    """Descriptors of more than one digit, which the kernel tells in hexadecimal ones."""
+    for number in range(20):
+        mounts.both(lambda root: (root / f"d{number}").mkdir())
+    victim.run(WATCHER + f"wds = [watch({str(mounts.old)!r} + '/d%d' % n, {CREATE}) for n in range(20)]")
+    report = mounts.switch()
+    assert (report.moved, report.left) == ({"inotify watch": 20}, [])
+    for number in (0, 9, 10, 19):
+        (mounts.new / f"d{number}" / "made").touch()
+    expected = [(wd, CREATE, "made") for wd in victim.run("[wds[n] for n in (0, 9, 10, 19)]")]
+    assert victim.run("events()") == expected
+
+
 def test_inotify_with_unread_events(mounts: Mounts, victim: Victim) -> None:
     """They would come before the end of the watch, which must not be told: it stays until they are read."""
     path = mounts.file("f")

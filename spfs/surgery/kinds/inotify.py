@@ -143,8 +143,8 @@ def _instances(scene: Scene) -> List[List[Tuple[Process, FdTable, Watch]]]:
 
 
 def _watches(lines: Iterable[str]) -> Iterator[Tuple[int, int, int, int]]:
-    """Watch descriptor, inode number, device and mask of each line of fdinfo; all but the first are hexadecimal."""
+    """Watch descriptor, inode number, device and mask of each line of fdinfo, all hexadecimal (fs/notify/fdinfo.c)."""
     for line in lines:
         if line.startswith("inotify wd:"):
             values = dict(word.split(":", 1) for word in line.split()[1:] if ":" in word)
-            yield int(values["wd"]), int(values["ino"], 16), int(values["sdev"], 16), int(values["mask"], 16)
+            yield int(values["wd"], 16), int(values["ino"], 16), int(values["sdev"], 16), int(values["mask"], 16)
