@@ -7,7 +7,6 @@ interpreter takes to start in the same run, as the part that nobody can save.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import subprocess
@@ -17,9 +16,7 @@ import time
 from pathlib import Path
 from typing import Callable, Dict, List
 
-from rich.console import Console
-from rich.table import Table
-
+from benchmarks.report import show
 from spfs.client import ManagerClient
 
 _ROOT = Path(__file__).resolve().parent.parent
@@ -73,18 +70,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7, help="managers to start (default: 7)")
     settings = parser.parse_args()
     figures = measure(settings.rounds)
-    if settings.json:
-        print(json.dumps({"milliseconds": figures, "targets": _TARGETS}, indent=2))
-        return
-    table = Table(title="Start-up, medians")
-    for heading in ("", "ms", "× bare interpreter", "target ms"):
-        table.add_column(heading, justify="left" if not heading else "right")
-    for name, value in figures.items():
-        target = _TARGETS.get(name)
-        table.add_row(
-            name, f"{value:.1f}", f"{value / figures['bare interpreter']:.1f}", f"{target:.0f}" if target else ""
-        )
-    Console().print(table)
+    show("Start-up, medians", figures, _TARGETS, settings.json, digits=1)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ forked by it. The plugin's cost for a run that does not use it is the time of it
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import subprocess
@@ -16,9 +15,7 @@ import time
 from pathlib import Path
 from typing import Callable, Dict, List, TypeVar
 
-from rich.console import Console
-from rich.table import Table
-
+from benchmarks.report import show
 from spfs.testing import MountServer
 
 T = TypeVar("T")
@@ -74,18 +71,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7, help="runs (default: 7)")
     settings = parser.parse_args()
     figures = measure(settings.rounds)
-    if settings.json:
-        print(json.dumps({"milliseconds": figures, "targets": _TARGETS}, indent=2))
-        return
-    table = Table(title="Delayed mounts in tests, medians")
-    for heading in ("", "ms", "× bare interpreter", "target ms"):
-        table.add_column(heading, justify="left" if not heading else "right")
-    for name, value in figures.items():
-        target = _TARGETS.get(name)
-        table.add_row(
-            name, f"{value:.1f}", f"{value / figures['bare interpreter']:.2f}", f"{target:.0f}" if target else ""
-        )
-    Console().print(table)
+    show("Delayed mounts in tests, medians", figures, _TARGETS, settings.json, digits=2)
 
 
 if __name__ == "__main__":
