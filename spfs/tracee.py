@@ -216,15 +216,22 @@ class Tracee:
         if not self._masked:
             ptrace.set_signal_mask(self.tid, _SIGNALS_BLOCKED)
             self._masked = True
+        yield from self._through_call()
+        result = words[self.architecture.result]
+        return result - (1 << 64) if result >> 63 else result
+
+    def _through_call(self, mask: Optional[bytes] = None) -> Script:
+        """From an event stop through the call that the task is about to enter, whose registers are in the buffer then.
+        ``mask``: the signals to be blocked from the entry on."""
         self._go(ptrace.cont_to_syscall)
         yield from self._until(_is_entry)
+        if mask is not None:
+            ptrace.set_signal_mask(self.tid, mask)
         # Interrupted while inside the call, the task stops before it returns to user space, in an event stop again.
         ptrace.interrupt(self.tid)
         self._go(ptrace.cont)
         yield from self._until(_is_event)
         self._buffer.read(self.tid)
-        result = words[self.architecture.result]
-        return result - (1 << 64) if result >> 63 else result
 
     def _to_enter_again(self) -> Optional[Sequence[int]]:
         """The registers to have the call that was interrupted interrupted once more; None if there is none, or if the
@@ -245,14 +252,8 @@ class Tracee:
         while True:
             words[:] = registers
             self._buffer.write(self.tid)
-            self._go(ptrace.cont_to_syscall)
-            yield from self._until(_is_entry)
-            # Not before: a signal would be delivered before the call has begun.
-            ptrace.set_signal_mask(self.tid, self._mask)
-            ptrace.interrupt(self.tid)
-            self._go(ptrace.cont)
-            yield from self._until(_is_event)
-            self._buffer.read(self.tid)
+            # Its own mask not before the entry: a signal would be delivered before the call has begun.
+            yield from self._through_call(self._mask)
             if not self.architecture.refused(words, registers):
                 return
             ptrace.set_signal_mask(self.tid, _SIGNALS_BLOCKED)
