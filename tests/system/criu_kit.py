@@ -16,8 +16,9 @@ import sys
 import tempfile
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence
+from typing import Any, Dict, Iterator, List, Optional, Sequence
 
+import pytest
 from manager_kit import ENVIRONMENT
 
 from spfs.client import ManagerClient
@@ -318,3 +319,12 @@ def _end_manager() -> None:
         return
     wait_until(lambda: process_state(pid) in ("", "Z"), TIMEOUT, "the manager to end")
     assert "Traceback" not in text, text
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Iterator[World]:
+    made = World(tmp_path)
+    try:
+        yield made
+    finally:
+        made.close()

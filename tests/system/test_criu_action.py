@@ -7,26 +7,18 @@ import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
-from typing import Any, Dict, Iterator
+from typing import Any, Dict
 
 import pytest
-from criu_kit import STATE, Subject, World, criu, spfs_criu
+from criu_kit import STATE, Subject, World, criu, spfs_criu, world
 from manager_kit import ENVIRONMENT, TOP
 
 from spfs.linux.mountapi import MS
 from spfs.testing import process_state, wait_until
 
+__all__ = ["world"]
+
 pytestmark = [pytest.mark.needs_root, pytest.mark.needs_fuse, pytest.mark.needs_ptrace, pytest.mark.needs_criu]
-
-
-@pytest.fixture
-def world(tmp_path: Path) -> Iterator[World]:
-    made = World(tmp_path)
-    try:
-        yield made
-    finally:
-        made.close()
 
 
 def script(world: World, name: str = "action", text: str = "") -> str:

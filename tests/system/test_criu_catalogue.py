@@ -8,10 +8,12 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Iterator, Tuple
+from typing import Tuple
 
 import pytest
-from criu_kit import Subject, World
+from criu_kit import Subject, World, world
+
+__all__ = ["world"]
 
 pytestmark = [pytest.mark.needs_root, pytest.mark.needs_fuse, pytest.mark.needs_ptrace, pytest.mark.needs_criu]
 
@@ -238,15 +240,6 @@ KINDS = {
         """,
     ),
 }
-
-
-@pytest.fixture
-def world(tmp_path: Path) -> Iterator[World]:
-    made = World(tmp_path)
-    try:
-        yield made
-    finally:
-        made.close()
 
 
 def dedented(text: str) -> str:

@@ -6,24 +6,16 @@ import os
 import signal
 import subprocess
 from pathlib import Path
-from typing import Iterator
 
 import pytest
-from criu_kit import TIMEOUT, World, spfs_criu
+from criu_kit import TIMEOUT, World, spfs_criu, world
 from surgery_kit import compile_c
 
 from spfs.testing import process_state, wait_until
 
+__all__ = ["world"]
+
 pytestmark = [pytest.mark.needs_root, pytest.mark.needs_fuse, pytest.mark.needs_ptrace, pytest.mark.needs_criu]
-
-
-@pytest.fixture
-def world(tmp_path: Path) -> Iterator[World]:
-    made = World(tmp_path)
-    try:
-        yield made
-    finally:
-        made.close()
 
 
 def test_the_main_road(world: World) -> None:

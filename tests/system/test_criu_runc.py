@@ -8,14 +8,16 @@ import signal
 import subprocess
 import uuid
 from pathlib import Path
-from typing import Any, Dict, Iterator, List
+from typing import Any, Dict, List
 
 import pytest
-from criu_kit import TIMEOUT, World, spfs_criu
+from criu_kit import TIMEOUT, World, spfs_criu, world
 from surgery_kit import compile_c
 
 from spfs.linux.mountapi import MS
 from spfs.testing import wait_until
+
+__all__ = ["world"]
 
 pytestmark = [
     pytest.mark.needs_root, pytest.mark.needs_fuse, pytest.mark.needs_ptrace, pytest.mark.needs_criu,
@@ -48,15 +50,6 @@ int main(void)
     return 1;
 }
 """
-
-
-@pytest.fixture
-def world(tmp_path: Path) -> Iterator[World]:
-    made = World(tmp_path)
-    try:
-        yield made
-    finally:
-        made.close()
 
 
 class Container:

@@ -11,13 +11,15 @@ from typing import Callable, Iterator
 
 import pytest
 from stubfs_kit import mounted
-from surgery_kit import Mounts, Tree, Victim
+from surgery_kit import Mounts, Tree, Victim, mounts
 
 from spfs.freezer import NoFreezer
 from spfs.references import MountRoot
 from spfs.surgery import maps
 from spfs.switch import Switch
 from spfs.testing import wait_until
+
+__all__ = ["mounts"]
 
 pytestmark = [pytest.mark.needs_root, pytest.mark.needs_ptrace]
 
@@ -66,13 +68,6 @@ def dies_of(action):
     status = os.waitpid(child, 0)[1]
     return os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
 """
-
-
-@pytest.fixture
-def mounts(tmp_path: Path) -> Iterator[Mounts]:
-    mounts = Mounts(tmp_path)
-    yield mounts
-    mounts.close()
 
 
 @pytest.fixture
