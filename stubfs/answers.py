@@ -10,7 +10,7 @@ import errno
 import os
 from typing import Callable, Optional, Tuple, TypeVar
 
-from stubfs import protocol, syscalls
+from stubfs import ioctls, protocol, syscalls
 from stubfs.backing import Backing, allowed_flags
 from stubfs.handles import HandleTable, OpenFile
 from stubfs.lanes import Worker
@@ -29,6 +29,7 @@ _MODE, _UID, _SIZE, _FH = (
 _GID, _ATIME, _MTIME = int(SetattrValid.GID), int(SetattrValid.ATIME), int(SetattrValid.MTIME)
 _ATIME_NOW, _MTIME_NOW = int(SetattrValid.ATIME_NOW), int(SetattrValid.MTIME_NOW)
 _HAS_TIMES, _HAS_OWNER = _ATIME | _MTIME, _UID | _GID
+_ANY = _MODE | _HAS_OWNER | _SIZE | _HAS_TIMES
 _CAPABILITY = b"security.capability"
 
 
@@ -142,7 +143,8 @@ class Answers:
             link = fd_link(fd)
             if valid & _MODE:
                 os.chmod(link, mode & 0o7777)
-            if valid & _HAS_OWNER:
+            if valid & _HAS_OWNER or not valid & _ANY:
+                # The kernel asks for nothing at all for a chown(2) to -1 and -1, which takes set-id bits away.
                 os.chown(link, uid if valid & _UID else -1, gid if valid & _GID else -1)
             if valid & _SIZE:
                 if valid & _FH:
@@ -267,6 +269,14 @@ class Answers:
     def lseek(self, worker: Worker, request: Request) -> None:
         fh, offset, whence, _ = protocol.LSEEK_IN.unpack_from(request.buffer, BODY)
         request.answer(protocol.U64.pack(os.lseek(self._objects.by_handle(worker, request, fh).fd, offset, whence)))
+
+    def ioctl(self, worker: Worker, request: Request) -> None:
+        fh, _, command, _, in_size, _ = protocol.IOCTL_IN.unpack_from(request.buffer, BODY)
+        start = BODY + protocol.IOCTL_IN.size
+        fd = self._objects.by_handle(worker, request, fh).fd
+        worker.identity.assume(worker.identity.of(request.uid, request.gid, request.tid))
+        answer = ioctls.perform(fd, command, bytes(request.buffer[start : start + in_size]))
+        request.answer(protocol.IOCTL_OUT.pack(0, 0, 0, 0) + answer)
 
     def readdir(self, worker: Worker, request: Request) -> None:
         fh, offset, size, _, _, _, _ = protocol.READ_IN.unpack_from(request.buffer, BODY)

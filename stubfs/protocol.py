@@ -141,6 +141,8 @@ RENAME_IN = struct.Struct("=Q")  # newdir; two names follow
 RENAME2_IN = struct.Struct("=QII")  # newdir flags padding; two names follow
 INVAL_INODE_OUT = struct.Struct("=Qqq")  # ino offset length
 COPY_FILE_RANGE_IN = struct.Struct("=QQQQQQQ")  # fh_in off_in nodeid_out fh_out off_out len flags
+IOCTL_IN = struct.Struct("=QIIQII")  # fh flags cmd arg in_size out_size; the argument follows
+IOCTL_OUT = struct.Struct("=iIII")  # result flags in_iovs out_iovs; what is to be written back follows
 STATX_IN = struct.Struct("=IIQII")  # getattr_flags reserved fh sx_flags sx_mask
 STATX_OUT = struct.Struct("=QII16x")  # attr_valid, nanoseconds, flags; a struct statx follows
 STATX = struct.Struct("=IIQIIIHHQQQQ")  # mask blksize attributes nlink uid gid mode spare ino size blocks mask; times

@@ -122,7 +122,7 @@ class Session:
             Opcode.LSEEK: answers.lseek,
             Opcode.COPY_FILE_RANGE: answers.copy_file_range,
             Opcode.COPY_FILE_RANGE_64: answers.copy_file_range,
-            Opcode.IOCTL: lambda worker, request: request.fail(errno.ENOTTY),
+            Opcode.IOCTL: answers.ioctl,
         }
         # Never held: nobody waits for them, or the answer is the same in every mode.
         self._at_once: Dict[int, _Handler] = {

@@ -24,6 +24,9 @@ RECENT = 10**18  # nanoseconds since the epoch: what is later was set by the ker
 LARGE = 5 * 2**30
 
 
+FS_IOC_GETFLAGS, FS_IOC_SETFLAGS = 0x80086601, 0x40086602  # linux/fs.h
+
+
 class User(NamedTuple):
     name: str
     uid: int
@@ -186,6 +189,12 @@ class Hands:
         fd = self.files[slot]
         os.link(f"/proc/self/fd/{fd}".encode(), name, src_dir_fd=fd, follow_symlinks=True)
 
+    def getflags(self, slot: int) -> int:
+        return int.from_bytes(fcntl.ioctl(self.files[slot], FS_IOC_GETFLAGS, bytes(8))[:4], "little")
+
+    def setflags(self, slot: int, flags: int) -> None:
+        fcntl.ioctl(self.files[slot], FS_IOC_SETFLAGS, struct.pack("=Q", flags))
+
     def flist(self, slot: int) -> List[str]:
         os.lseek(self.files[slot], 0, os.SEEK_SET)
         return sorted(os.listdir(self.files[slot]))
@@ -345,7 +354,39 @@ def _serve(sock: socket.socket, user: User, top: str) -> None:
             # The kernel asks a file system for names alone: it does not get to know of a "." or ".." on the way.
             sock.send(pickle.dumps(("refused", "the working directory may not be searched")))
             continue
+        if any(_is_protected(name, operation, arguments) for name in arguments if isinstance(name, bytes)):
+            sock.send(pickle.dumps(("refused", "protected by a sysctl")))
+            continue
         sock.send(pickle.dumps(_outcome(getattr(hands, operation), arguments)))
+
+
+_FOLLOWING = ("open", "tmpfile", "contents", "stat", "list", "chdir", "chmod", "truncate", "access", "statfs")
+
+
+def _is_protected(name: bytes, operation: str, arguments: Tuple[Any, ...], depth: int = 5) -> bool:
+    """Whether fs.protected_symlinks or fs.protected_regular may refuse it: FUSE hides sticky bits from the kernel."""
+    follows = operation in _FOLLOWING or operation in ("link", "chown") and arguments[-1] is True
+    creates = operation == "open" and bool(arguments[2] & os.O_CREAT)
+    at = b"."
+    parts = name.split(b"/")
+    for number, part in enumerate(parts, 1):
+        try:
+            parent, status = os.stat(at), os.lstat(at + b"/" + part)
+        except (OSError, ValueError):
+            return False
+        is_last, is_link = number == len(parts), stat.S_ISLNK(status.st_mode)
+        if (
+            parent.st_mode & stat.S_ISVTX and parent.st_mode & 0o022
+            and status.st_uid not in (os.geteuid(), parent.st_uid)
+            and (is_link and (follows or not is_last) or creates and is_last)
+        ):  # fmt: skip
+            return True
+        if is_link and depth and (follows or not is_last):
+            target = os.path.join(at, os.readlink(at + b"/" + part))
+            if _is_protected(target, operation, arguments, depth - 1):
+                return True
+        at += b"/" + part
+    return False
 
 
 def _outcome(action: Callable[..., Any], arguments: Any) -> Tuple[str, Any]:
@@ -381,8 +422,22 @@ def tree(top: bytes) -> Dict[bytes, Any]:
     return {name: (*rest, first[inode]) for name, (*rest, inode) in found.items()}
 
 
+def _unflag(path: bytes) -> None:
+    """So that it can be removed."""
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
+    try:
+        fcntl.ioctl(fd, FS_IOC_SETFLAGS, bytes(8))
+    finally:
+        os.close(fd)
+
+
 def empty(top: bytes) -> None:
     """Remove all that is beneath."""
+    for parent, _, files in os.walk(top):
+        _unflag(parent)
+        for name in files:
+            if stat.S_ISREG(os.lstat(os.path.join(parent, name)).st_mode):
+                _unflag(os.path.join(parent, name))
     for parent, directories, files in os.walk(top, topdown=False):
         for name in files:
             os.unlink(os.path.join(parent, name))

@@ -21,6 +21,7 @@ STRUCTURES = {
     "fuse_fallocate_in": protocol.FALLOCATE_IN, "fuse_rename_in": protocol.RENAME_IN,
     "fuse_rename2_in": protocol.RENAME2_IN, "fuse_getxattr_in": protocol.GETXATTR_IN,
     "fuse_getxattr_out": protocol.GETXATTR_OUT, "fuse_statfs_out": protocol.STATFS_OUT,
+    "fuse_ioctl_in": protocol.IOCTL_IN, "fuse_ioctl_out": protocol.IOCTL_OUT,
     "fuse_copy_file_range_in": protocol.COPY_FILE_RANGE_IN,
     "fuse_write_out": protocol.WRITE_OUT, "fuse_notify_inval_inode_out": protocol.INVAL_INODE_OUT,
 }  # fmt: skip
