@@ -143,8 +143,9 @@ class Answers:
             link = fd_link(fd)
             if valid & _MODE:
                 os.chmod(link, mode & 0o7777)
-            if valid & _HAS_OWNER or not valid & _ANY:
-                # The kernel asks for nothing at all for a chown(2) to -1 and -1, which takes set-id bits away.
+            if not valid & _ANY:
+                _take_set_id_bits(link)
+            if valid & _HAS_OWNER:
                 os.chown(link, uid if valid & _UID else -1, gid if valid & _GID else -1)
             if valid & _SIZE:
                 if valid & _FH:
@@ -316,6 +317,15 @@ class Answers:
             return node.names[0][0].number if node is not None and node.names else parent
         known = self._nodes.child(parent, name)
         return known.number if known is not None else None
+
+
+def _take_set_id_bits(link: str) -> None:
+    """What a chown(2) to -1 and -1 does. The kernel also asks like that before somebody writes, who may be no owner:
+    the write itself takes them then."""
+    try:
+        os.chown(link, -1, -1)
+    except PermissionError:
+        pass
 
 
 def _time(valid: int, given: int, now: int, seconds: int, nanoseconds: int) -> Tuple[int, int]:

@@ -203,6 +203,9 @@ def test_set_id_bits_are_lost_when_others_write(fs: Filesystem) -> None:
     fresh()
     os.chown(program, ALICE, ALICE)
     assert bits() == 0  # any change of owner
+    fresh()
+    os.chown(program, -1, -1)
+    assert bits() == 0  # and none at all
 
 
 def test_who_has_got_into_a_directory_need_not_find_the_way_again(fs: Filesystem) -> None:
