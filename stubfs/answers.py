@@ -1,7 +1,6 @@
 """The requests about one object, by its handle or its path; what is about names is in ``entries``.
 
-None of them goes through libfuse, which has no path for files without a name, drops readdir offsets and knows no
-fallocate and lseek. Methods raise OSError for the errno to answer with.
+Methods raise OSError for the errno to answer with.
 """
 
 from __future__ import annotations
@@ -90,7 +89,7 @@ class Answers:
         name = request.name(BODY + protocol.SETXATTR_IN.size)
         start = BODY + protocol.SETXATTR_IN.size + len(name) + 1
         value = bytes(request.buffer[start : start + size])
-        backing_of(request).may_have_capabilities = True
+        backing_of(request).may_have_xattrs = True
         self._objects.by_fd(request, lambda fd: os.setxattr(fd_link(fd), name, value, flags))
         request.answer()
 
@@ -102,7 +101,7 @@ class Answers:
     def getxattr(self, worker: Worker, request: Request) -> None:
         size, _ = protocol.GETXATTR_IN.unpack_from(request.buffer, BODY)
         name = request.name(BODY + protocol.GETXATTR_IN.size)
-        if name == _CAPABILITY and not backing_of(request).may_have_capabilities:
+        if name == _CAPABILITY and not backing_of(request).may_have_xattrs:
             request.fail(errno.ENODATA)  # asked before every truncation
             return
         self._answer_sized(request, size, self._objects.by_fd(request, lambda fd: os.getxattr(fd_link(fd), name)))

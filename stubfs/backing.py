@@ -51,8 +51,9 @@ class Backing:
         self.fd = fd
         self.number = number
         self.is_staging = is_staging
-        # Whether a file in it can have security.capability: not while only we could have set it, and have not.
-        self.may_have_capabilities = not is_staging
+        # Whether a file in it can have an extended attribute that we ask for unasked, security.capability or a mark of
+        # our own: not while only we could have set one, and have not.
+        self.may_have_xattrs = not is_staging
 
     def close(self) -> None:
         fd, self.fd = self.fd, -1
@@ -123,24 +124,50 @@ class Backing:
         """Whether this name is only to seem removed."""
         return False
 
-    def mkdir(self, path: bytes, mode: int) -> None:
+    # What makes a name returns the attributes of what is there then.
+
+    def mkdir(self, path: bytes, mode: int) -> os.stat_result:
         parent, name = self._parent(path)
         try:
             os.mkdir(name, mode, dir_fd=parent)
+            return os.stat(name, dir_fd=parent, follow_symlinks=False)
         finally:
             self._done(parent)
 
-    def mknod(self, path: bytes, mode: int, device: int) -> None:
+    def mknod(self, path: bytes, mode: int, device: int) -> os.stat_result:
         parent, name = self._parent(path)
         try:
             os.mknod(name, mode, device, dir_fd=parent)
+            return os.stat(name, dir_fd=parent, follow_symlinks=False)
         finally:
             self._done(parent)
 
-    def symlink(self, target: bytes, path: bytes) -> None:
+    def symlink(self, target: bytes, path: bytes) -> os.stat_result:
         parent, name = self._parent(path)
         try:
             os.symlink(target, name, dir_fd=parent)
+            return os.stat(name, dir_fd=parent, follow_symlinks=False)
+        finally:
+            self._done(parent)
+
+    def link(self, old: bytes, new: bytes) -> os.stat_result:
+        old_parent, old_name = self._parent(old)
+        try:
+            new_parent, new_name = self._parent(new)
+            try:
+                os.link(old_name, new_name, src_dir_fd=old_parent, dst_dir_fd=new_parent, follow_symlinks=False)
+                return os.stat(new_name, dir_fd=new_parent, follow_symlinks=False)
+            finally:
+                self._done(new_parent)
+        finally:
+            self._done(old_parent)
+
+    def link_fd(self, fd: int, path: bytes) -> os.stat_result:
+        """A name for an open file without one: what open(2) says of O_TMPFILE."""
+        parent, name = self._parent(path)
+        try:
+            os.link(f"/proc/self/fd/{fd}", name, dst_dir_fd=parent, follow_symlinks=True)
+            return os.stat(name, dir_fd=parent, follow_symlinks=False)
         finally:
             self._done(parent)
 
@@ -172,25 +199,6 @@ class Backing:
         finally:
             self._done(old_parent)
 
-    def link(self, old: bytes, new: bytes) -> None:
-        old_parent, old_name = self._parent(old)
-        try:
-            new_parent, new_name = self._parent(new)
-            try:
-                os.link(old_name, new_name, src_dir_fd=old_parent, dst_dir_fd=new_parent, follow_symlinks=False)
-            finally:
-                self._done(new_parent)
-        finally:
-            self._done(old_parent)
-
-    def link_fd(self, fd: int, path: bytes) -> None:
-        """A name for an open file without one: what open(2) says of O_TMPFILE."""
-        parent, name = self._parent(path)
-        try:
-            os.link(f"/proc/self/fd/{fd}", name, dst_dir_fd=parent, follow_symlinks=True)
-        finally:
-            self._done(parent)
-
 
 class Staging(Backing):
     """Where restore mode keeps its files: a tmpfs that is mounted nowhere, so nothing can be left behind.
@@ -219,6 +227,8 @@ class Staging(Backing):
         A restorer has such names made at the dump, removes them here when it has opened the file, and cannot remove
         them there. Those who have the file open find it by this name.
         """
+        if not self.may_have_xattrs:
+            return False
         try:
             fd = self.pin(path)
         except OSError:
@@ -232,7 +242,7 @@ class Staging(Backing):
 
     def directory(self) -> int:
         """A new fd of the directory, open for reading; the caller closes it, and may do there what it likes."""
-        self.may_have_capabilities = True
+        self.may_have_xattrs = True
         return os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=self.fd)
 
     def discard(self) -> None:

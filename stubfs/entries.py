@@ -1,23 +1,20 @@
 """The requests that find, make, move and remove names.
 
-What makes, moves and removes them goes by libfuse and fusepy, one request at a time and as if the root held every
-name, slashes and all: so libfuse has no tree of its own, in which a hard link would be two files, and in which one
-that hangs would stop others. Methods raise OSError for the errno to answer with.
+Methods raise OSError for the errno to answer with.
 """
 
 from __future__ import annotations
 
 import os
-from typing import Optional, Tuple
+from typing import Callable, Optional, Tuple
 
 from stubfs import protocol
 from stubfs.backing import Backing, allowed_flags
 from stubfs.handles import HandleTable, OpenFile
 from stubfs.lanes import Worker
-from stubfs.libfuse import Session as LibfuseSession
 from stubfs.nodes import Node, NodeTable, Orphan
 from stubfs.objects import Objects, backing_of, fd_link, stale
-from stubfs.protocol import BODY, ROOT_NODE, Opcode
+from stubfs.protocol import BODY, Opcode
 from stubfs.request import Request
 
 _RETRIES = 5  # of a lookup that changes of names came across
@@ -25,11 +22,10 @@ _RENAME_EXCHANGE = 2
 
 
 class Entries:
-    def __init__(self, nodes: NodeTable, handles: HandleTable, objects: Objects, library: LibfuseSession) -> None:
+    def __init__(self, nodes: NodeTable, handles: HandleTable, objects: Objects) -> None:
         self._nodes = nodes
         self._handles = handles
         self._objects = objects
-        self._library = library
 
     # --- find
 
@@ -97,26 +93,27 @@ class Entries:
         if not self._answer(request, node, status, opened):
             self._handles.release(file.fh)
 
-    def make(self, worker: Worker, request: Request) -> None:
-        """MKNOD, MKDIR, SYMLINK."""
-        name_at = protocol.NAME_OFFSETS[request.opcode]
-        name = request.name(name_at)
-        head = bytes(request.buffer[BODY:name_at])
-        tail = bytes(request.buffer[name_at + len(name) : request.length])  # its NUL, and a link's target
-        if request.opcode == Opcode.MKNOD:
-            worker.identity.mask(protocol.MKNOD_IN.unpack(head)[2])
-        elif request.opcode == Opcode.MKDIR:
-            worker.identity.mask(protocol.MKDIR_IN.unpack(head)[1])
-        worker.status = None
+    def mknod(self, worker: Worker, request: Request) -> None:
+        # The device number has the form of makedev(3), in 32 bits: new_encode_dev(), linux/kdev_t.h.
+        mode, device, umask, _ = protocol.MKNOD_IN.unpack_from(request.buffer, BODY)
+        worker.identity.mask(umask)
+        name = request.name(BODY + protocol.MKNOD_IN.size)
+        self._make(request, name, lambda backing, path: backing.mknod(path, mode, device))
+
+    def mkdir(self, worker: Worker, request: Request) -> None:
+        mode, umask = protocol.MKDIR_IN.unpack_from(request.buffer, BODY)
+        worker.identity.mask(umask)
+        name = request.name(BODY + protocol.MKDIR_IN.size)
+        self._make(request, name, lambda backing, path: backing.mkdir(path, mode))
+
+    def symlink(self, worker: Worker, request: Request) -> None:
+        name, target = request.names()
+        self._make(request, name, lambda backing, path: backing.symlink(target, path))
+
+    def _make(self, request: Request, name: bytes, make: Callable[[Backing, bytes], os.stat_result]) -> None:
         self._nodes.change()
         try:
-            reply = self._objects.by_path(
-                request, lambda backing, path: self._ask(worker, request, request.opcode, head + path + tail), name
-            )
-            self._forget_in_library(reply)
-            status: Optional[os.stat_result] = worker.status
-            if status is None:
-                raise stale()
+            status = self._objects.by_path(request, make, name)
             node = self._entered(request, name, status)
         finally:
             self._nodes.change()
@@ -130,10 +127,8 @@ class Entries:
         def link(backing: Backing, path: bytes) -> os.stat_result:
             old = self._nodes.path(number)
             if old is not None:
-                backing.link(old, path)
-            else:
-                self._objects.by_own_fd(number, lambda fd: backing.link_fd(fd, path), stale())
-            return backing.stat(path)
+                return backing.link(old, path)
+            return self._objects.by_own_fd(number, lambda fd: backing.link_fd(fd, path), stale())
 
         self._nodes.change()
         try:
@@ -147,8 +142,13 @@ class Entries:
 
     # --- remove and move
 
-    def remove(self, worker: Worker, request: Request) -> None:
-        """UNLINK, RMDIR."""
+    def unlink(self, worker: Worker, request: Request) -> None:
+        self._remove(request, Backing.unlink)
+
+    def rmdir(self, worker: Worker, request: Request) -> None:
+        self._remove(request, Backing.rmdir)
+
+    def _remove(self, request: Request, remove: Callable[[Backing, bytes], None]) -> None:
         name = request.name()
         if self._objects.by_path(request, lambda backing, path: backing.keeps(path), name):
             request.answer()
@@ -156,9 +156,7 @@ class Entries:
         orphan = self._pin(request, request.node, name)
         self._nodes.change()
         try:
-            self._objects.by_path(
-                request, lambda backing, path: self._ask(worker, request, request.opcode, path + b"\0"), name
-            )
+            self._objects.by_path(request, remove, name)
             if self._nodes.remove(request.node, name, orphan):
                 orphan = None
         finally:
@@ -167,22 +165,22 @@ class Entries:
         request.answer()
 
     def rename(self, worker: Worker, request: Request) -> None:
-        layout = protocol.RENAME2_IN if request.opcode == Opcode.RENAME2 else protocol.RENAME_IN
-        parent, *more = layout.unpack_from(request.buffer, BODY)
-        flags = more[0] if more else 0
-        old, new = bytes(request.buffer[BODY + layout.size : request.length]).split(b"\0")[:2]
+        (parent,) = protocol.RENAME_IN.unpack_from(request.buffer, BODY)
+        self._rename(request, parent, protocol.RENAME_IN.size, 0)
+
+    def rename2(self, worker: Worker, request: Request) -> None:
+        parent, flags, _ = protocol.RENAME2_IN.unpack_from(request.buffer, BODY)
+        self._rename(request, parent, protocol.RENAME2_IN.size, flags)
+
+    def _rename(self, request: Request, parent: int, names_at: int, flags: int) -> None:
+        old, new = request.names(BODY + names_at)
         orphan = self._pin(request, parent, new) if not flags & _RENAME_EXCHANGE else None
 
         def rename(backing: Backing, path: bytes) -> None:
             target = self._nodes.child_path(parent, new)
             if target is None:
                 raise stale()
-            head = protocol.RENAME_IN.pack(ROOT_NODE)
-            worker.rename_flags = flags
-            try:
-                self._ask(worker, request, Opcode.RENAME, head + path + b"\0" + target + b"\0")
-            finally:
-                worker.rename_flags = 0
+            backing.rename(path, target, flags)
 
         self._nodes.change(renames=True)
         try:
@@ -207,28 +205,6 @@ class Entries:
             return Orphan(backing.pin(path), backing.number) if path is not None else None
         except OSError:
             return None  # the operation itself will say why
-
-    # --- libfuse
-
-    def _ask(self, worker: Worker, request: Request, opcode: int, body: bytes) -> bytes:
-        """libfuse's reply to the request as if it were about the root; an error is raised."""
-        header = protocol.IN_HEADER.pack(
-            BODY + len(body), opcode, request.unique, ROOT_NODE, request.uid, request.gid, request.tid, 0, 0
-        )
-        reply = self._library.process(header + body)
-        error = -protocol.OUT_HEADER.unpack_from(reply)[1]
-        if error:
-            raise OSError(error, os.strerror(error))
-        return reply
-
-    def _forget_in_library(self, reply: bytes) -> None:
-        """libfuse has allotted a number to what was made; it is to know nothing but its root."""
-        number = protocol.ENTRY.unpack_from(reply, protocol.OUT_HEADER.size)[0]
-        if number:
-            length = BODY + protocol.U64.size
-            self._library.process(
-                protocol.IN_HEADER.pack(length, Opcode.FORGET, 0, number, 0, 0, 0, 0, 0) + protocol.U64.pack(1)
-            )
 
 
 def _close(orphan: Optional[Orphan]) -> None:

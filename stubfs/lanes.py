@@ -41,9 +41,6 @@ class Worker:
         self.tid = 0  # of its thread
         self.count = 0  # requests begun
         self.busy = False
-        # What libfuse has no place for:
-        self.status: Optional[os.stat_result] = None  # attributes of what was just made
-        self.rename_flags = 0
         self.wake = threading.Semaphore(0)
 
     def sleeps(self) -> bool:
@@ -57,12 +54,6 @@ class Worker:
         except OSError:
             return True
         return not line[line.rindex(b")") :].startswith(b") R")
-
-
-class CurrentWorker(threading.local):
-    """The worker of the calling thread."""
-
-    worker: Worker
 
 
 class Monitor:
@@ -118,7 +109,6 @@ class Lane:
         name: str,
         device: Device,
         monitor: Monitor,
-        current: CurrentWorker,
         fetch: Callable[[Worker], Optional[Request]],
         serve: Callable[[Worker, Request], None],
         failed: Callable[[], None],
@@ -127,7 +117,6 @@ class Lane:
         self.workers: List[Worker] = []
         self._device = device
         self._monitor = monitor
-        self._current = current
         self._fetch = fetch
         self._serve = serve
         self._failed = failed
@@ -196,7 +185,6 @@ class Lane:
         return active
 
     def _run(self, worker: Worker) -> None:
-        self._current.worker = worker
         worker.tid = threading.get_native_id()
         fetch, serve, monitor = self._fetch, self._serve, self._monitor
         try:

@@ -1,7 +1,7 @@
-"""libfuse 2 and fusepy without libfuse's own loop: a session that is fed with requests one by one.
+"""libfuse 2 and fusepy without libfuse's own loop: they negotiate with the kernel.
 
-fusepy's FUSE object, structures and callbacks are used as they are; only ``fuse_main_real``, which would mount
-and loop, is replaced by taking the operations over. Replies go through a channel whose ``send`` is ours.
+fusepy's FUSE object is used as it is; only ``fuse_main_real``, which would mount and loop, is replaced by taking its
+operations over. Replies go through a channel whose ``send`` is ours. Every other request is answered by the loop.
 The only module that knows libfuse; besides ``syscalls`` the only one with ctypes.
 """
 
@@ -11,7 +11,6 @@ import ctypes
 import errno
 import logging
 import os
-import threading
 from typing import Any
 
 from stubfs.errors import MissingFeatureError, reason
@@ -19,9 +18,6 @@ from stubfs.protocol import BUFFER_SIZE
 
 _log = logging.getLogger(__name__)
 SONAME = "libfuse.so.2"
-# Names are bytes. latin-1 maps every byte to one character and back; the mountpoint never passes through here.
-ENCODING = "latin-1"
-
 
 _RECEIVE = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
 _SEND = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
@@ -67,22 +63,27 @@ def load() -> Any:
     return fuse
 
 
+class _Operations:
+    """What fusepy wants to have. Not its own class of this name, whose defaults claim success for what is not there."""
+
+    use_ns = True
+
+    def __call__(self, operation: str, path: str) -> None:
+        """``init``, in the answer to INIT, and ``destroy``; nothing else gets here."""
+
+    def init(self, path: str) -> None:
+        """There for fusepy to find."""
+
+
 class Session:
-    """One libfuse instance on a /dev/fuse fd that it neither reads, writes nor closes; for any thread."""
+    """One libfuse instance on a /dev/fuse fd that it neither reads, writes nor closes."""
 
-    OPTIONS = {
-        "hard_remove": True,  # else an unlinked open file is renamed to .fuse_hidden, for all to see
-        "entry_timeout": 0,
-        "attr_timeout": 0,
-        "negative_timeout": 0,
-        "atomic_o_trunc": True,
-        "big_writes": True,
-    }
+    OPTIONS = {"atomic_o_trunc": True, "big_writes": True}
 
-    def __init__(self, device_fd: int, operations: Any) -> None:
+    def __init__(self, device_fd: int) -> None:
         module = load()
         library = ctypes.CDLL(module._libfuse._name)
-        self._replies = _Replies()
+        self._reply = b""
         # The channel's callbacks must live as long as libfuse may call them.
         self._send_callback = _SEND(self._send)
         self._channel_operations = _ChannelOperations(
@@ -108,12 +109,11 @@ class Session:
         self._fuse: Any = None
         self._kept: Any = None
 
+        operations = _Operations()
         genuine = module._libfuse.fuse_main_real
         module._libfuse.fuse_main_real = self._take_over
         try:
-            self._bridge = module.FUSE(
-                operations, "/", raw_fi=True, encoding=ENCODING, fsname=False, **self.OPTIONS
-            )
+            self._bridge = module.FUSE(operations, "/", fsname=False, **self.OPTIONS)
         finally:
             module._libfuse.fuse_main_real = genuine
         if not self._fuse:
@@ -129,30 +129,22 @@ class Session:
         return 0 if self._fuse else 1
 
     def process(self, request: bytes) -> bytes:
-        """libfuse's reply to a request, which nobody but the caller gets; b"" for none."""
-        self._replies.last = b""
+        """libfuse's reply to INIT, which nobody but the caller gets; b"" for none. For one thread at a time."""
+        self._reply = b""
         self._process(self._session, request, len(request), self._channel)
-        return self._replies.last
+        return self._reply
 
     def _send(self, channel: int, vectors: int, count: int) -> int:
-        if not count:
-            return 0  # how libfuse "answers" FORGET
         try:
             raw = _VECTORS[count].from_address(vectors)
             reply = ctypes.string_at(raw[0], raw[1])
             for i in range(2, 2 * count, 2):
                 reply += ctypes.string_at(raw[i], raw[i + 1])
-            self._replies.last = reply
+            self._reply = reply
             return 0
         except Exception:  # it would be printed by ctypes, and libfuse told that the reply was sent
             _log.exception("cannot take a reply of libfuse")
             return -errno.EIO
-
-
-class _Replies(threading.local):
-    """What libfuse last wanted to send in this thread."""
-
-    last = b""
 
 
 _dlvsym = ctypes.CDLL(None).dlvsym

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
-from typing import TYPE_CHECKING, Optional, Union
+from typing import TYPE_CHECKING, Optional, Tuple, Union
 
 from stubfs.protocol import BODY, IN_HEADER, INVAL_INODE_OUT, NOTIFY_INVAL_INODE, OUT_HEADER, text_at
 
@@ -37,13 +37,6 @@ class Device:
         except OSError as failure:
             return self._lost(unique, failure)
         return True
-
-    def write_raw(self, data: bytes) -> None:
-        """A whole reply as libfuse has made it."""
-        try:
-            os.write(self.fd, data)
-        except OSError as failure:
-            self._lost(OUT_HEADER.unpack_from(data)[2], failure)
 
     @staticmethod
     def _lost(unique: int, failure: OSError) -> bool:
@@ -104,6 +97,11 @@ class Request:
     def name(self, offset: int = BODY) -> bytes:
         """The NUL-terminated name at ``offset`` of the request."""
         return text_at(self.buffer, offset, self.length)
+
+    def names(self, offset: int = BODY) -> Tuple[bytes, bytes]:
+        """The two NUL-terminated strings from ``offset`` on: two names, or a name and a link's target."""
+        first, second, _ = bytes(self.buffer[offset : self.length]).split(b"\0", 2)
+        return first, second
 
     def answer(self, payload: bytes = b"") -> bool:
         return self.device.reply(self.unique, 0, payload)

@@ -22,12 +22,11 @@ from stubfs.entries import Entries
 from stubfs.handles import HandleTable
 from stubfs.held import HeldTable
 from stubfs.interrupts import Interrupts
-from stubfs.lanes import CurrentWorker, Lane, Monitor, Worker
+from stubfs.lanes import Lane, Monitor, Worker
 from stubfs.libfuse import Session as LibfuseSession
 from stubfs.modes import Mode, ModeSwitch, State, StubOptions
 from stubfs.nodes import NodeTable, Orphan
 from stubfs.objects import Objects
-from stubfs.operations import Operations
 from stubfs.protocol import BODY, ROOT_NODE, InitFlags, Opcode, opcode_name
 from stubfs.request import Device, Request
 from stubfs.rules import Action, Rule
@@ -67,23 +66,20 @@ class Session:
         self.ready = threading.Event()  # INIT has been answered
         self._ended = threading.Event()
         self._on_end: Callable[[], None] = lambda: None
-        self._current = CurrentWorker()
         self._root_status = os.fstat(self.staging.fd)
         self.switch = ModeSwitch(self, self.held, self.staging)
         self.state: State
         self.switch.begin(mode, directory, options, rules)
-        self._libfuse = LibfuseSession(device_fd, Operations(self._current))
+        self._libfuse = LibfuseSession(device_fd)
         self._interrupts = Interrupts(self._still_waits, self._end_wait, self.held.readers)
         self._monitor = Monitor()
-        self._reading = Lane("reader", self.device, self._monitor, self._current, self._read, self._serve, self._end)
-        self._releasing = Lane(
-            "release", self.device, self._monitor, self._current, self._next_held, self._serve_released, self._end
-        )
+        self._reading = Lane("reader", self.device, self._monitor, self._read, self._serve, self._end)
+        self._releasing = Lane("release", self.device, self._monitor, self._next_held, self._serve_released, self._end)
         self._drained = threading.Condition()
         self._draining = 0
         objects = Objects(self.nodes, self.handles, self._has_locked_pages)
         self._answers = answers = Answers(self.nodes, self.handles, objects)
-        entries = Entries(self.nodes, self.handles, objects, self._libfuse)
+        entries = Entries(self.nodes, self.handles, objects)
         # Served with the caller's credentials.
         self._by_caller: Dict[int, _Handler] = {
             Opcode.LOOKUP: entries.lookup,
@@ -93,16 +89,16 @@ class Session:
             Opcode.OPEN: answers.open,
             Opcode.OPENDIR: answers.opendir,
             Opcode.READLINK: answers.readlink,
-            Opcode.SYMLINK: entries.make,
-            Opcode.MKNOD: entries.make,
-            Opcode.MKDIR: entries.make,
+            Opcode.SYMLINK: entries.symlink,
+            Opcode.MKNOD: entries.mknod,
+            Opcode.MKDIR: entries.mkdir,
             Opcode.LINK: entries.link,
             Opcode.CREATE: entries.create,
             Opcode.TMPFILE: entries.tmpfile,
-            Opcode.UNLINK: entries.remove,
-            Opcode.RMDIR: entries.remove,
+            Opcode.UNLINK: entries.unlink,
+            Opcode.RMDIR: entries.rmdir,
             Opcode.RENAME: entries.rename,
-            Opcode.RENAME2: entries.rename,
+            Opcode.RENAME2: entries.rename2,
             Opcode.STATFS: answers.statfs,
             Opcode.SETXATTR: answers.setxattr,
             Opcode.GETXATTR: self._getxattr,
@@ -305,24 +301,24 @@ class Session:
             request.fail(errno.ENODATA)
 
     def _init(self, worker: Worker, request: Request) -> None:
-        """libfuse must know of it, and what it does not know of is added to its answer."""
+        """libfuse's answer, with what it does not know of."""
         reply = self._libfuse.process(bytes(request.buffer[: request.length]))
-        self.device.write_raw(self._init_reply(request, reply))
+        request.answer(self._init_out(request, reply[protocol.OUT_HEADER.size :]))
         self.ready.set()
 
-    def _init_reply(self, request: Request, reply: bytes) -> bytes:
+    @staticmethod
+    def _init_out(request: Request, answer: bytes) -> bytes:
         major, minor, readahead, offered = (
             int.from_bytes(request.buffer[BODY + i : BODY + i + 4], "little") for i in (0, 4, 8, 12)
         )
         if major != 7:
-            return reply
-        flags = int.from_bytes(reply[protocol.OUT_HEADER.size + 12 : protocol.OUT_HEADER.size + 16], "little")
+            return answer
+        flags = int.from_bytes(answer[12:16], "little")
         flags = (flags | _ADDED_FLAGS) & ~_REMOVED_FLAGS & offered
-        body = protocol.INIT_OUT.pack(
+        return protocol.INIT_OUT.pack(
             7, min(minor, _MINOR_VERSION), readahead, flags, _MAX_BACKGROUND, _MAX_BACKGROUND,
             protocol.MAX_WRITE, 1, protocol.MAX_PAGES, 0, 0,
         )  # fmt: skip
-        return protocol.OUT_HEADER.pack(protocol.OUT_HEADER.size + len(body), 0, request.unique) + body
 
     # --- what has no answer
 
@@ -383,7 +379,7 @@ class Session:
     def drop_caches(self, state: State) -> None:
         def serve(request: Request) -> None:
             """Answer a held READ or WRITE under the state that is being left; in a thread of its own."""
-            worker = self._current.worker = Worker(self.device)
+            worker = Worker(self.device)
             worker.request = request
             request.state = state
             try:

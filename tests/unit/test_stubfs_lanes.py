@@ -11,7 +11,7 @@ from typing import Callable, Iterator, List, Optional
 import pytest
 
 from stubfs import lanes
-from stubfs.lanes import CurrentWorker, Lane, Monitor, Worker
+from stubfs.lanes import Lane, Monitor, Worker
 from stubfs.request import Device, Request
 
 _LIMIT = 10.0  # seconds for what takes a moment
@@ -24,9 +24,7 @@ class Served:
         self.actions: "queue.Queue[Optional[Callable[[], object]]]" = queue.Queue()
         self.by: List[int] = []
         self.failed = threading.Event()
-        self.lane = Lane(
-            "test", Device(-1), Monitor(), CurrentWorker(), self._fetch, self._serve, self.failed.set
-        )  # fmt: skip
+        self.lane = Lane("test", Device(-1), Monitor(), self._fetch, self._serve, self.failed.set)
         self._action: Callable[[], object] = lambda: None
 
     def _fetch(self, worker: Worker) -> Optional[Request]:
