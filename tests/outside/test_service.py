@@ -56,10 +56,17 @@ class Machine:
         with open(f"/proc/{self.init()}/mountinfo", "rb") as table:
             return [mount.fstype for mount in mountinfo.parse(table.read()) if mount.mountpoint == "/srv/data"]
 
-    def left_behind(self) -> List[int]:
-        """File system processes."""
-        lines = self.run("ps", "-eo", "pid=,args=").splitlines()
-        return [int(line.split()[0]) for line in lines if " -m stubfs " in line]
+    def file_systems(self) -> List[int]:
+        """Their pids, outside."""
+        every = psutil.Process(self.init()).children(recursive=True)
+        return [process.pid for process in every if "stubfs" in _called(process)]
+
+
+def _called(process: psutil.Process) -> List[str]:
+    try:
+        return process.cmdline()
+    except psutil.NoSuchProcess:
+        return []
 
 
 @pytest.fixture
@@ -121,7 +128,7 @@ def stand_in_with_a_reader(machine: Machine) -> int:
     machine.spfs("mount", "data", "/srv/data", "--mode", "stub")
     machine.run("systemd-run", "--unit=reader", "--property=StandardOutput=file:/srv/answer", "cat", "/srv/data/file")
     wait_until(lambda: machine.held())
-    (pid,) = machine.left_behind()
+    (pid,) = machine.file_systems()
     return pid
 
 
@@ -147,11 +154,11 @@ def test_mounts_and_who_waits_outlive_the_stop_and_the_death_of_the_service(mach
     assert machine.mounted() == ["fuse.stubfs"]
 
     machine.run("systemctl", "restart", "spfs-manager")
-    assert machine.held() == ["cat"] and machine.left_behind() == [file_system]
+    assert machine.held() == ["cat"] and machine.file_systems() == [file_system]
 
     machine.run("systemctl", "stop", "spfs-manager")
     assert machine.property("ActiveState") == "inactive" and machine.property("Result") == "success"
-    assert machine.mounted() == ["fuse.stubfs"] and machine.left_behind() == [file_system]
+    assert machine.mounted() == ["fuse.stubfs"] and machine.file_systems() == [file_system]
     assert machine.property("ActiveState", "reader") == "active"
     machine.run("systemctl", "start", "spfs-manager")
     assert machine.held() == ["cat"]
@@ -160,7 +167,7 @@ def test_mounts_and_who_waits_outlive_the_stop_and_the_death_of_the_service(mach
     machine.run("systemctl", "kill", "--signal=KILL", "--kill-who=main", "spfs-manager")
     wait_until(lambda: machine.property("MainPID") not in ("0", first), 30)  # Restart=on-failure
     wait_until(lambda: machine.property("ActiveState") == "active", 30)
-    assert machine.held() == ["cat"] and machine.left_behind() == [file_system]
+    assert machine.held() == ["cat"] and machine.file_systems() == [file_system]
 
     # The last of these managers replaces; the service that waited goes on.
     machine.run("sh", "-c", "echo the real contents >/srv/server/file")
@@ -168,7 +175,7 @@ def test_mounts_and_who_waits_outlive_the_stop_and_the_death_of_the_service(mach
     assert machine.spfs("replace", "data", *bind, "--wait")["replace"]["phase"] == "done"
     wait_until(lambda: machine.property("ActiveState", "reader") == "inactive", 30)
     assert machine.run("cat", "/srv/answer") == "the real contents"
-    wait_until(lambda: not machine.left_behind())
+    wait_until(lambda: not machine.file_systems())
     assert "fuse.stubfs" not in machine.mounted()
 
 
