@@ -47,6 +47,13 @@ def find_sockets() -> List[str]:
     return sorted(path for path in found if not os.path.basename(path).startswith("fs-"))
 
 
+def _how_to_start(socket_path: str) -> str:
+    """The command for a manager that listens there; in its work directory it also takes over what is there."""
+    directory, name = os.path.split(os.path.abspath(socket_path))
+    where = f"--work-dir {directory}" if name == "spfs-manager.sock" else f"--socket-path {socket_path}"
+    return f"spfs-manager -d {where}"
+
+
 def _accepts(path: str) -> bool:
     try:
         wire.connect(path, 1.0).close()
@@ -72,7 +79,7 @@ class ManagerClient:
                 errno.ENAMETOOLONG: f"use a path of at most {wire.MAX_PATH} bytes",
                 errno.EACCES: "the socket is its owner's and root's",
                 errno.EPROTOTYPE: "that is the socket of something else",
-            }.get(error.errno or 0, "start it: spfs-manager -d --socket-path PATH")
+            }.get(error.errno or 0, f"start it: {_how_to_start(socket_path)}")
             raise SpfsError(
                 f"cannot reach the manager: {socket_path}: {reason(error)}", hint, error.errno or errno.EIO
             ) from error

@@ -7,20 +7,22 @@ about every second. rich is imported only when something is drawn.
 from __future__ import annotations
 
 import json
+import os
 import sys
 import threading
 import time
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Dict, Iterator, List, Mapping, Optional, Sequence
+from typing import TYPE_CHECKING, Any, Dict, Iterator, Mapping, Optional
 
 from spfs.cli import tables
+from spfs.cli.layout import Line, screenful
 from spfs.client import ManagerClient
 from spfs.errors import SpfsError
-from stubfs.errors import printable
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
+    from rich.console import Console, ConsoleOptions
     from rich.progress import Progress, TaskID
+    from rich.text import Text
 
 _REFRESH = 1.0  # seconds, without an event
 _SHORTEST = 0.1  # seconds from one picture to the next
@@ -46,7 +48,7 @@ def watch(client: ManagerClient, id: Optional[str], as_json: bool) -> None:
         if as_json:
             for answer in _statuses(client, id):
                 print(json.dumps(answer), flush=True)
-        elif sys.stdout.isatty():
+        elif sys.stdout.isatty() and os.environ.get("TERM", "dumb") != "dumb":
             _draw(client, id)
         else:
             for answer in _statuses(client, id):
@@ -57,33 +59,41 @@ def watch(client: ManagerClient, id: Optional[str], as_json: bool) -> None:
 
 
 def _draw(client: ManagerClient, id: Optional[str]) -> None:
-    from rich.console import Group
+    """On a screen of its own, as top(1), and what it showed last where it was called."""
+    from rich.console import Console
     from rich.live import Live
-    from rich.text import Text
 
-    with Live(Text("asking the manager"), auto_refresh=False, vertical_overflow="crop") as picture:
-        for answer in _statuses(client, id):
-            parts: List["RenderableType"] = []
-            if answer["mounts"] or answer["finished"]:
-                for columns, rows in tables.status_tables(answer):
-                    parts += [_table(columns, rows), Text()]
-            else:
-                parts += [Text(tables.no_mounts(answer)), Text()]
-            parts.append(Text(f"{time.strftime('%H:%M:%S')}  manager {answer['manager']['pid']}  Ctrl-C: end", "dim"))
-            picture.update(Group(*parts), refresh=True)
+    console, shown = Console(), None
+    try:
+        with Live(console=console, screen=True, auto_refresh=False) as live:
+            for answer in _statuses(client, id):
+                shown = _Picture(answer)
+                live.update(shown, refresh=True)
+    finally:
+        if shown is not None:
+            console.print(shown)
 
 
-def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> "RenderableType":
-    from rich.table import Table
-    from rich.text import Text
+class _Picture:
+    """Laid out when it is drawn, for the screen as it is then."""
 
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for column in columns:
-        table.add_column(column, overflow="fold")
-    for row in rows:
-        # Text: names may hold what rich would take for markup.
-        table.add_row(*(Text(printable(cell)) for cell in row))
-    return table
+    def __init__(self, answer: Mapping[str, Any]) -> None:
+        self._answer = answer
+        self._time = time.strftime("%H:%M:%S")
+
+    def __rich_console__(self, console: "Console", options: "ConsoleOptions") -> Iterator["Text"]:
+        from rich.text import Text
+
+        answer, width, height = self._answer, options.max_width, options.size.height
+        if answer["mounts"] or answer["finished"]:
+            lines = screenful(tables.status_tables(answer), width, height - 2)
+        else:
+            lines = [Line(tables.no_mounts(answer))]
+        about = Line(f"{self._time}  manager {answer['manager']['pid']}  Ctrl-C: end")
+        for line in (*lines, Line(""), about):
+            # Text: names may hold what rich would take for markup.
+            style = "bold" if line.heading else "dim" if line is about else ""
+            yield Text(line.text, style, no_wrap=True, overflow="ellipsis")
 
 
 def _statuses(client: ManagerClient, id: Optional[str]) -> Iterator[Dict[str, Any]]:
@@ -110,10 +120,16 @@ def _bar(socket_path: str, id: str) -> Iterator[None]:
         return
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich.table import Column
 
     ended = threading.Event()
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    # The text last: what does not fit is cut from it, not from the bar.
+    columns = (
+        BarColumn(20, table_column=Column(width=20)),
+        TimeElapsedColumn(table_column=Column(width=8)),
+        TextColumn("{task.description}", markup=False, table_column=Column(ratio=1, no_wrap=True)),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True, expand=True) as progress:
         task = progress.add_task(id, total=len(_STAGES))
         # What is waited for is the answer on the caller's connection; this one is for the eye alone.
         thread = threading.Thread(target=_follow, args=(socket_path, id, progress, task, ended), daemon=True)

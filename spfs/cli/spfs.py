@@ -194,6 +194,8 @@ def _status(options: argparse.Namespace, client: ManagerClient) -> None:
 def _held(options: argparse.Namespace, client: ManagerClient) -> None:
     answer = client.request("held", id=options.id)
     entries = [entry for entry in answer["held"] if options.pid in (None, entry.get("pid"))]
+    if options.json:
+        entries = timeline.called(entries)
     _print(options, entries, tables.held)
     if answer["not_answering"]:
         silent = ", ".join(answer["not_answering"])

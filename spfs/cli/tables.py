@@ -8,6 +8,7 @@ import stat
 import time
 from typing import Any, Dict, List, Mapping, Sequence, Tuple
 
+from spfs.cli.layout import Table, aligned
 from stubfs.errors import printable
 from stubfs.rules import Rule
 
@@ -21,10 +22,10 @@ _FINISHED = 5  # mounts that are gone, shown with a status of all
 
 def status(answer: Mapping[str, Any]) -> None:
     if answer["mounts"] or answer["finished"]:
-        for number, (columns, rows) in enumerate(status_tables(answer)):
+        for number, table in enumerate(status_tables(answer)):
             if number:
                 print()
-            _show(columns, rows)
+            _print(table)
     else:
         print(no_mounts(answer))
 
@@ -34,27 +35,21 @@ def no_mounts(answer: Mapping[str, Any]) -> str:
     return f"no mounts (manager {manager['pid']}, {manager['socket']})"
 
 
-Table = Tuple[List[str], List[List[str]]]
-"""The names of the columns, and the rows."""
-
-
 def status_tables(answer: Mapping[str, Any]) -> List[Table]:
     """The mounts; who waits on them (if ``waiting`` was added to the answer); how far their replaces are."""
     gone = answer["finished"]
     rows = [_status_row(row) for row in [*answer["mounts"], *gone[:_FINISHED]]]
-    if len(gone) > _FINISHED:
-        rows.append([f"and {len(gone) - _FINISHED} that are gone"] + [""] * 7)
-    found = [(["ID", "MOUNTPOINT", "STATE", "MODE", "SINCE", "HELD", "OPEN", "REPLACE"], rows)]
+    columns = ["ID", "MOUNTPOINT", "STATE", "MODE", "SINCE", "HELD", "OPEN", "REPLACE"]
+    found = [Table(columns, rows, len(gone[_FINISHED:]))]
     replaces = [_replace_row(row) for row in answer["mounts"] if row["replace"] and row["replace"]["stages"]]
     if replaces:
-        columns = ["REPLACE OF", "STAGE", "SINCE", "ATTEMPTS", "PROCESSES", "REFERENCES", "MOVED", "LEFT", "BLACKOUT"]
-        found.append((columns, replaces))
+        columns = ["REPLACE OF", "STAGE", "SINCE", "ATTEMPTS", "PROCESSES", "REFERENCES", "MOVED", "LEFT", "BLACKOUT",
+                   "ERROR"]  # fmt: skip
+        found.append(_without_empty(Table(columns, replaces)))
     groups = answer.get("waiting", [])
     if groups:
-        rows = [_group_row(group) for group in groups[:_GROUPS]]
-        if len(groups) > _GROUPS:
-            rows.append([f"and {len(groups) - _GROUPS} more"] + [""] * 6)
-        found.append((["WAITS ON", "PID", "COMMAND", "OPERATION", "REQUESTS", "OLDEST", "PATH"], rows))
+        columns = ["WAITS ON", "PID", "COMMAND", "OPERATION", "REQUESTS", "OLDEST", "PATH"]
+        found.append(Table(columns, [_group_row(group) for group in groups[:_GROUPS]], len(groups[_GROUPS:])))
     return found
 
 
@@ -69,7 +64,8 @@ def waiting(entries: Sequence[Mapping[str, Any]]) -> List[Dict[str, Any]]:
         group["count"] += 1
         if entry["age"] > group["oldest"]:
             group["oldest"], group["path"] = entry["age"], _place(entry)
-    return sorted(groups.values(), key=lambda group: -float(group["oldest"]))
+    # Not finer: the file systems are asked one after the other, and those that came together would change places.
+    return sorted(groups.values(), key=lambda group: (-int(group["oldest"]), group["id"], group["pid"]))
 
 
 def _group_row(group: Mapping[str, Any]) -> List[str]:
@@ -94,7 +90,23 @@ def _replace_row(row: Mapping[str, Any]) -> List[str]:
         kinds(moved),
         _known(len(report["left"]) if "left" in report else None),
         "-" if blackout is None else f"{blackout * 1000:.1f} ms",
+        _error(wanted),
     ]
+
+
+def _error(wanted: Mapping[str, Any]) -> str:
+    """Why it has failed, or the last attempt."""
+    if wanted["error"]:
+        return str(wanted["error"]["message"])
+    if wanted["phase"] == "done" or not wanted["last_attempts"]:
+        return "-"
+    return str(wanted["last_attempts"][-1].get("error") or "-")
+
+
+def _without_empty(table: Table) -> Table:
+    """Without the columns of which nothing is known yet."""
+    kept = [index for index, cells in enumerate(zip(*table.rows)) if any(cell != "-" for cell in cells)]
+    return Table([table.columns[index] for index in kept], [[row[index] for index in kept] for row in table.rows])
 
 
 def _known(value: object) -> str:
@@ -171,7 +183,7 @@ def held(entries: Sequence[Mapping[str, Any]]) -> None:
         ]
         for entry in entries
     ]
-    _show(["ID", "PID", "COMMAND", "OPERATION", "PATH", "UID", "AGE"], rows)
+    _print(Table(["ID", "PID", "COMMAND", "OPERATION", "PATH", "UID", "AGE"], rows))
 
 
 def rules(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
@@ -179,7 +191,7 @@ def rules(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
     if not rows:
         print("no rules")
         return
-    _show(["ID", "RULE"], rows)
+    _print(Table(["ID", "RULE"], rows))
 
 
 def command_line(pid: int, name: str) -> str:
@@ -216,7 +228,7 @@ def switched(answer: Mapping[str, Any]) -> None:
 def left(references: Sequence[Mapping[str, Any]]) -> None:
     if references:
         rows = [_reference(item, "pid", "command", "kind", "what", "path", "reason") for item in references]
-        _show(["PID", "COMMAND", "KIND", "WHAT", "PATH", "WHY IT WAS LEFT"], rows)
+        _print(Table(["PID", "COMMAND", "KIND", "WHAT", "PATH", "WHY IT WAS LEFT"], rows))
 
 
 def references(found: Sequence[Mapping[str, Any]]) -> None:
@@ -228,7 +240,7 @@ def references(found: Sequence[Mapping[str, Any]]) -> None:
     for item in found:
         verdict = "moves" if item["reason"] is None else f"stays: {item['reason']}"
         rows.append([*_reference(item, "pid", "command", "kind", "what", "path"), verdict])
-    _show(["PID", "COMMAND", "KIND", "WHAT", "PATH", "VERDICT"], rows)
+    _print(Table(["PID", "COMMAND", "KIND", "WHAT", "PATH", "VERDICT"], rows))
 
 
 def _reference(item: Mapping[str, Any], *keys: str) -> List[str]:
@@ -249,18 +261,8 @@ def _seconds(seconds: float) -> str:
     return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s"
 
 
-def _show(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    # rich's tables take seconds for thousands of rows; how wide a terminal shows a text is all that we need of it.
-    from rich.cells import cell_len
-
-    cells = [list(columns), *([printable(cell) for cell in row] for row in rows)]
-    lengths = [[cell_len(cell) for cell in row] for row in cells]
-    widths = [max(column) for column in zip(*lengths)]
-    lines = []
-    for row, sizes in zip(cells, lengths):
-        padded = (cell + " " * (width - size) for cell, size, width in zip(row, sizes, widths))
-        lines.append("  ".join(padded).rstrip())
-    print("\n".join(lines))
+def _print(table: Table) -> None:
+    print("\n".join(line.text for line in aligned(table)))
 
 
 def planned(mounts: Sequence[Any]) -> None:
@@ -277,7 +279,7 @@ def planned(mounts: Sequence[Any]) -> None:
     if not rows:
         print("nothing: no file of the processes is there")
         return
-    _show(["MOUNT", "PATH", "TYPE", "MODE", "SIZE", "WHAT FOR"], rows)
+    _print(Table(["MOUNT", "PATH", "TYPE", "MODE", "SIZE", "WHAT FOR"], rows))
 
 
 _KINDS = {

@@ -7,7 +7,7 @@ import json
 import os
 import sys
 import time
-from typing import TYPE_CHECKING, Any, Dict, List
+from typing import TYPE_CHECKING, Any, Dict, List, Mapping, Sequence
 
 from spfs.client import ManagerClient, find_manager
 from spfs.errors import SpfsError, UsageError, reason
@@ -106,15 +106,19 @@ def _of_manager(client: ManagerClient, ids: List[str]) -> List[_Record]:
     else:
         answer = client.status()
         rows = answer["mounts"] + answer["finished"]
-    from stubfs.callers import command_line
-
     held: Dict[str, List[Dict[str, Any]]] = {}
     for row in rows:
         if row.get("held"):
-            held[row["id"]] = [
-                {**entry, "command_line": command_line(entry["pid"])} for entry in client.held(row["id"])
-            ]
+            held[row["id"]] = called(client.held(row["id"]))
     return [_Record(row["record"], held.get(row["id"], []) if row["state"] != "gone" else []) for row in rows]
+
+
+def called(held: Sequence[Mapping[str, Any]]) -> List[Dict[str, Any]]:
+    """Held requests with the command lines of who waits."""
+    from stubfs.callers import command_line
+
+    lines = {pid: command_line(pid) for pid in {entry["pid"] for entry in held}}
+    return [{**entry, "command_line": lines[entry["pid"]]} for entry in held]
 
 
 def _draw(records: List[_Record], form: str) -> str:

@@ -62,6 +62,8 @@ def test_a_delayed_mount_by_hand(manager: Manager, mnt: Path) -> None:
         held = spfs(manager, "held")
         assert f"{reader.pid}" in held and "cat" in held and "file" in held
         assert "no request is held" in spfs(manager, "held", "--pid", "1")
+        (entry,) = json.loads(spfs(manager, "held", "--pid", str(reader.pid), "--json"))
+        assert entry["command_line"].startswith("cat /") and entry["operation"] == "lookup"
         assert "1 held requests" in spfs(manager, "unmount", "data", code=1)
         spfs(manager, "unmount", "data", "--force")
         assert reader.wait(10) == 1

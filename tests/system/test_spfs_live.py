@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import pty
 import re
 import select
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -54,21 +57,26 @@ def spfs(manager: Manager, *arguments: str) -> str:
 class Terminal:
     """A command on a terminal of its own; ``shown`` is all that it has written."""
 
-    def __init__(self, manager: Manager, *arguments: str) -> None:
+    def __init__(
+        self, manager: Manager, *arguments: str, columns: int = 200, lines: int = 50, kind: str = "xterm"
+    ) -> None:
         self.shown = ""
         self._end, terminal = pty.openpty()
-        environment = {**os.environ, **ENVIRONMENT, "SPFS_MANAGER_SOCK": str(manager.socket), "TERM": "xterm"}
-        environment["COLUMNS"] = "200"
+        environment = {**os.environ, **ENVIRONMENT, "SPFS_MANAGER_SOCK": str(manager.socket), "TERM": kind}
+        self.resize(columns, lines)
         self.process = subprocess.Popen(
             [sys.executable, "-m", "spfs.cli.spfs", *arguments],
             stdin=terminal, stdout=terminal, stderr=terminal, env=environment, start_new_session=True,
         )  # fmt: skip
         os.close(terminal)
 
-    def until(self, pattern: str, timeout: float = 15.0) -> None:
-        """Until what it shows, without the terminal's own codes, matches."""
+    def resize(self, columns: int, lines: int) -> None:
+        fcntl.ioctl(self._end, termios.TIOCSWINSZ, struct.pack("HHHH", lines, columns, 0, 0))
+
+    def until(self, pattern: str, timeout: float = 15.0, as_sent: bool = False) -> None:
+        """Until what it shows, without the terminal's own codes unless ``as_sent``, matches."""
         deadline = time.monotonic() + timeout
-        while not re.search(pattern, re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", self.shown)):
+        while not re.search(pattern, self.shown if as_sent else re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", self.shown)):
             assert select.select([self._end], [], [], max(0.0, deadline - time.monotonic()))[0], self.shown
             try:
                 self.shown += os.read(self._end, 65536).decode(errors="replace")
@@ -84,8 +92,8 @@ class Terminal:
 
 
 @contextmanager
-def terminal(manager: Manager, *arguments: str) -> Iterator[Terminal]:
-    made = Terminal(manager, *arguments)
+def terminal(manager: Manager, *arguments: str, **settings: Any) -> Iterator[Terminal]:
+    made = Terminal(manager, *arguments, **settings)
     try:
         yield made
     finally:
@@ -175,6 +183,7 @@ def test_watching_on_a_terminal(manager: Manager, mnt: Path, tmp_path: Path) -> 
             shown.until(rf"a +{reader.pid} +cat /\S+ +lookup +1 ")
             client.replace("a", str(tmp_path / "real"), "none", BIND, begin="release")
             shown.until(r"attempts \(last: No such file or directory\)")
+            shown.until(r"REPLACE OF +STAGE +SINCE +ATTEMPTS +ERROR\s+a +mounting +\S+ s +\d+ +No such file")
             (tmp_path / "real").mkdir()
             client.wait("a")
             shown.until("gone: replaced")
@@ -183,10 +192,41 @@ def test_watching_on_a_terminal(manager: Manager, mnt: Path, tmp_path: Path) -> 
         assert shown.process.wait(10) == 0
 
 
+def test_many_mounts_with_long_names_on_a_small_screen(manager: Manager, tmp_path: Path) -> None:
+    client = manager.client()
+    for number in range(8):
+        mountpoint = tmp_path / f"a-directory-with-a-name-that-is-long-{number}"
+        mountpoint.mkdir()
+        client.mount(f"a-mount-with-a-name-that-is-long-{number}", str(mountpoint), "stub")
+    with reading(mountpoint / "file") as reader, terminal(manager, "status", "--watch", columns=80, lines=12) as shown:
+        # Who waits is seen although there are more mounts than lines; ends of names tell them from each other.
+        shown.until(r"a-mou\S*…\S*g-0 +/\S*…\S+-0 +mounted +stub ")
+        shown.until(rf"and \d more\s+WAITS ON +PID.*\s+a-\S*…\S*-7 +{reader.pid} +cat .* lookup +1 ")
+        shown.shown = ""
+        shown.resize(200, 50)
+        shown.until(r"a-mount-with-a-name-that-is-long-7 +\S+long-7 +mounted +stub ")
+        os.kill(shown.process.pid, signal.SIGINT)
+        # What was seen last stays, where it was called.
+        shown.until(r"\x1b\[\?1049l", as_sent=True)
+        shown.shown = shown.shown.rpartition("\x1b[?1049l")[2]
+        shown.until(r"Ctrl-C: end\r\n")
+        assert "long-7" in shown.shown and shown.process.wait(10) == 0
+    client.unmount(force=True)
+
+
+def test_a_terminal_that_cannot_be_drawn_on(manager: Manager) -> None:
+    with terminal(manager, "status", "--watch", kind="dumb") as shown:
+        shown.until("no mounts")
+        os.kill(shown.process.pid, signal.SIGINT)
+        assert shown.process.wait(10) == 0 and "\x1b" not in shown.shown
+
+
 def test_waiting_with_a_bar(manager: Manager, mnt: Path, tmp_path: Path) -> None:
     client = manager.client()
     client.mount("a", str(mnt), "stub")
     client.replace("a", str(tmp_path / "real"), "none", BIND, begin="hold")
+    with terminal(manager, "wait", "a", columns=40) as shown:
+        shown.until(r"━ 0:00:\d\d  a: held")  # a narrow one cuts the text, not the bar
     with terminal(manager, "wait", "a") as shown:
         shown.until("a: held until it is released")
         client.begin("release", "a")
