@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import errno
 import os
+from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any, Dict, List, Tuple
+from typing import Any, Dict, List
 
+from spfs import mountnested
 from spfs.errors import reason
 from spfs.instances import mount_id, read_mountinfo
 from spfs.linux import mountapi
 from spfs.linux.mountapi import MS, MoveMount
 from spfs.linux.mountinfo import MountTable
+from spfs.mountnested import Nested
 from spfs.nschild import Answer, Command
 
-_CLONE_TREE = mountapi.OPEN_TREE_CLONE | mountapi.AT_RECURSIVE
 _HERE = mountapi.AT_NO_AUTOMOUNT | mountapi.AT_SYMLINK_NOFOLLOW
 
 
@@ -27,10 +29,10 @@ class _Place:
     """One old mount, ``old`` a descriptor of its root; ``real`` goes in its place, ``spare`` is a detached copy of the
     old one to give it back with.
 
-    ``parent``: id of the mount that the old one was on. ``late``: nested mounts that could not be attached ahead of
-    time, with their paths beneath the root. ``how``: what was done ("" nothing yet). ``lined``: a mount of the same
-    file system is beneath the old one already, as a switch leaves it that was killed when half done; ``adopted``: that
-    one is on the path now, in place of ours.
+    ``parent``: id of the mount that the old one was on. ``nested``: what is mounted on the old one, each after the one
+    that it is on. ``how``: what was done ("" nothing yet). ``lined``: a mount of the same file system is beneath the
+    old one already, as a switch leaves it that was killed when half done; ``adopted``: that one is on the path now, in
+    place of ours.
     """
 
     path: str
@@ -39,7 +41,7 @@ class _Place:
     real: int
     real_id: int
     spare: int
-    late: List[Tuple[int, str]] = field(default_factory=list)
+    nested: List[Nested] = field(default_factory=list)
     how: str = ""
     lined: bool = False
     adopted: bool = False
@@ -79,7 +81,7 @@ class Worker:
                     os.close(old)
                     raise OSError(errno.ESTALE, "its path leads to another mount, which covers it")
                 # Recursive, or the kernel refuses to copy a mount that has locked mounts on it.
-                spare = mountapi.open_tree(old, "", _CLONE_TREE)
+                spare = mountapi.open_tree(old, "", mountapi.OPEN_TREE_CLONE | mountapi.AT_RECURSIVE)
                 # Not a peer of the old one: else the umount of what is nested there would propagate to the copy.
                 mountapi.mount_setattr(spare, flags=mountapi.AT_RECURSIVE, propagation=MS.PRIVATE)
                 real = os.dup(fd)
@@ -95,41 +97,10 @@ class Worker:
     def nested(self, argument: Any, fds: List[int]) -> Answer:
         """{id, mounts: [[path, path beneath it, with all on it?, index in fds or -1]]}: copied onto the real mount."""
         place = self._places[argument["id"]]
-        for path, relative, recursive, index in argument["mounts"]:
-            if index >= 0:
-                copy = os.dup(fds[index])
-            else:
-                flags = _CLONE_TREE if recursive else mountapi.OPEN_TREE_CLONE
-                copy = mountapi.open_tree(mountapi.AT_FDCWD, path, flags | mountapi.AT_NO_AUTOMOUNT)
-            base, rest = self._base(place, relative)
-            try:
-                os.close(os.open(rest, os.O_PATH | os.O_CLOEXEC, dir_fd=base))
-            except OSError as error:
-                os.close(copy)
-                raise OSError(error.errno, f"{path} has no place on the real file system: {reason(error)}") from error
-            if base != place.real:
-                place.late.append((copy, relative))
-                continue
-            try:
-                mountapi.move_mount(copy, place.real, relative)
-            except OSError as error:
-                # Onto a detached mount only since Linux 6.15, and if it was made by fsmount, or in this namespace.
-                if error.errno != errno.EINVAL:
-                    os.close(copy)
-                    raise
-                place.late.append((copy, relative))
-            else:
-                os.close(copy)
+        for path, relative, whole, index in argument["mounts"]:
+            given = fds[index] if index >= 0 else None
+            place.nested.append(mountnested.copy(path, relative, whole, given, place.real, place.nested))
         return None, []
-
-    @staticmethod
-    def _base(place: _Place, relative: str) -> Tuple[int, str]:
-        """The mount on which ``relative`` will be when all is attached, and its path there."""
-        base, rest = place.real, relative
-        for copy, path in place.late:  # an inner one comes after the one that it is on
-            if relative.startswith(path + "/"):
-                base, rest = copy, os.path.relpath(relative, path)
-        return base, rest
 
     def place(self, argument: Any, fds: List[int]) -> Answer:
         """[id] → {id: how}: the real mount beneath the old one, where the kernel allows it."""
@@ -160,12 +131,10 @@ class Worker:
     def _attach_late(self, place: _Place) -> None:
         # By the descriptor of its root the covered mount is reached: a walk looks for mounts on what it comes to, not
         # on where it starts.
-        while place.late:
-            copy, relative = place.late[0]
-            if not self._is_mountpoint(place, relative):  # it may have come by propagation from a peer
-                mountapi.move_mount(copy, place.real, relative)
-            place.late.pop(0)
-            os.close(copy)
+        for one in place.nested:
+            if not one.attached:
+                # It may have come by propagation from a peer.
+                one.attach(place.real, there_already=self._is_mountpoint(place, one.relative))
 
     def _is_mountpoint(self, place: _Place, relative: str) -> bool:
         fd = os.open(relative, os.O_PATH | os.O_CLOEXEC, dir_fd=place.real)
@@ -185,17 +154,44 @@ class Worker:
             # Not earlier: when all peers are in place, what is put on one comes to the others, and is found there.
             self._attach_late(place)
             if self._top(place.path) == number:
-                self._unmount(place.path, number)
+                self._take_off(number, place)
         elif self._top(place.path) == number:
             if not (place.lined and self._adopt(number, place)):
                 self._exchange(number, place)
         # Neither: it went with a peer, and a copy of the peer's real mount is here.
         return place.how if self._top(place.path) == place.real_id else "gone"
 
+    def _take_off(self, number: int, place: _Place) -> None:
+        """Unmount the old one, with ours beneath it; what is mounted on it comes to ours before, as far as it can."""
+        self._hand_over(self._directly_on(number, place), place.old, place.real)
+        self._unmount_old(number, place)
+
+    def _unmount_old(self, number: int, place: _Place) -> None:
+        """Unmount the old one with what is still mounted on it."""
+        for one in place.nested:
+            if not one.moved:
+                one.part_from_copy()
+        self._unmount(place.path, number)
+
+    def _hand_over(self, nested: List[Nested], source: int, destination: int) -> None:
+        table = self._table()
+        with ExitStack() as stack:
+            for mount in (source, destination) if nested else ():
+                if table.by_id[mount_id(mount, self._proc)].group("shared") is not None:
+                    stack.enter_context(mountnested.apart(mount))
+            mountnested.hand_over(nested, self._unmount_covering)
+
+    def _directly_on(self, number: int, place: _Place) -> List[Nested]:
+        """What was mounted on mount ``number`` when the copies were made, and still is."""
+        ours = [(one.mount, one) for one in place.nested if one.copy is not None and not one.moved]
+        numbers = [(mount_id(mount, self._proc), one) for mount, one in ours if mount is not None]
+        there = {mount.mount_id for mount in self._table().children(number)} if numbers else set()
+        return [one for mount, one in numbers if mount in there]
+
     def _adopt(self, number: int, place: _Place) -> bool:
         """Take the old mount off; what is revealed stays if it is as the prepared one: else that is put onto it."""
         try:
-            self._unmount(place.path, number)
+            self._unmount_old(number, place)
         except OSError as error:
             if error.errno not in (errno.EINVAL, errno.EPERM):
                 raise
@@ -217,7 +213,7 @@ class Worker:
         What is mounted on it is for ``nest``, when all its peers are in place.
         """
         try:
-            self._unmount(place.path, number)
+            self._unmount_old(number, place)
         except OSError as error:
             if error.errno not in (errno.EINVAL, errno.EPERM):
                 raise
@@ -289,7 +285,7 @@ class Worker:
         if self._table().by_id[number].parent_id == place.parent:
             return False
         try:
-            self._unmount(place.path, number)
+            self._unmount_old(number, place)
         except OSError as error:
             if error.errno not in (errno.EINVAL, errno.EPERM):
                 raise
@@ -338,13 +334,15 @@ class Worker:
         if self._top(place.path) == number:
             # Placed, not revealed: "beneath" is always beneath the topmost, so the old one must go for its copy to
             # come beneath the real one. The application stands still meanwhile.
-            self._unmount(place.path, number)
+            self._take_off(number, place)
         try:
             mountapi.move_mount(place.spare, place.real, flags=MoveMount.BENEATH)
         except OSError:
             self._unmount(place.path, place.real_id)
             mountapi.move_mount(place.spare, mountapi.AT_FDCWD, place.path)
         else:
+            moved = [one.back_on(place.spare) for one in place.nested if one.moved]
+            self._hand_over(moved, place.real, place.spare)
             self._unmount(place.path, place.real_id)
 
     def check(self, argument: Any, fds: List[int]) -> Answer:
@@ -376,6 +374,17 @@ class Worker:
             return mount_id(fd, self._proc)
         finally:
             os.close(fd)
+
+    def _unmount_covering(self, root: int) -> None:
+        """Unmount lazily the topmost mount at directory or file ``root``, to which no path need lead.
+
+        By the link of the descriptor: umount2(2) has no other way to what is beneath the mount on a path.
+        """
+        os.fchdir(self._proc)
+        try:
+            mountapi.umount2(f"fd/{root}", mountapi.MNT_DETACH)
+        finally:
+            os.chdir("/")
 
     def _unmount(self, path: str, expected: int) -> None:
         """Unmount lazily mount ``expected``, which is the topmost at ``path``; OSError EBUSY if it is not.

@@ -33,6 +33,7 @@ class MoveMount(enum.IntFlag):
     F_EMPTY_PATH = 0x4
     T_SYMLINKS = 0x10
     T_EMPTY_PATH = 0x40
+    SET_GROUP = 0x100  # since Linux 5.15
     BENEATH = 0x200  # since Linux 6.5
 
 
@@ -126,7 +127,11 @@ def open_tree(dirfd: int, path: str = "", flags: int = 0) -> int:
 
 
 def move_mount(mount_fd: int, dirfd: int, path: str = "", flags: int = 0) -> None:
-    """Move the mount that ``mount_fd`` is the root of to ``path`` (onto ``dirfd`` itself if empty)."""
+    """Move the mount that ``mount_fd`` is the root of to ``path`` (onto ``dirfd`` itself if empty).
+
+    With SET_GROUP nothing is moved: the mount at ``path``, which is private, joins the other one's peer group, and has
+    its master.
+    """
     flags |= MoveMount.F_EMPTY_PATH
     if not path:
         flags |= MoveMount.T_EMPTY_PATH

@@ -35,14 +35,15 @@ FREEZERS = [
 ]
 _CGROUPS = {"v1": ("/sys/fs/cgroup/freezer",), "v2": ("/sys/fs/cgroup/unified", "/sys/fs/cgroup")}
 
-# Where a replace can be made to stand still: the stages that it tells, and three moments within the blackout.
+# Where a replace can be made to stand still: the stages that it tells, and three moments within the blackout. (Others
+# are only met by what has mounts on it: see PAUSED.)
 PAUSES = ("begun", "prepared", "proxy", "frozen", "stopped", "exchanged", "operated", "switched", "verified")
 
 # The manager with a replace step that waits at one point, each time it gets there, until it is told to go on. The
 # point is reached when somebody reads the first fifo, and is left when somebody has written to the second.
 PAUSED = """
 import errno, os, select, sys
-from spfs import freezer, jobs, mountswitch
+from spfs import freezer, jobs, mountnested, mountswitch, mountworker
 from spfs.linux import mountapi
 from spfs.surgery import scheduler
 
@@ -84,6 +85,9 @@ after(freezer.FreezerV2, "freeze", "frozen")
 before(mountswitch.PreparedSwitch, "commit", "stopped")
 after(mountswitch.PreparedSwitch, "commit", "exchanged")
 after(scheduler, "run", "operated")
+# In the helper of a mount namespace: what is mounted on the old mount is being moved, and has been.
+before(mountworker.Worker, "_unmount_covering", "handing over")
+after(mountnested, "hand_over", "handed over")
 if where == "stuck":
     # As when a call within the blackout does not return.
     from spfs import blackoutguard

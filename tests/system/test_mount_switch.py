@@ -92,6 +92,45 @@ def test_a_reader_in_a_loop_sees_no_error(places: Places, propagation: str) -> N
     assert read_in("self", places.path("mnt/who")) == "REAL"
 
 
+@pytest.mark.parametrize("way", ["attached ahead", "attached late"])
+@pytest.mark.parametrize("propagation", ["private", "shared"])
+def test_what_is_mounted_on_it_is_itself_moved_and_never_missing(
+    places: Places, monkeypatch: pytest.MonkeyPatch, propagation: str, way: str  # noqa: F811
+) -> None:
+    if SWITCHED == "exchanged":
+        pytest.skip("what is mounted on an exchanged mount is copied")
+    move, detached = mountapi.move_mount, []
+
+    def attached_only(mount_fd: int, dirfd: int, path: str = "", flags: int = 0) -> None:
+        # As before Linux 6.15. In the helper all that is put on anything before the first "beneath".
+        if flags & mountapi.MoveMount.BENEATH:
+            detached.append(mount_fd)
+        elif path == "nest" and not detached:
+            raise OSError(errno.EINVAL, "Invalid argument")
+        move(mount_fd, dirfd, path, flags)
+
+    if way == "attached late":
+        monkeypatch.setattr(mountapi, "move_mount", attached_only)
+    device = fuse(places, propagation)
+    nested = places.path("mnt/nest")
+    places.mount("-t", "tmpfs", "nested", nested)
+    Path(nested, "who").write_text("NESTED")
+    places.mount("--bind", places.path("mnt"), places.path("second"))  # a peer, on which it is not mounted
+    (before,) = mounts_at("self", nested)
+    with reader(f"{nested}/who") as (_, end):
+        with mounts.prepare_switch(mounts.instances(device), real(places)) as prepared:
+            prepared.prepare_nested()
+            assert list(prepared.commit().switched.values()) == [SWITCHED] * 2
+            assert prepared.verify() == []
+        assert end() == ["NESTED"]
+    (after,) = mounts_at("self", nested)
+    assert (after[0], after[6]) == (before[0], before[6]) and after[1] != before[1]
+    assert on("self", places.path("mnt")) == ["tmpfs"]
+    # The new ones are peers as the old ones were: what is mounted on one comes to the other.
+    places.mount("-t", "tmpfs", "later", places.path("mnt/a"))
+    assert on("self", places.path("second/a")) == (["tmpfs"] if propagation == "shared" else [])
+
+
 def test_it_is_fast_once_it_is_prepared(places: Places) -> None:  # noqa: F811
     device = fuse(places)
     ratios = []
@@ -152,7 +191,8 @@ def test_bind_mounts_nested_mounts_and_copies_in_a_namespace(
     places.mount("--bind", places.path("mnt/a"), places.path("part"))
     places.mount("-o", "remount,bind,ro", places.path("part"))
     places.mount("-t", "tmpfs", "nested", places.path("mnt/nest"))
-    Path(places.path("mnt/nest/kept")).touch()
+    places.mount("-t", "tmpfs", "deeper", places.path("mnt/nest/deeper"))
+    Path(places.path("mnt/nest/deeper/kept")).touch()
     pid = places.namespace(*arguments)
     before = {who: len(mounts_at(who, str(places.directory))) for who in ("self", pid)}
     found = mounts.instances(device)
@@ -177,7 +217,7 @@ def test_bind_mounts_nested_mounts_and_copies_in_a_namespace(
         root = f"/proc/{who}/root"
         for name in ("mnt", "whole"):
             assert read_in(who, places.path(f"{name}/who")) == "REAL"
-        assert os.listdir(f"{root}{places.path('mnt/nest')}") == ["kept"]
+        assert os.listdir(f"{root}{places.path('mnt/nest/deeper')}") == ["kept"]
         assert os.listdir(f"{root}{places.path('part')}") == ["b"]
         assert "ro" in mounts_at(who, places.path("part"))[0][5].split(",")
         assert "ro" not in mounts_at(who, places.path("mnt"))[0][5].split(",")
@@ -220,28 +260,38 @@ def test_a_locked_mount_is_covered_and_said_to_be_left(places: Places) -> None: 
     assert on("self", places.path("mnt")) == ["tmpfs"]
 
 
+@pytest.mark.parametrize("propagation", ["private", "shared"])
 @pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOSYS])
 def test_where_beneath_is_refused_the_mounts_are_exchanged(
-    places: Places, monkeypatch: pytest.MonkeyPatch, number: int  # noqa: F811
+    places: Places, monkeypatch: pytest.MonkeyPatch, number: int, propagation: str  # noqa: F811
 ) -> None:
-    move = mountapi.move_mount
+    move, shared = mountapi.move_mount, propagation == "shared"
 
     def old_kernel(mount_fd: int, dirfd: int, path: str = "", flags: int = 0) -> None:
         if flags & mountapi.MoveMount.BENEATH:
             raise OSError(number, os.strerror(number))
         move(mount_fd, dirfd, path, flags)
 
-    device = fuse(places)
-    places.mount("-t", "tmpfs", "nested", places.path("mnt/nest"))
+    device = fuse(places, propagation)
+    for nested in ("mnt/nest", "mnt/nest/deeper"):
+        places.mount("-t", "tmpfs", "nested", places.path(nested))
+    pid = places.namespace("-m", "--propagation", "unchanged")
+
+    def there(kind: str) -> None:
+        for who in ("self", pid):
+            found = {line[4]: line[line.index("-") + 1] for line in mounts_at(who, places.path("mnt"))}
+            names = {"mnt": kind, "mnt/nest": "tmpfs", "mnt/nest/deeper": "tmpfs"}
+            assert found == {places.path(name): fstype for name, fstype in names.items()}
+            assert len(mounts_at(who, places.path("mnt"))) == 3
+
     monkeypatch.setattr(mountapi, "move_mount", old_kernel)
     with mounts.prepare_switch(mounts.instances(device), real(places)) as prepared:
         outcome = prepared.commit()
-        assert list(outcome.switched.values()) == ["exchanged"]
+        assert sorted(outcome.switched.values()) == ["exchanged", "propagated" if shared else "exchanged"]
         assert prepared.verify() == []
-        assert on("self", places.path("mnt")) == on("self", places.path("mnt/nest")) == ["tmpfs"]
+        there("tmpfs")
         prepared.undo()
-    assert on("self", places.path("mnt")) == ["fuse"]
-    assert on("self", places.path("mnt/nest")) == ["tmpfs"]
+    there("fuse")
 
 
 def test_missing_places_on_the_real_side_change_nothing(places: Places) -> None:  # noqa: F811

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import stat
 import subprocess
 from pathlib import Path
@@ -10,9 +11,11 @@ from typing import Iterator, List, Sequence
 
 import pytest
 from manager_kit import alive
-from replace_kit import TIMEOUT, Scene, scene
+from replace_kit import TIMEOUT, Scene, paused_at, scene
 from surgery_kit import Victim
 
+from spfs.errors import SpfsError
+from spfs.linux import procfs
 from spfs.linux.mountapi import MS
 from spfs.testing import wait_until
 
@@ -70,21 +73,76 @@ def test_what_is_mounted_on_it_stays_there(scene: Scene) -> None:
     report = scene.replace()
     assert report["left"] == [] and report["mounts_left"] == []
     assert os.listdir(nested) == ["own"] and victim.run("own.read()") == "own"
+    assert victim.run(f"own.close()\n__import__('os').path.ismount('{nested}')")
     assert (scene.mnt / "file").read_bytes() == b"real contents"
     subprocess.run(["umount", str(nested)], check=True)  # the way to it is the real file system's
     assert os.listdir(scene.mnt / "directory") == ["inner"]
     scene.replaced()
 
 
-@pytest.mark.xfail(reason="what is mounted on it is copied: the mount that such a process is on leads to no path")
-def test_who_is_on_what_is_mounted_on_it_has_a_path_to_it(scene: Scene) -> None:
+@pytest.mark.parametrize("propagation", ["private", "shared"])
+def test_who_is_on_what_is_mounted_on_it_has_a_path_to_it(scene: Scene, propagation: str) -> None:
+    """A directory, a single file, and something that is mounted on what is mounted there."""
+    parent = scene.base / "parent"
+    parent.mkdir()
+    scene.mount("-t", "tmpfs", "parent", str(parent))
+    subprocess.run(["mount", f"--make-{propagation}", str(parent)], check=True)
+    scene.mnt = parent / "mnt"
+    scene.mnt.mkdir()
     scene.delay()
     fill(scene)
     nested = scene.mount("-t", "tmpfs", "nested", str(scene.mnt / "directory"))
-    victim = scene.victim(cwd=nested)
+    (nested / "deeper").mkdir()
+    deeper = scene.mount("-t", "tmpfs", "deeper", str(nested / "deeper"))
+    (scene.base / "single").write_text("single")
+    single = scene.mount("--bind", str(scene.base / "single"), str(scene.mnt / "file"))
+    victims = [scene.victim(cwd=path) for path in (nested, deeper)]
+    victims[0].run(f"import os\nsingle = os.open('{single}', os.O_RDONLY)")
+
+    def table() -> "dict[str, str]":
+        """Path → mount id and propagation."""
+        lines = [line.split() for line in Path("/proc/self/mountinfo").read_text().splitlines()]
+        return {line[4]: line[0] + line[6] for line in lines if Path(line[4]).is_relative_to(scene.mnt)}
+
+    before = table()
     scene.client.mode("stub")
     assert scene.replace()["left"] == []
-    assert victim.run("__import__('os').getcwd()") == str(nested)
+    after = table()
+    assert before.pop(str(scene.mnt)) != after.pop(str(scene.mnt)) and before == after and len(after) == 3
+    for victim, path in zip(victims, (nested, deeper)):
+        assert victim.run("__import__('os').getcwd()") == str(path)
+    assert victims[0].run("os.readlink(f'/proc/self/fd/{single}'), os.read(single, 9)") == (str(single), b"single")
+    scene.replaced()
+
+
+@paused_at("handing over", "handed over")
+def test_killed_while_what_is_mounted_on_it_is_handed_over(scene: Scene) -> None:
+    """Neither then nor later is it missing on its path."""
+    scene.delay()
+    fill(scene)
+    names = ["directory", "other"]
+    scene.both("other", stat.S_IFDIR)
+    for name in names:
+        (scene.mount("-t", "tmpfs", name, str(scene.mnt / name)) / name).touch()
+    victims = [scene.victim(cwd=scene.mnt / name) for name in names]
+    scene.client.mode("stub")
+    scene.ask()
+    helper = scene.manager.reached()
+    assert [os.listdir(scene.mnt / name) for name in names] == [[name] for name in names]
+    os.kill(procfs.parse_stat(procfs.read(f"/proc/{helper}/stat")).parent, signal.SIGKILL)
+    wait_until(lambda: not alive(helper))
+    scene.manager.no_more()
+    with pytest.raises(SpfsError, match="was killed"):
+        scene.wait()
+    for again in (False, True):
+        if again:
+            assert scene.replace()["left"] == []
+        assert [os.listdir(scene.mnt / name) for name in names] == [[name] for name in names]
+    # Of those that had not come to the real mount yet, copies are there.
+    moved = 1 if scene.manager.where == "handing over" else 2
+    for victim, name in list(zip(victims, names))[:moved]:
+        assert victim.run("__import__('os').getcwd()") == str(scene.mnt / name)
+    scene.replaced()
 
 
 NAMESPACES = {
