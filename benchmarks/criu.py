@@ -27,8 +27,9 @@ from rich.table import Table
 
 from spfs.client import ManagerClient
 from spfs.criu import command
-from spfs.criu.restoration import WORK_DIR
+from spfs.criu.manager import WORK_DIR
 from spfs.linux import mountapi
+from spfs.managerstart import ManagerStart
 from spfs.restore import FileSpec, Restore
 from spfs.testing import process_state, wait_until
 
@@ -148,9 +149,7 @@ class _manager:
     """One that serves until told to end, where the action script looks for it."""
 
     def __enter__(self) -> None:
-        from spfs.restore import start_manager
-
-        start_manager(WORK_DIR, f"{WORK_DIR}/control.sock", exit_with_spfs=False)
+        ManagerStart(WORK_DIR, f"{WORK_DIR}/control.sock", exit_with_spfs=False).wait()
 
     def __exit__(self, *exception: object) -> None:
         with ManagerClient(f"{WORK_DIR}/control.sock", 60) as client:

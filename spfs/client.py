@@ -7,15 +7,17 @@ import glob
 import os
 import socket
 from types import TracebackType
-from typing import Any, Dict, Iterable, List, Mapping, Optional, Sequence, Tuple, Type, Union
+from typing import TYPE_CHECKING, Any, Dict, Iterable, List, Mapping, Optional, Sequence, Tuple, Type, Union
 
-from spfs import protocol
+from spfs import replies
 from spfs.errors import SpfsError, reason
-from spfs.protocol import Reply
+from spfs.managerstart import SOCKET_VARIABLE as SOCKET_VARIABLE
+from spfs.replies import Reply
 from stubfs import wire
-from stubfs.rules import Rule
 
-SOCKET_VARIABLE = "SPFS_MANAGER_SOCK"
+if TYPE_CHECKING:
+    from stubfs.rules import Rule
+
 MODE_VARIABLE = "SPFS_MODE"
 _PLACES = ("/run/spfs-manager*/*.sock", "/run/spfs-manager/*/*.sock")
 
@@ -112,7 +114,7 @@ class ManagerClient:
 
     def _request(self, command: str, keys: Mapping[str, Any]) -> Tuple[Reply, wire.Descriptors]:
         given = {key: value for key, value in keys.items() if value is not None}
-        reply, fds = self._exchange(protocol.encode_data({"command": command, **given}))
+        reply, fds = self._exchange(replies.encode_data({"command": command, **given}))
         if reply.status < 0:
             fds.close()
             message = reply.data.get("message") or f"the manager refused {command}: {os.strerror(-reply.status)}"
@@ -124,11 +126,11 @@ class ManagerClient:
     def _exchange(self, packet: bytes) -> Tuple[Reply, wire.Descriptors]:
         try:
             wire.send(self._sock, packet)
-            answer = wire.receive(self._sock, protocol.STATUS_LENGTH)
+            answer = wire.receive(self._sock, replies.STATUS_LENGTH)
             if answer is None:
                 raise ConnectionResetError(errno.ECONNRESET, "it closed the connection")
             prefix, payload, fds = answer
-            return protocol.decode_reply(prefix, payload), fds
+            return replies.decode_reply(prefix, payload), fds
         except socket.timeout as error:
             self.close()
             raise SpfsError(
@@ -206,6 +208,8 @@ class ManagerClient:
 
     def rules(self, id: Optional[str] = None) -> Dict[str, List[Rule]]:
         """id -> the rules in force there."""
+        from stubfs.rules import Rule
+
         rows = self.request("rules", **_whom(id))["mounts"]
         return {row["id"]: [Rule.from_json(item) for item in row["rules"]] for row in rows}
 

@@ -14,10 +14,11 @@ import select
 import socket
 from typing import Any, Callable, Deque, Dict, Optional, Sequence, Tuple
 
-from spfs import protocol
+from spfs import protocol, replies
 from spfs.errors import SpfsError, UsageError, reason
 from spfs.eventloop import EventLoop
-from spfs.protocol import Reply, Request
+from spfs.protocol import Request
+from spfs.replies import Reply
 from stubfs import wire
 
 log = logging.getLogger(__name__)
@@ -80,13 +81,13 @@ class Connection:
         except OSError as error:
             self._busy = True
             number = error.errno or errno.EPROTO
-            return self._answer(protocol.error_reply(f"cannot read the request: {reason(error)}", "", number))
+            return self._answer(replies.error_reply(f"cannot read the request: {reason(error)}", "", number))
         if packet is None:
             if self._hung_up():
                 return self.close()
             self._sock.recv(1)  # an empty packet, which is no request
             self._busy = True
-            return self._answer(protocol.error_reply("cannot read the request: the packet is empty"))
+            return self._answer(replies.error_reply("cannot read the request: the packet is empty"))
         _, payload, fds = packet
         fds.close()  # no request has any
         self._busy = True
@@ -94,15 +95,15 @@ class Connection:
             request = protocol.parse(payload)
         except UsageError as error:
             log.info("refused: %s", error)
-            return self._answer(protocol.error_reply(error.message, error.hint, error.errno))
+            return self._answer(replies.error_reply(error.message, error.hint, error.errno))
         try:
             self._handle(self, request, self._answer)
         except SpfsError as error:
             log.info("refused: %s", error)
-            self._answer(protocol.error_reply(error.message, error.hint, error.errno))
+            self._answer(replies.error_reply(error.message, error.hint, error.errno))
         except Exception as error:
             log.exception("request %s", request)
-            self._answer(protocol.error_reply(f"cannot do it: {error!r}", "a defect: the log has more", errno.EIO))
+            self._answer(replies.error_reply(f"cannot do it: {error!r}", "a defect: the log has more", errno.EIO))
 
     def _hung_up(self) -> bool:
         poll = select.poll()
@@ -122,7 +123,7 @@ class Connection:
         while self._unsent:
             (status, data), fds = self._unsent[0]
             try:
-                wire.send(self._sock, protocol.encode_data(data), fds, protocol.encode_status(status))
+                wire.send(self._sock, replies.encode_data(data), fds, replies.encode_status(status))
             except BlockingIOError:
                 return self._loop.watch(self._sock.fileno(), self._flush, write=True)
             except OSError as error:
@@ -163,11 +164,11 @@ class Call:
     def _readable(self) -> None:
         assert self._sock is not None
         try:
-            packet = wire.receive(self._sock, protocol.STATUS_LENGTH)
+            packet = wire.receive(self._sock, replies.STATUS_LENGTH)
             if packet is None:
                 raise ConnectionResetError(errno.ECONNRESET, "it closed the connection")
             prefix, payload, fds = packet
-            reply = protocol.decode_reply(prefix, payload)
+            reply = replies.decode_reply(prefix, payload)
         except BlockingIOError:
             return
         except OSError as error:
@@ -178,7 +179,7 @@ class Call:
 
     def _fail(self, error: OSError) -> None:
         text = f"cannot reach the file system process: {self._path}: {reason(error)}"
-        self._finish(protocol.error_reply(text, "", error.errno or errno.EIO), wire.Descriptors())
+        self._finish(replies.error_reply(text, "", error.errno or errno.EIO), wire.Descriptors())
 
     def _finish(self, reply: Reply, fds: wire.Descriptors) -> None:
         if self._done is _ignore:

@@ -11,7 +11,7 @@ import socket
 import time
 from typing import Any, Callable, Dict, List, Optional, Sequence, Set, Type
 
-from spfs import __version__, protocol
+from spfs import __version__, protocol, replies
 from spfs.connection import Answer, Connection
 from spfs.counters import Counters
 from spfs.description import describe, in_short, outcome
@@ -20,8 +20,9 @@ from spfs.eventloop import EventLoop
 from spfs.events import Events
 from spfs.jobs import Context, Outcome
 from spfs.linux.prctl import set_child_subreaper
-from spfs.protocol import Reply, Request
+from spfs.protocol import Request
 from spfs.registry import Managed, Phase, State
+from spfs.replies import Reply
 from spfs.state import WorkDirectory
 from spfs.supervisor import Supervisor
 from stubfs import wire
@@ -123,11 +124,11 @@ class Controller:
         if uid not in (0, os.geteuid()):
             log.warning("refused a client of uid %d", uid)
             with sock:
-                refusal = protocol.error_reply("cannot serve you: only root and the owner", "", errno.EPERM)
+                refusal = replies.error_reply("cannot serve you: only root and the owner", "", errno.EPERM)
                 sock.setblocking(False)
                 try:
                     wire.send(
-                        sock, protocol.encode_data(refusal.data), prefix=protocol.encode_status(refusal.status)
+                        sock, replies.encode_data(refusal.data), prefix=replies.encode_status(refusal.status)
                     )
                 except OSError:
                     pass
@@ -304,7 +305,7 @@ class Controller:
 
         def done(reply: Reply, fds: wire.Descriptors) -> None:
             if reply.status == 0 and len(fds) != 1:
-                reply = protocol.error_reply("cannot get the staging directory: it was not sent", "", errno.EPROTO)
+                reply = replies.error_reply("cannot get the staging directory: it was not sent", "", errno.EPROTO)
             if reply.status != 0:
                 return answer(reply, ())
             fd = fds.steal(0)
@@ -355,7 +356,7 @@ class Controller:
             stage = managed.replacement.stage if managed.replacement is not None else ""
             late = f"cannot wait longer for mount {managed.id!r}: not done in {request.timeout} s"
             hint = f"it goes on, at stage {stage}" if stage else "it goes on"
-            finish(protocol.error_reply(late, hint, errno.ETIMEDOUT))
+            finish(replies.error_reply(late, hint, errno.ETIMEDOUT))
 
         if not self._supervisor.busy_with(managed):
             return answer(outcome(managed), ())
@@ -427,7 +428,7 @@ class Controller:
         self._close_listener()
         for finish in list(self._waiting):
             hint = "wait again at the next manager on this work directory"
-            finish(protocol.error_reply("cannot wait longer: the manager is ending", hint, errno.ESHUTDOWN))
+            finish(replies.error_reply("cannot wait longer: the manager is ending", hint, errno.ESHUTDOWN))
         self._supervisor.stop()
         self._loop.later(DRAIN, self._stop_waiting_for_clients)
         self._loop.soon(self._changed)
@@ -469,7 +470,7 @@ def _phase(managed: Managed) -> str:
 def _answering(answer: Answer) -> Callable[[Optional[StubfsError], Dict[str, Any]], None]:
     def done(error: Optional[StubfsError], data: Dict[str, Any]) -> None:
         if error is not None:
-            return answer(protocol.error_reply(error.message, error.hint, error.errno), ())
+            return answer(replies.error_reply(error.message, error.hint, error.errno), ())
         answer(Reply(0, data), ())
 
     return done
@@ -487,7 +488,8 @@ def _preload() -> None:
     import spfs.mounts  # noqa: F401
     import spfs.replace  # noqa: F401
     import stubfs.client  # noqa: F401
-    from spfs import features
+    from spfs import features, fsprocess
 
+    fsprocess.preload()
     for warning in features.warnings():
         log.warning("%s", warning)

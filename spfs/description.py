@@ -5,9 +5,9 @@ from __future__ import annotations
 import errno
 from typing import Any, Dict, Optional
 
-from spfs import protocol
-from spfs.protocol import Reply
+from spfs import replies
 from spfs.registry import ENDED, Managed, State
+from spfs.replies import Reply
 
 
 def describe(managed: Managed) -> Dict[str, Any]:
@@ -51,7 +51,7 @@ def outcome(managed: Managed) -> Reply:
     if error is None and managed.state is State.FAILED:
         error = {"message": f"mount {managed.id!r} is dead: {managed.end}", "hint": "", "errno": errno.ENOTCONN}
     if error is not None:
-        reply = protocol.error_reply(error["message"], error["hint"], error["errno"])
+        reply = replies.error_reply(error["message"], error["hint"], error["errno"])
         return Reply(reply.status, {**row, **reply.data})
     return Reply(0, row)
 

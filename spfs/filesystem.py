@@ -8,15 +8,11 @@ from __future__ import annotations
 import errno
 import os
 import secrets
-import select
-import signal
-import sys
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Dict, List, Optional, Tuple
 
-import stubfs
-from spfs import protocol
+from spfs import fsprocess, protocol
 from spfs.errors import SpfsError, reason
 from spfs.jobs import Context
 from spfs.processes import has_ended, is_frozen, open_process, start_time
@@ -30,8 +26,6 @@ from stubfs.options import parse_options
 # Imported where they are used: spfs.mounts, spfs.nschild, spfs.freezer, stubfs.client. A first mount is waited for by
 # somebody, and what is imported here comes before the file system process is started, the rest while that starts.
 
-START_TIMEOUT = 20.0  # seconds from exec to ready; it takes a tenth of one on an idle machine
-END_TIMEOUT = 3.0  # seconds for a file system process to end when it is told to
 LAST_USE_TIMEOUT = 0.5  # seconds for one to notice that nobody uses its mount any more, after which somebody does
 
 
@@ -71,10 +65,10 @@ def mount(context: Context, settings: Settings) -> None:
         try:
             pidfd = os.pidfd_open(pid)
             undo.callback(os.close, pidfd)
-            undo.callback(_end_process, pid, pidfd)
+            undo.callback(fsprocess.end, pid, pidfd)
             from spfs import mounts
 
-            _wait_ready(settings, pid, pidfd, ready)
+            fsprocess.wait_ready(settings.id, pidfd, ready, settings.log)
         finally:
             os.close(ready)
         device = os.fstat(mount_fd).st_dev
@@ -95,88 +89,15 @@ def _unique_source(id: str) -> str:
 
 
 def _start(settings: Settings, device_fd: int) -> Tuple[int, int]:
-    """Start stubfs on the open device; its pid, and the pipe on which it tells that it is ready."""
-    ready, tell = os.pipe()
-    try:
-        arguments = [sys.executable, "-m", "stubfs", f"/dev/fd/{device_fd}", "-f", "--mode", settings.mode]
-        arguments += ["--socket-path", settings.control, "--ready-fd", str(tell), "--log", settings.log]
-        if settings.record is not None:
-            arguments += ["--record", settings.record]
-        if settings.proxy_dir is not None:
-            arguments += ["--proxy-dir", settings.proxy_dir]
-        if settings.options:
-            arguments += ["-o", settings.options]
-        arguments += settings.log_options
-        for fd in (device_fd, tell):
-            os.set_inheritable(fd, True)
-        appending = os.O_WRONLY | os.O_CREAT | os.O_APPEND
-        pid = os.posix_spawn(
-            sys.executable,
-            arguments,
-            {**os.environ, "PYTHONPATH": _python_path()},
-            file_actions=[
-                (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
-                (os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0),
-                (os.POSIX_SPAWN_OPEN, 2, settings.log, appending, 0o600),
-            ],
-            setsid=True,  # it outlives the job, whose session is killed with it
-            setsigmask=[],
-            setsigdef=[signal.SIGPIPE],
-        )
-    except BaseException:
-        os.close(ready)
-        raise
-    finally:
-        os.close(tell)
-    return pid, ready
-
-
-def _python_path() -> str:
-    """So that the same stubfs is started as is imported here, wherever the current directory is."""
-    parts = [os.path.dirname(os.path.dirname(os.path.abspath(stubfs.__file__)))]
-    parts += filter(None, [os.environ.get("PYTHONPATH")])
-    return os.pathsep.join(parts)
-
-
-def _wait_ready(settings: Settings, pid: int, pidfd: int, ready: int) -> None:
-    poll = select.poll()
-    poll.register(ready, select.POLLIN)
-    if not poll.poll(START_TIMEOUT * 1000):
-        raise SpfsError(
-            f"cannot start the file system: {settings.id}: not ready after {START_TIMEOUT:.0f} s",
-            f"see {settings.log}",
-            errno.ETIMEDOUT,
-        )
-    if os.read(ready, 1):
-        return
-    poll.register(pidfd, select.POLLIN)
-    poll.unregister(ready)
-    poll.poll(END_TIMEOUT * 1000)
-    raise SpfsError(f"cannot start the file system: {settings.id}: {_last_words(settings.log)}", "", errno.EIO)
-
-
-def _last_words(log: str) -> str:
-    try:
-        with open(log, "rb") as file:
-            lines = file.read()[-4096:].decode(errors="replace").strip().splitlines()
-    except OSError:
-        lines = []
-    return lines[-1] if lines else "it ended without a message"
-
-
-def _end_process(pid: int, pidfd: int) -> None:
-    """Ask (SIGTERM gives held requests EIO), then kill. Its end is waited for here, or by whoever is its parent."""
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        try:
-            signal.pidfd_send_signal(pidfd, number)
-        except ProcessLookupError:
-            break
-        if has_ended(pidfd, END_TIMEOUT):
-            break
-    try:
-        os.waitpid(pid, os.WNOHANG)
-    except ChildProcessError:
-        pass
+    """Start the process that serves the open device; its pid, and the pipe on which it tells that it is ready."""
+    arguments = [f"/dev/fd/{device_fd}", "-f", "--mode", settings.mode, "--socket-path", settings.control]
+    if settings.record is not None:
+        arguments += ["--record", settings.record]
+    if settings.proxy_dir is not None:
+        arguments += ["--proxy-dir", settings.proxy_dir]
+    if settings.options:
+        arguments += ["-o", settings.options]
+    return fsprocess.start([*arguments, *settings.log_options], device_fd, settings.log)
 
 
 def _detach(device: int, source: str, target: Target) -> List[Dict[str, object]]:
@@ -239,14 +160,14 @@ def unmount(context: Context, managed: Managed, force: bool, target: Target) -> 
     if pidfd < 0:
         return context.deliver({"ended": True, "left": left})
     if force:
-        _end_process(managed.pid, pidfd)
+        fsprocess.end(managed.pid, pidfd)
     context.deliver({"ended": has_ended(pidfd, LAST_USE_TIMEOUT), "left": left})
 
 
 def _check_unused(managed: Managed) -> None:
     from stubfs.client import FilesystemClient
 
-    with FilesystemClient(managed.control, timeout=END_TIMEOUT) as filesystem:
+    with FilesystemClient(managed.control, timeout=fsprocess.END_TIMEOUT) as filesystem:
         status = filesystem.status()
     if status.held or status.handles:
         raise SpfsError(
@@ -279,13 +200,13 @@ def _is_on_path(path: str, wanted: protocol.Replace, target: Target) -> bool:
     from spfs.linux.mountapi import MS
 
     with ExitStack() as stack:
-        fd = mounts.open_root(target, path, END_TIMEOUT)
+        fd = mounts.open_root(target, path, fsprocess.END_TIMEOUT)
         stack.callback(os.close, fd)
         there = statx.examine("", fd, statx.AT_EMPTY_PATH)
         if not statx.is_mount_root(fd):
             return False
         if wanted.flags & MS.BIND:
-            source_fd = mounts.open_root(target, wanted.source, END_TIMEOUT)
+            source_fd = mounts.open_root(target, wanted.source, fsprocess.END_TIMEOUT)
             stack.callback(os.close, source_fd)
             source = statx.examine("", source_fd, statx.AT_EMPTY_PATH)
             return (there.device, there.inode) == (source.device, source.inode)
@@ -304,7 +225,7 @@ def take_over(
     from stubfs.client import FilesystemClient
 
     thaw(freeze_cgroup)
-    with FilesystemClient(control, timeout=END_TIMEOUT) as filesystem:
+    with FilesystemClient(control, timeout=fsprocess.END_TIMEOUT) as filesystem:
         mode = str(filesystem.status().mode)
     try:
         target = Target.from_inodes(identity, root)

@@ -13,9 +13,9 @@ from spfs.connection import Call
 from spfs.errors import SpfsError
 from spfs.jobs import Context, Outcome
 from spfs.mountwork import Done
-from spfs.protocol import Reply
 from spfs.registry import Managed, State
 from spfs.replacing import Replaces
+from spfs.replies import Reply
 from stubfs import wire
 from stubfs.errors import StubfsError
 from stubfs.rules import Rule

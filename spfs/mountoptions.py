@@ -8,8 +8,7 @@ from __future__ import annotations
 import errno
 import os
 import re
-from dataclasses import dataclass
-from typing import Dict, List, Optional, Tuple
+from typing import Dict, List, NamedTuple, Optional, Tuple
 
 from spfs.errors import SpfsError
 from spfs.linux.mountapi import MS, MountAttr
@@ -68,8 +67,7 @@ _FLAG_WORDS: Dict[MS, str] = {
 Parameter = Tuple[str, Optional[str]]  # key and value; None: a flag
 
 
-@dataclass(frozen=True)
-class MountOptions:
+class MountOptions(NamedTuple):
     """``flags`` as for mount(2), with mount(8)'s words of the option string already in them; ``words`` the rest."""
 
     flags: MS

@@ -17,8 +17,8 @@ from spfs.errors import SpfsError, reason
 from spfs.eventloop import EventLoop
 from spfs.events import Events
 from spfs.jobs import Context, Job, Outcome
-from spfs.protocol import Reply
 from spfs.registry import Managed, Registry
+from spfs.replies import Reply
 from spfs.state import WorkDirectory
 from spfs.target import Target
 from stubfs import wire

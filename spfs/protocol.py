@@ -1,4 +1,4 @@
-"""The requests that the manager's socket takes, as text and as JSON, and the form of its replies; no I/O.
+"""The requests that the manager's socket takes, as text and as JSON; no I/O.
 
 Text (``COMMAND;key=value;...``) is what existing clients send and stays as it is, quirks included. JSON has the same
 keys, values of any content, and more commands. Both become the same frozen dataclasses.
@@ -6,12 +6,10 @@ keys, values of any content, and more commands. Both become the same frozen data
 
 from __future__ import annotations
 
-import errno
 import json
 import os
-import struct
 from dataclasses import MISSING, dataclass, fields
-from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Tuple, Type, Union
+from typing import Any, Callable, Dict, List, Mapping, Optional, Tuple, Type, Union
 
 from spfs.errors import UsageError
 from stubfs.errors import StubfsError
@@ -21,7 +19,6 @@ MODES = ("restore", "stub", "proxy")
 NAMESPACES = ("user", "net", "mnt", "pid", "uts", "ipc", "cgroup")
 MAX_PID = 1 << 22  # PID_MAX_LIMIT on 64-bit kernels, proc(5)
 MAX_ID = 128  # characters
-STATUS_LENGTH = 4  # bytes in front of a reply: 0 or a negative errno, a native int
 NULL = "(null)"  # what printf("%s") of C clients sends for a value that they do not have
 
 
@@ -464,32 +461,3 @@ _MODES: Mapping[Type[Any], Callable[[object], str]] = {
     Replace: _choice("hold", "release"),
     Begin: _choice("hold", "release"),
 }
-
-
-class Reply(NamedTuple):
-    """``status``: 0 or a negative errno. ``data``: the answer, or for an error ``message`` and ``hint``."""
-
-    status: int
-    data: Dict[str, Any]
-
-
-def error_reply(message: str, hint: str = "", number: int = errno.EINVAL) -> Reply:
-    return Reply(-abs(number or errno.EIO), {"message": message, **({"hint": hint} if hint else {})})
-
-
-def encode_status(status: int) -> bytes:
-    return struct.pack("=i", status)
-
-
-def encode_data(data: Mapping[str, Any]) -> bytes:
-    # Paths may hold surrogates: ASCII escapes bring them through unharmed.
-    return json.dumps(data, ensure_ascii=True).encode()
-
-
-def decode_reply(prefix: bytes, payload: bytes) -> Reply:
-    """ValueError for what is no reply of a manager."""
-    (status,) = struct.unpack("=i", prefix)
-    data = json.loads(payload) if payload else {}
-    if not isinstance(data, dict):
-        raise ValueError("the data of a reply must be an object")
-    return Reply(status, data)

@@ -8,21 +8,17 @@ from __future__ import annotations
 import errno
 import os
 import stat
-import sys
-from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Dict, Iterable, List, Mapping, MutableMapping, Optional, Sequence, Type
+from typing import Any, Dict, Iterable, List, Mapping, MutableMapping, NamedTuple, Optional, Sequence, Type
 
-import spfs
 from spfs.client import MODE_VARIABLE, SOCKET_VARIABLE, ManagerClient
 from spfs.errors import SpfsError, UsageError, reason
+from spfs.managerstart import ManagerStart
 from stubfs import syscalls
-from stubfs.backing import LINK_REMAP
 
 PERMISSIONS = 0o777
 """Of what is made without permissions being given, and of parents: whoever is restored must be able to get there."""
 
-START_TIMEOUT = 30.0  # seconds for the manager to start
 _CONTAINED = syscalls.Resolve.NO_MAGICLINKS | syscalls.Resolve.NO_SYMLINKS | syscalls.Resolve.BENEATH
 _MAX_CACHED = 64  # open parent directories at a time
 _TYPES = {
@@ -34,8 +30,7 @@ _TYPES = {
 }
 
 
-@dataclass(frozen=True)
-class FileSpec:
+class FileSpec(NamedTuple):
     """A file to create. ``mode``: type and permissions as in st_mode; without permissions, PERMISSIONS.
 
     ``size``: bytes of a regular file, all of them a hole; ``target``: of a symbolic link. ``link_remap``: it stands for
@@ -149,6 +144,8 @@ def _make(directory: int, name: bytes, kind: int, permissions: int, spec: FileSp
                 os.ftruncate(fd, spec.size)
             os.fchmod(fd, permissions)  # whatever the umask is
             if spec.link_remap:
+                from stubfs.backing import LINK_REMAP  # rare, and whoever restores is waited for
+
                 os.setxattr(fd, LINK_REMAP, b"/".join(_names(spec)))
         finally:
             os.close(fd)
@@ -217,30 +214,6 @@ def set_env(
     environment[SOCKET_VARIABLE] = manager_socket
 
 
-def start_manager(work_dir: str, socket_path: str, *, exit_with_spfs: bool = True, verbosity: int = 0) -> None:
-    """Start a manager as a daemon; it accepts on return. SpfsError with what it said if it cannot."""
-    import subprocess  # by whom a manager must be started, not by all who restore
-
-    command = [sys.executable, "-m", "spfs.cli.manager", "-d", "--work-dir", work_dir, "--socket-path", socket_path]
-    command += ["--exit-with-spfs"] * exit_with_spfs + ["-v"] * verbosity
-    package = os.path.dirname(os.path.dirname(os.path.abspath(spfs.__file__)))
-    path = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
-    try:
-        done = subprocess.run(
-            command,
-            env={**os.environ, "PYTHONPATH": path},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            timeout=START_TIMEOUT,
-        )
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise SpfsError(f"cannot start the manager in {work_dir}: {reason(error)}", "", errno.EIO) from error
-    if done.returncode != 0:
-        said = done.stderr.decode(errors="replace").strip().splitlines()
-        raise SpfsError(said[-1] if said else f"the manager ended with {done.returncode}", "", errno.EIO)
-
-
 class Restore:
     """The delayed mounts of one restore: a manager, started if need be, and a connection to it.
 
@@ -268,7 +241,7 @@ class Restore:
         except SpfsError as error:
             if error.errno not in (errno.ENOENT, errno.ECONNREFUSED):
                 raise
-        start_manager(work_dir, path)
+        ManagerStart(work_dir, path).wait()
         return cls(ManagerClient(path))
 
     def close(self) -> None:

@@ -163,7 +163,7 @@ def _open_log(settings: argparse.Namespace) -> Optional[int]:
     # fusepy says each failed operation, with a traceback, as a debug message.
     logging.getLogger("fuse").setLevel(logging.WARNING)
     if settings.log is None:
-        logs.set_up([stdio.PatientHandler()], settings.verbose, settings.log_format)
+        logs.set_up([logs.PatientHandler()], settings.verbose, settings.log_format)
         return None
     try:
         stream = open(settings.log, "a", encoding="utf-8", errors="backslashreplace")

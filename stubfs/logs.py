@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import select
 import time
 from typing import List
 
@@ -41,3 +42,16 @@ def set_up(handlers: List[logging.Handler], verbose: int, form: str) -> None:
     for handler in handlers:
         handler.setFormatter(formatter)
     logging.basicConfig(level=level(verbose), handlers=handlers)
+
+
+class PatientHandler(logging.StreamHandler):  # type: ignore[type-arg]
+    """Logs to standard error. What nobody takes from there (a full pipe, a stopped terminal) is dropped: whoever logs
+    must not wait for whoever reads."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if self.stream is None:
+            return  # Python found no standard error when it started
+        poll = select.poll()
+        poll.register(self.stream, select.POLLOUT)
+        if poll.poll(0):
+            super().emit(record)

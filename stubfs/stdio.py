@@ -1,10 +1,8 @@
-"""The standard descriptors of a daemon: open from the start, nobody's terminal in the end, and never waited for."""
+"""The standard descriptors of a daemon: open from the start, and nobody's terminal in the end."""
 
 from __future__ import annotations
 
-import logging
 import os
-import select
 
 
 def open_missing() -> None:
@@ -24,16 +22,3 @@ def let_go(output: int = -1) -> None:
     for fd in (1, 2):
         os.dup2(null if output < 0 else output, fd)
     os.close(null)
-
-
-class PatientHandler(logging.StreamHandler):  # type: ignore[type-arg]
-    """Logs to standard error. What nobody takes from there (a full pipe, a stopped terminal) is dropped: whoever logs
-    must not wait for whoever reads."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        if self.stream is None:
-            return  # Python found no standard error when it started
-        poll = select.poll()
-        poll.register(self.stream, select.POLLOUT)
-        if poll.poll(0):
-            super().emit(record)

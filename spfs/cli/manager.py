@@ -189,7 +189,7 @@ def _start_log(options: argparse.Namespace, log_dir: Optional[str], work_dir: st
         except OSError as error:
             raise SpfsError(f"cannot write the log {path}: {reason(error)}", "choose another: --log") from error
     logging.raiseExceptions = False  # a full disk is no reason for a traceback on standard error
-    logs.set_up(handlers or [stdio.PatientHandler()], options.verbose, options.log_format)
+    logs.set_up(handlers or [logs.PatientHandler()], options.verbose, options.log_format)
 
 
 if __name__ == "__main__":

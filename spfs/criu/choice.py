@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import errno
 from typing import TYPE_CHECKING, Dict, List, Optional, Sequence
 
@@ -32,8 +31,7 @@ def at_restore(
 
 def _overruled(known: DelayedMount, said: DelayedMount) -> DelayedMount:
     # Where it is and what it holds are facts of the dump.
-    return dataclasses.replace(
-        known,
+    return known._replace(
         type=said.type,
         source=said.source,
         flags=said.flags,
@@ -53,7 +51,7 @@ def completed(directory: str, mounts: List[DelayedMount]) -> List[DelayedMount]:
     mounts = unlike([from_images(images, mount) for mount in mounts])
     planned = plan(images, mounts)
     return [
-        mount if mount.files is not None else dataclasses.replace(mount, files=tuple(planned[mount.key]))
+        mount if mount.files is not None else mount._replace(files=tuple(planned[mount.key]))
         for mount in mounts
     ]
 
@@ -69,7 +67,7 @@ def recorded(directory: str, observed: Observed) -> List[DelayedMount]:
     images = Images(directory)
     planned = plan(images, observed.mounts, observed.others, images.uses(), observed.looks())
     mounts = observed.mounts if observed.namespaced else used_alone(images, observed.mounts, observed.others)
-    mounts = [dataclasses.replace(mount, files=tuple(planned[mount.key])) for mount in mounts]
+    mounts = [mount._replace(files=tuple(planned[mount.key])) for mount in mounts]
     record.write(directory, mounts)
     return mounts
 

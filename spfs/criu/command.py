@@ -11,7 +11,8 @@ from typing import List, Mapping, Optional, Sequence
 
 import spfs
 from spfs.criu.delayed import DelayedMount
-from spfs.criu.restoration import STATE, TOKEN_VARIABLE
+from spfs.criu.manager import STATE
+from spfs.criu.restoration import TOKEN_VARIABLE
 from spfs.errors import MissingFeatureError, SpfsError, UsageError, reason
 
 

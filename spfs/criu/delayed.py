@@ -1,16 +1,15 @@
 """A mount that is delayed at a restore: what it is, where the processes see it, and what it must hold for CRIU.
 
-Text (``--delayed``) and JSON in, dataclasses out; no I/O. JSON is how it is written beside the images.
+Text (``--delayed``) and JSON in, named tuples out; no I/O. JSON is how it is written beside the images. Named tuples,
+because a restore waits for this module: dataclasses take an interpreter longer to import than all that is here.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import errno
 import os
 import re
-from dataclasses import dataclass
-from typing import Any, Dict, List, Mapping, Optional, Tuple
+from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Tuple
 
 from spfs.errors import SpfsError, UsageError
 from spfs.linux.mountapi import MS
@@ -18,8 +17,7 @@ from spfs.linux.mountapi import MS
 _KEY = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 
 
-@dataclass(frozen=True)
-class Place:
+class Place(NamedTuple):
     """Where the file system is mounted, as the processes see it, and which directory of it is to be seen there.
 
     ``external``: what CRIU calls the mount (``--external mnt[…]:external``); "" in CRIU's own mount namespace.
@@ -30,8 +28,7 @@ class Place:
     external: str = ""
 
 
-@dataclass(frozen=True)
-class PlannedFile:
+class PlannedFile(NamedTuple):
     """A file that must be there for CRIU. ``path``: from the file system's root; ``mode`` as st_mode; ``size``: bytes
     of a regular file; ``target``: of a symbolic link; ``uses``: what for. ``original``: the name that was removed
     while the file was open, of one that CRIU gave a name at the dump (a link remap)."""
@@ -44,8 +41,7 @@ class PlannedFile:
     original: Optional[str] = None
 
 
-@dataclass(frozen=True)
-class DelayedMount:
+class DelayedMount(NamedTuple):
     """``type``, ``source``, ``flags`` and ``options`` as for mount(2).
 
     ``root``: which directory of the file system that was mounted at the dump is the root of what ``source`` names.
@@ -69,7 +65,8 @@ class DelayedMount:
         return any(place.external for place in self.places)
 
     def to_json(self) -> Dict[str, Any]:
-        return dataclasses.asdict(self)
+        files = None if self.files is None else [file._asdict() for file in self.files]
+        return {**self._asdict(), "places": [place._asdict() for place in self.places], "files": files}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "DelayedMount":
@@ -92,8 +89,7 @@ def _file(data: Mapping[str, Any]) -> PlannedFile:
     return PlannedFile(**{**data, "uses": tuple(data.get("uses", ()))})
 
 
-@dataclass(frozen=True)
-class Wish:
+class Wish(NamedTuple):
     """What a ``--delayed`` says; None: not said."""
 
     key: str
@@ -146,7 +142,7 @@ class Wish:
                 f"cannot delay {self.key} at {self.mountpoint}: at the dump it was at {seen}",
                 "the processes have that path in their memory; give the same one, or none",
             )
-        return dataclasses.replace(mount, **changed)
+        return mount._replace(**changed)
 
     def alone(self) -> DelayedMount:
         """For images beside which nothing is written."""

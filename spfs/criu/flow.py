@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import errno
 import os
 import time
@@ -12,8 +11,9 @@ from spfs.client import SOCKET_VARIABLE
 from spfs.criu import choice, command
 from spfs.criu.delayed import DelayedMount, Wish
 from spfs.criu.images import pycriu_images
+from spfs.criu.manager import connect
 from spfs.criu.observe import Observed
-from spfs.criu.restoration import TOKEN_VARIABLE, Restoration, connect
+from spfs.criu.restoration import TOKEN_VARIABLE, Restoration
 from spfs.errors import SpfsError, UsageError
 from spfs.processes import start_time
 
@@ -64,7 +64,7 @@ class Restore:
                 "name them: --delayed KEY=MOUNTPOINT,type=…,source=…; or restore by criu itself",
             )
         self.mounts = [
-            dataclasses.replace(mount, host=self.restoration.hidden(mount)) if mount.namespaced else mount
+            mount._replace(host=self.restoration.hidden(mount)) if mount.namespaced else mount
             for mount in mounts
         ]
 

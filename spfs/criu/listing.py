@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import errno
 from typing import List, Optional
 
@@ -36,7 +35,7 @@ def listed(directory: str, which: Optional[str] = None) -> List[DelayedMount]:
             "name the mountpoint: spfs-criu files IMAGES MOUNTPOINT",
         )
     mount = from_images(images, DelayedMount("files", "unknown", "unknown", places=(Place(which.rstrip("/") or "/"),)))
-    return [dataclasses.replace(mount, files=tuple(plan(images, [mount], (), images.uses())[mount.key]))]
+    return [mount._replace(files=tuple(plan(images, [mount], (), images.uses())[mount.key]))]
 
 
 def _is(mount: DelayedMount, which: str) -> bool:

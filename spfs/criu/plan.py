@@ -7,7 +7,6 @@ that is in the images, and unix sockets.
 
 from __future__ import annotations
 
-import dataclasses
 import errno
 import os
 import stat
@@ -122,7 +121,7 @@ def plan(
             # CRIU makes the original again as a link to the stand-in, removes both, and checks the size in between.
             stand_in = locator.locate(files[remap.stand_in].path, file.mount)
             if stand_in is not None:
-                tree.add(dataclasses.replace(_as_planned(file, stand_in[1], why), original=path))
+                tree.add(_as_planned(file, stand_in[1], why)._replace(original=path))
                 tree.add(PlannedFile(os.path.dirname(path), _DIRECTORY, uses=why), known=False)
         else:
             tree.add(_as_planned(file, path, why), known=file.mode is not None)
@@ -136,7 +135,7 @@ def used_alone(images: Images, mounts: Sequence[DelayedMount], others: Iterable[
     rest is other people's. Without those that are used nowhere."""
     used = Locator(images, mounts, others).used()
     chosen = [
-        dataclasses.replace(mount, places=tuple(place for place in mount.places if place.mountpoint in used))
+        mount._replace(places=tuple(place for place in mount.places if place.mountpoint in used))
         for mount in mounts
     ]
     return [mount for mount in chosen if mount.places]
@@ -164,7 +163,7 @@ class _Tree:
         if there is not None:
             merged = tuple(dict.fromkeys((*there.uses, *file.uses)))
             better = file if known and not self._known[file.path] else there
-            self._files[file.path] = dataclasses.replace(better, uses=merged)
+            self._files[file.path] = better._replace(uses=merged)
             self._known[file.path] = known or self._known[file.path]
             return
         if not file.path and not known:
@@ -177,12 +176,12 @@ class _Tree:
         for path, file in sorted(self._files.items()):
             seen = self._look(path) if self._look is not None else None
             if stat.S_ISLNK(file.mode):
-                file = dataclasses.replace(file, target=seen.target if seen and seen.target else "unknown")
+                file = file._replace(target=seen.target if seen and seen.target else "unknown")
             elif not self._known[path]:
                 if seen is not None:
-                    file = dataclasses.replace(seen, uses=file.uses)
+                    file = seen._replace(uses=file.uses)
                 elif path in parents:
-                    file = dataclasses.replace(file, mode=_DIRECTORY, size=None)
+                    file = file._replace(mode=_DIRECTORY, size=None)
             result.append(file)
         return result
 
@@ -227,4 +226,4 @@ def from_images(images: Images, mount: DelayedMount) -> DelayedMount:
         for below in [_within(one.root, top)]
         if one.device == primary[0].device and one.external and below is not None
     ]
-    return dataclasses.replace(mount, root=top, places=tuple(sorted(places, key=lambda place: len(place.subdirectory))))
+    return mount._replace(root=top, places=tuple(sorted(places, key=lambda place: len(place.subdirectory))))

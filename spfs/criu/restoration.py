@@ -11,20 +11,17 @@ import os
 import stat
 import time
 from contextlib import contextmanager
-from typing import Any, Callable, Dict, Iterator, List, Sequence
+from typing import TYPE_CHECKING, Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
 
-from spfs.client import SOCKET_VARIABLE
-from spfs.criu import record
+from spfs.criu import manager, record
 from spfs.criu.delayed import DelayedMount, Place, PlannedFile
+from spfs.criu.manager import STATE
 from spfs.errors import SpfsError, reason
 from spfs.linux import mountapi
 from spfs.linux.mountapi import MS
-from spfs.mountoptions import MountOptions
-from spfs.restore import FileSpec, Restore
 
-STATE = "/run/spfs-criu"
-WORK_DIR = "/run/spfs-manager/criu"
-"""Of the manager that is used, and started where none runs, unless $SPFS_MANAGER_SOCK names another one."""
+if TYPE_CHECKING:
+    from spfs.restore import FileSpec, Restore
 
 TOKEN_VARIABLE = "SPFS_CRIU_TOKEN"
 """By which the action script is told which restoration it belongs to."""
@@ -43,6 +40,7 @@ class Restoration:
     def __init__(self, token: str) -> None:
         self.token = token
         self.directory = os.path.join(STATE, token)
+        self._mounts: Optional[List[DelayedMount]] = None
 
     @property
     def known(self) -> bool:
@@ -61,9 +59,12 @@ class Restoration:
         os.makedirs(self.directory, 0o700, exist_ok=True)
         if record.read(self.directory) is None:
             record.write(self.directory, mounts)
+            self._mounts = list(mounts)
 
     def mounts(self) -> List[DelayedMount]:
-        return record.read(self.directory) or []
+        if self._mounts is None:
+            self._mounts = record.read(self.directory) or []
+        return self._mounts
 
     def prepare(self) -> None:
         """Mount all, create their files, and ask for the real ones. After a failure nothing of it is left."""
@@ -109,7 +110,7 @@ class Restoration:
             remove=[file.path for file in mount.files or () if file.original is not None],
         )  # fmt: skip
 
-    def _base(self, mount: DelayedMount) -> "tuple[str, str]":
+    def _base(self, mount: DelayedMount) -> Tuple[str, str]:
         """Where it is to be mounted for CRIU, and the path that users know it by."""
         whole = [place.mountpoint for place in mount.places if not place.subdirectory]
         shown = (whole or [place.mountpoint for place in mount.places])[0]
@@ -207,7 +208,7 @@ class Restoration:
 
     @contextmanager
     def _manager(self, start: bool = False) -> Iterator[Restore]:
-        with connect(start) as restore:
+        with manager.connect(start) as restore:
             yield restore
 
     def _rows(self, restore: Restore) -> Dict[str, Dict[str, Any]]:
@@ -215,35 +216,18 @@ class Restoration:
         return {row["id"]: row for row in rows if row["id"].endswith(f"@{self.token}")}
 
 
-def connect(start: bool = False) -> Restore:
-    """To the manager that $SPFS_MANAGER_SOCK names, or to the one of all restores by CRIU, started if need be."""
-    from spfs.client import ManagerClient
-
-    named = os.environ.get(SOCKET_VARIABLE)
-    if named:
-        return Restore(ManagerClient(named))
-    if not start:
-        return Restore(ManagerClient(os.path.join(WORK_DIR, "control.sock")))
-    os.makedirs(STATE, 0o700, exist_ok=True)
-    fd = os.open(STATE, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX)  # of two restores at a time one starts it
-        return Restore.start(WORK_DIR)
-    except SpfsError as error:
-        # One that is ending still has its work directory.
-        raise SpfsError(error.message, error.hint, errno.EBUSY) from error
-    finally:
-        os.close(fd)
-
-
 def _own_options(mount: DelayedMount) -> str:
     """The stand-in's: it may have less restrictions than is usual, if the real mount has. CRIU takes off what was not
     there at the dump, which it cannot do in a user namespace (mount_namespaces(7): flags are locked)."""
+    from spfs.mountoptions import MountOptions
+
     flags = MountOptions.parse(mount.flags, mount.options).flags
     return ",".join(word for flag, word in ((MS.NOSUID, "suid"), (MS.NODEV, "dev")) if not flags & flag)
 
 
 def _spec(file: PlannedFile) -> FileSpec:
+    from spfs.restore import FileSpec
+
     size = file.size if stat.S_ISREG(file.mode) else None
     return FileSpec(file.path, file.mode, size, file.target, link_remap=file.original is not None)
 

@@ -13,14 +13,14 @@ Through its RPC (runc, podman) CRIU 4.1 calls a script named in a configuration 
 from __future__ import annotations
 
 import errno
+import functools
 import os
 from typing import Callable, Dict, List, Mapping, Optional
 
-from spfs.criu import guard, record
+from spfs.criu import guard, manager, record
 from spfs.criu.delayed import DelayedMount
 from spfs.criu.restoration import TOKEN_VARIABLE, Restoration, log
 from spfs.errors import SpfsError
-from spfs.linux import mountinfo
 from spfs.processes import start_time
 from stubfs.errors import StubfsError
 
@@ -44,7 +44,7 @@ class Call:
         self._environment = environment
         self.criu = _criu()
 
-    @property
+    @functools.cached_property
     def restoration(self) -> Restoration:
         token = self._environment.get(TOKEN_VARIABLE) or f"{self.criu}.{start_time(self.criu)}"
         return Restoration(token)
@@ -85,6 +85,7 @@ def _pre_restore(call: Call) -> None:
         restoration.begin(mounts)
     _leave_cgroups()
     try:
+        manager.start_early()
         restoration.prepare()
         guard.start(restoration, call.criu, lambda stage, pid: _for_script(call, stage, pid))
     except BaseException:
@@ -126,9 +127,13 @@ _STAGES: Dict[str, Callable[[Call], None]] = {
 
 def _leave_cgroups() -> None:
     """For those of the first process: what is started here outlives CRIU, which runc has put into the container's."""
+    ours, wanted = (_cgroups(pid) for pid in ("self", "1"))
+    if ours == wanted:
+        return
+    from spfs.linux import mountinfo
+
     with open("/proc/self/mountinfo", "rb") as file:
         mounts = [mount for mount in mountinfo.parse(file.read()) if mount.fstype in ("cgroup", "cgroup2")]
-    ours, wanted = (_cgroups(pid) for pid in ("self", "1"))
     for mount in mounts:
         options = mount.super_options.split(",")
         for controllers, path in wanted.items():

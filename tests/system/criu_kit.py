@@ -22,7 +22,7 @@ import pytest
 from manager_kit import ENVIRONMENT
 
 from spfs.client import ManagerClient
-from spfs.criu.restoration import STATE, WORK_DIR
+from spfs.criu.manager import STATE, WORK_DIR
 from spfs.errors import SpfsError
 from spfs.linux import mountapi
 from spfs.linux.mountapi import MS

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import errno
 import json
 import stat
@@ -116,14 +115,14 @@ def test_files_by_their_mounts() -> None:
     assert (known.root, known.places) == ("/export", (Place("/data", "", "data"), Place("/second", "sub", "second")))
     assert [file.path for file in planned(images, known)["data"]] == ["f", "nested", "sub/g", "sub/w"]
     with pytest.raises(SpfsError, match="no external mount on /elsewhere"):
-        from_images(images, dataclasses.replace(DATA, places=(Place("/elsewhere"),)))
+        from_images(images, DATA._replace(places=(Place("/elsewhere"),)))
 
 
 def test_only_places_that_are_used() -> None:
     images = Made([ImageFile(1, "reg", "/b/f", FILE, 1)])
-    mount = dataclasses.replace(DATA, places=(Place("/a"), Place("/b", "sub"), Place("/b/c", "other")))
+    mount = DATA._replace(places=(Place("/a"), Place("/b", "sub"), Place("/b/c", "other")))
     unused = DelayedMount("unused", "nfs4", "x:/", places=(Place("/u"),))
-    assert used_alone(images, [mount, unused], ["/", "/tmp"]) == [dataclasses.replace(mount, places=mount.places[1:2])]
+    assert used_alone(images, [mount, unused], ["/", "/tmp"]) == [mount._replace(places=mount.places[1:2])]
 
 
 @pytest.mark.parametrize(
@@ -163,7 +162,7 @@ def test_wishes_and_what_is_known() -> None:
 def test_records(tmp_path: Path) -> None:
     assert record.read(str(tmp_path)) is None
     file = PlannedFile("\udcff/x", FILE, 4, uses=("fd 3 of 7",), original="y")
-    mounts = [dataclasses.replace(DATA, files=(file,), host="/h"), DelayedMount("two", "none", "/x", 4096)]
+    mounts = [DATA._replace(files=(file,), host="/h"), DelayedMount("two", "none", "/x", 4096)]
     record.write(str(tmp_path), mounts)
     assert record.read(str(tmp_path)) == mounts
     assert [path.name for path in tmp_path.iterdir()] == [record.NAME]
@@ -204,7 +203,7 @@ def test_values_of_criu_options() -> None:
 
 
 def test_options_that_are_added() -> None:
-    own = dataclasses.replace(DATA, host="/h", places=(Place("/data", "", "data"), Place("/b", "s", "data.1")))
+    own = DATA._replace(host="/h", places=(Place("/data", "", "data"), Place("/b", "s", "data.1")))
     assert command.dump_options([own], []) == [
         "--link-remap", "--file-locks", "--external", "mnt[/data]:data", "--external", "mnt[/b]:data.1",
     ]  # fmt: skip

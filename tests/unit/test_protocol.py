@@ -11,7 +11,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from spfs import protocol
+from spfs import protocol, replies
 from spfs.protocol import BadRequest, Begin, Mode, Mount, Replace, Rules, Switch, parse
 from stubfs.rules import Rule
 
@@ -161,7 +161,7 @@ def test_json_may_end_like_a_c_string() -> None:
 
 def test_paths_that_are_not_utf8_survive() -> None:
     text = parse(b"mount;id=1;mode=restore;mountpoint=/\xff\0")
-    message = protocol.encode_data({"command": "mount", "id": "1", "mode": "restore", "mountpoint": "/\udcff"})
+    message = replies.encode_data({"command": "mount", "id": "1", "mode": "restore", "mountpoint": "/\udcff"})
     assert isinstance(text, Mount) and text.mountpoint == "/\udcff"
     assert parse(message) == text
 
@@ -212,14 +212,14 @@ def test_any_json_is_either_understood_or_refused(command: str, values: Dict[str
 
 
 def test_a_reply_is_four_bytes_and_json() -> None:
-    status, data = protocol.error_reply("cannot", "do", errno.EBUSY)
-    packet = protocol.encode_status(status) + protocol.encode_data(data)
+    status, data = replies.error_reply("cannot", "do", errno.EBUSY)
+    packet = replies.encode_status(status) + replies.encode_data(data)
     assert struct.unpack("=i", packet[:4]) == (-errno.EBUSY,)
-    assert protocol.decode_reply(packet[:4], packet[4:]) == (-errno.EBUSY, {"message": "cannot", "hint": "do"})
+    assert replies.decode_reply(packet[:4], packet[4:]) == (-errno.EBUSY, {"message": "cannot", "hint": "do"})
 
 
 def test_an_error_is_never_status_zero() -> None:
-    assert protocol.error_reply("x", "", 0).status == -errno.EIO
+    assert replies.error_reply("x", "", 0).status == -errno.EIO
 
 
 def test_options_of_stub_mode_and_rules() -> None:

@@ -1,0 +1,73 @@
+"""Starting a manager as a daemon, from a program that need not stand still meanwhile. Imports next to nothing."""
+
+from __future__ import annotations
+
+import errno
+import os
+import select
+import signal
+import sys
+import time
+
+import spfs
+from spfs.errors import SpfsError, reason
+
+TIMEOUT = 30.0  # seconds
+SOCKET_VARIABLE = "SPFS_MANAGER_SOCK"
+"""The environment variable that says where the manager's socket is."""
+
+
+class ManagerStart:
+    """A manager that is being started on ``work_dir``. Whoever begins this waits for its end."""
+
+    def __init__(self, work_dir: str, socket_path: str, *, exit_with_spfs: bool = True) -> None:
+        """SpfsError if there can be no process."""
+        self._work_dir = work_dir
+        command = [sys.executable, "-m", "spfs.cli.manager", "-d", "--work-dir", work_dir]
+        command += ["--socket-path", socket_path] + ["--exit-with-spfs"] * exit_with_spfs
+        # The same spfs as is imported here, wherever the current directory is.
+        package = os.path.dirname(os.path.dirname(os.path.abspath(spfs.__file__)))
+        path = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
+        self._said, says = os.pipe()
+        try:
+            self._pid = os.posix_spawn(
+                sys.executable,
+                command,
+                {**os.environ, "PYTHONPATH": path},
+                file_actions=[
+                    (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
+                    (os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0),
+                    (os.POSIX_SPAWN_DUP2, says, 2),
+                ],
+                setsigmask=[],
+            )
+        except OSError as error:
+            os.close(self._said)
+            raise SpfsError(f"cannot start the manager in {work_dir}: {reason(error)}", "", errno.EIO) from error
+        finally:
+            os.close(says)
+
+    def wait(self) -> None:
+        """Until it accepts. SpfsError with what it said if it cannot, or is not ready in time; it is ended then."""
+        words, deadline = b"", time.monotonic() + TIMEOUT
+        poll = select.poll()
+        poll.register(self._said, select.POLLIN)
+        try:
+            # The daemon lets go of the pipe when it accepts.
+            while poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
+                chunk = os.read(self._said, 65536)
+                if not chunk:
+                    break
+                words += chunk
+            else:
+                os.kill(self._pid, signal.SIGKILL)
+        finally:
+            os.close(self._said)
+            _, status = os.waitpid(self._pid, 0)
+        code = os.waitstatus_to_exitcode(status)
+        if code:
+            said = words.decode(errors="replace").strip().splitlines()
+            text = said[-1] if said else f"the manager ended with {code}"
+            if code < 0 and not said:
+                text = f"cannot start the manager in {self._work_dir}: not ready after {TIMEOUT:.0f} s, or killed"
+            raise SpfsError(text, "", errno.EIO)
