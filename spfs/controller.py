@@ -33,6 +33,7 @@ log = logging.getLogger(__name__)
 ACCEPT_PAUSE = 0.1  # seconds without accepting when descriptors ran out
 PRELOAD_AFTER = 1.0  # seconds: whoever starts a manager has a first request, which must not wait for this
 UNUSED_AFTER = 30.0  # seconds without mount and client, after which --exit-with-spfs ends one that was never used
+LINGER = 1.0  # seconds from the end of the last mount to ours, with --exit-with-spfs
 DRAIN = 5.0  # seconds for clients to take their last answers
 
 
@@ -56,6 +57,7 @@ class Controller:
         self._ending = False
         self._accepting = True
         self._last_seen = time.monotonic()
+        self._unused_since: Optional[float] = None  # as far as --exit-with-spfs is concerned
         self._connections: Set[Connection] = set()
         self._waiting: Set[Callable[[Reply], None]] = set()  # the ends of waits, also for changes
         self._loop = EventLoop()
@@ -450,10 +452,18 @@ class Controller:
     def _changed(self) -> None:
         """Something ended. Is it time to end, too?"""
         registry = self._registry
-        if self._exit_with_spfs and registry.ever_mounted and not len(registry) and not self._supervisor.busy:
-            if not self._ending:
+        unused = registry.ever_mounted and not len(registry) and not self._supervisor.busy
+        if not unused:
+            self._unused_since = None
+        elif self._exit_with_spfs and not self._ending:
+            now = time.monotonic()
+            if self._unused_since is None:
+                self._unused_since = now
+                self._loop.later(LINGER, self._changed)
+            # Somebody may be about to ask what became of the last mount.
+            if now - self._unused_since >= LINGER:
                 log.info("the last mount is gone")
-            self._end()
+                self._end()
         if self._ending and not self._supervisor.busy:
             for connection in list(self._connections):
                 if connection.idle:

@@ -93,8 +93,8 @@ def _rename(words: Sequence[str]) -> None:
     prctl.set_name(words[0])
     try:
         prctl.set_command_line(words)
-    except PermissionError:
-        pass  # without CAP_SYS_RESOURCE it is shown with the manager's arguments
+    except OSError:
+        pass  # a kernel without this: it is shown with the manager's arguments
 
 
 def wait_ready(what: str, pidfd: int, ready: int, log: str) -> None:

@@ -64,8 +64,7 @@ class Restore:
                 "name them: --delayed KEY=MOUNTPOINT,type=…,source=…; or restore by criu itself",
             )
         self.mounts = [
-            mount._replace(host=self.restoration.hidden(mount)) if mount.namespaced else mount
-            for mount in mounts
+            mount._replace(host=self.restoration.hidden(mount)) if mount.namespaced else mount for mount in mounts
         ]
 
     @property
