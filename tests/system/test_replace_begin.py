@@ -14,6 +14,7 @@ from manager_kit import alive, reading
 from replace_kit import TIMEOUT, Scene, paused_at, scene, scene_at
 from surgery_kit import Victim
 from test_replace_faults import Tracers, tracer
+from test_surgery_programs import needs
 
 from spfs.errors import SpfsError
 from spfs.linux import procfs
@@ -61,13 +62,14 @@ def test_release_at_once_out_of_restore_mode(scene: Scene) -> None:
     scene.replaced()
 
 
-def test_by_itself_when_restore_mode_is_over_and_nobody_is_traced(scene: Scene, tracer: Tracers) -> None:
+@pytest.mark.parametrize("by", ["restorer", pytest.param("strace", marks=needs("strace"))])
+def test_by_itself_when_restore_mode_is_over_and_nobody_is_traced(scene: Scene, tracer: Tracers, by: str) -> None:
     """As with a restorer: it asks first, restores with ptrace, goes to stub mode, and lets go at last."""
     victim = user(scene)
     scene.may_be_traced.append(victim.pid)
     group = scene.cgroup("v1", victim.pid)
     assert scene.ask(begin=None, freeze_cgroup=group) == "waiting"
-    debugger = tracer.seize(victim.pid)
+    debugger = tracer.strace(victim.pid) if by == "strace" else tracer.seize(victim.pid)
     scene.client.mode("stub")
     waiting = f"process {victim.pid} is traced by {debugger.pid}"
     wait_until(lambda: waiting in str(scene.row()["replace"]["last_attempts"]), what="it to wait for the tracer")

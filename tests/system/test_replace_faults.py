@@ -18,6 +18,7 @@ from replace_kit import FREEZERS, TIMEOUT, Scene, paused_at, scene
 from surgery_kit import Victim, compile_c
 
 from spfs.errors import SpfsError
+from spfs.linux import procfs
 from spfs.linux.mountapi import MS
 from spfs.testing import process_state, wait_until
 
@@ -283,9 +284,17 @@ class Tracers:
         assert process.stdout is not None and process.stdout.readline() == "seized\n"
         return process
 
+    def strace(self, pid: int) -> "subprocess.Popen[str]":
+        process = subprocess.Popen(["strace", "-f", "-qq", "-o", os.devnull, "-p", str(pid)], text=True)
+        self.processes.append(process)
+        wait_until(lambda: procfs.parse_status(procfs.read(f"/proc/{pid}/status")).tracer == process.pid)
+        return process
+
     def let_go(self) -> None:
         for process in self.processes:
-            process.communicate("\n", timeout=TIMEOUT)
+            if process.stdin is None:
+                process.send_signal(signal.SIGINT)
+            process.communicate(process.stdin and "\n", timeout=TIMEOUT)
 
 
 @pytest.mark.parametrize("kind", FREEZERS)
