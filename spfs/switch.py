@@ -14,7 +14,8 @@ import threading
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Callable, Collection, Container, Dict, Iterator, List, Optional
+from functools import partial
+from typing import Callable, Collection, Container, Dict, Iterator, List, Optional, Sequence
 
 from spfs.blackoutguard import BlackoutGuard
 from spfs.errors import MissingFeatureError, SpfsError
@@ -26,6 +27,7 @@ from spfs.surgery import execution, report
 from spfs.surgery.account import Account, Identity
 from spfs.surgery.census import Census
 from spfs.surgery.compare import Comparison, memory_is_same
+from spfs.surgery.errands import Errands
 from spfs.surgery.gadget import GadgetFinder
 from spfs.surgery.kinds import locks
 from spfs.surgery.operation import Operation
@@ -210,11 +212,9 @@ class Switch:
             self._timed("mounts", when_stopped)
             if self._late:
                 self._timed("open again", lambda: census.open_again(self._late))
-            self._timed("transfer", census.transfer)
-            self._timed(
-                "operate",
-                lambda: execution.operate(theatre, operations, self._gadgets, self._architecture, bell),
-            )
+            operate = partial(self._operate, theatre, bell)
+            self._timed("transfer", lambda: census.transfer(Errands(operate)))
+            self._timed("operate", lambda: operate(operations))
             census.conclude()
         finally:
             detaching = time.perf_counter()
@@ -227,6 +227,9 @@ class Switch:
             bell.close()
             if collecting:
                 gc.enable()
+
+    def _operate(self, theatre: Theatre, bell: Bell, works: Sequence[execution.Work]) -> None:
+        execution.operate(theatre, works, self._gadgets, self._architecture, bell)
 
     def _stage(self, name: str, begin: float) -> None:
         self._stages[name] = self._stages.get(name, 0.0) + time.perf_counter() - begin

@@ -104,6 +104,7 @@ _CALLS = {
     "madvise": 233,
     "socketpair": 199,
     "listen": 201,
+    "connect": 203,
     "recvmsg": 212,
     "fcntl": 25,
     "flock": 32,

@@ -17,7 +17,7 @@ _DUMP = 0x301  # NLM_F_REQUEST | NLM_F_DUMP
 _ERROR, _DONE = 2, 3
 _ALL_STATES = 0xFFFFFFFF
 _SHOW = 0x2 | 0x4 | 0x10  # UDIAG_SHOW_VFS, _PEER, _RQLEN
-_VFS, _PEER, _QUEUES = 1, 2, 4  # attributes, linux/unix_diag.h
+_VFS, _PEER, _QUEUES, _SHUTDOWN = 1, 2, 4, 6  # attributes, linux/unix_diag.h
 _BUFFER = 1 << 18
 
 _HEADER = struct.Struct("=IHHII")
@@ -42,6 +42,7 @@ class UnixSocket:
     peer: int = 0  # the number of the socket it is connected to
     queued: int = 0  # messages or bytes that were not read; of a listening one, connections that were not accepted
     limit: int = 0  # of a listening one, its backlog
+    shutdown: int = 0  # 1: nothing more can be received, 2: sent; 3: both
 
 
 def unix_sockets() -> List[UnixSocket]:
@@ -81,6 +82,8 @@ def _parsed(message: bytes) -> UnixSocket:
             (values["peer"],) = struct.unpack_from("=I", rest, _ATTRIBUTE.size)
         elif attribute == _QUEUES:
             values["queued"], values["limit"] = struct.unpack_from("=II", rest, _ATTRIBUTE.size)
+        elif attribute == _SHUTDOWN:
+            values["shutdown"] = rest[_ATTRIBUTE.size]
         rest = rest[_aligned(length) :]
     return UnixSocket(number, kind, state, **values)
 

@@ -111,6 +111,7 @@ _CALLS = {
     "mremap": 25,
     "msync": 26,
     "madvise": 28,
+    "connect": 42,
     "listen": 50,
     "socketpair": 53,
     "recvmsg": 47,

@@ -9,7 +9,7 @@ import errno
 import logging
 import os
 import resource
-from typing import Callable, Container, Dict, Iterable, List, Optional, Set, Union
+from typing import TYPE_CHECKING, Callable, Container, Dict, Iterable, List, Optional, Set, Union
 
 from spfs.errors import SpfsError, reason
 from spfs.freezer import Freezer, NoFreezer
@@ -23,6 +23,9 @@ from spfs.surgery.kinds import locks
 from spfs.surgery.kinds.registry import Kinds
 from spfs.surgery.records import FdTable, FsContext, Memory, Process
 from spfs.surgery.theatre import Theatre
+
+if TYPE_CHECKING:  # imports this module
+    from spfs.surgery.errands import Errands
 
 _log = logging.getLogger(__name__)
 
@@ -94,9 +97,9 @@ class Census:
             process = self._examined(pid)
             if process is None:
                 continue
-            if pid in self._chosen and (process.uses_mount or pid in frozen):
+            if pid in self._chosen and (process.is_concerned or pid in frozen):
                 self.processes[pid] = process
-            elif process.uses_mount:
+            elif process.is_concerned:
                 process.problem = selection.NOT_CHOSEN
                 self._others.append(process)
             else:
@@ -150,7 +153,7 @@ class Census:
     def _leave_out(self, frozen: Container[int]) -> None:
         """Whoever has nothing on the part of the mount that is concerned need not be stopped."""
         for pid, process in list(self.processes.items()):
-            if pid not in frozen and not process.uses_mount:
+            if pid not in frozen and not process.is_concerned:
                 self._others.append(self.processes.pop(pid))
 
     def rehearse(self) -> None:
@@ -161,9 +164,9 @@ class Census:
         """Those that hold something else by now, in ways that ``Comparison`` does not look at."""
         return self.kinds.changed(self.processes.values())
 
-    def transfer(self) -> None:
-        """What does not take the processes' own help to be moved."""
-        self.kinds.transfer()
+    def transfer(self, errands: "Errands") -> None:
+        """What is done before the processes' own part, at most with their help."""
+        self.kinds.transfer(errands)
 
     def conclude(self) -> None:
         """When all has been moved that could be, and nobody runs yet."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
-from typing import Dict, Iterable, List, TypeVar
+from typing import Dict, Iterable, List, Protocol, Sequence, TypeVar
 
 from spfs.errors import reason
 from spfs.linux import process as syscalls
@@ -16,15 +16,29 @@ from spfs.surgery.descriptors import OUT_OF_REACH
 from spfs.surgery.examine import shared
 from spfs.surgery.gadget import GadgetFinder
 from spfs.surgery.kinds.registry import Kinds
-from spfs.surgery.operation import BASE_STEP, FIRST_BASE, Operation, movable
+from spfs.surgery.operation import Operation, movable
 from spfs.surgery.records import FdTable, FsContext, Memory, Process
 from spfs.surgery.scheduler import Bell
+from spfs.surgery.scratch import BASE_STEP, FIRST_BASE
 from spfs.surgery.theatre import Theatre
 from spfs.tracee import Script, Tracee
 
 R = TypeVar("R", FdTable, FsContext, Memory)
 
 STEP_TIMEOUT = 5.0  # seconds without any progress in a process that is operated on
+
+
+class Work(Protocol):
+    """What one task is made to do: an ``Operation``, or an errand. ``refuse``: none of it can be done, and why."""
+
+    process: Process
+    tid: int
+
+    def refuse(self, why: str) -> None:
+        ...
+
+    def script(self, tracee: Tracee, gadgets: GadgetFinder) -> Script:
+        ...
 
 
 def plan(processes: Iterable[Process], kinds: Kinds, gadgets: GadgetFinder, first: int = 0) -> List[Operation]:
@@ -55,10 +69,10 @@ def plan(processes: Iterable[Process], kinds: Kinds, gadgets: GadgetFinder, firs
 
 
 def operate(
-    theatre: Theatre, operations: List[Operation], gadgets: GadgetFinder, architecture: Architecture, bell: Bell
+    theatre: Theatre, operations: Sequence[Work], gadgets: GadgetFinder, architecture: Architecture, bell: Bell
 ) -> None:
     """Run all that can be; what failed is noted in the records."""
-    tracees: Dict[Tracee, Operation] = {}
+    tracees: Dict[Tracee, Work] = {}
     scripts: Dict[Tracee, Script] = {}
     for operation in operations:
         process = operation.process

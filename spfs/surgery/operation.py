@@ -7,7 +7,6 @@ executable (``spfs.surgery.exe``) follow.
 
 from __future__ import annotations
 
-import errno
 import os
 from typing import List, Optional, Tuple
 
@@ -21,11 +20,9 @@ from spfs.surgery.kinds.registry import Kinds
 from spfs.surgery.maps import Exchange
 from spfs.surgery.program import Program, Result
 from spfs.surgery.records import Description, FdTable, FsContext, Holding, Memory, Place, Process, Region
-from spfs.tracee import DOT, PAGE, USER, Script, Tracee
+from spfs.surgery.scratch import open_scratch, room
+from spfs.tracee import DOT, USER, Script, Tracee
 from stubfs.wire import MAX_FDS
-
-FIRST_BASE = 1 << 44  # far from where programs, libraries, heaps and stacks are put
-BASE_STEP = 1 << 28
 
 _F_GETFD, _F_SETFD = 1, 2
 _LEAST_SPARE = 2  # descriptors: the socketpair's two, of which one is closed before any is received
@@ -108,15 +105,9 @@ class Operation:
         self._program = _Program(self, self.base)
 
     def _spare(self) -> None:
-        """How many descriptors can be received at once; a full table needs its soft limit raised, if it can be."""
-        if self.table is None:
-            return
-        used = sum(1 for number in self.table.numbers if number < self.table.limit)
-        spare = self.table.limit - used
-        if spare < _LEAST_SPARE and self.table.hard_limit > self.table.limit:
-            self.descriptors = min(self.table.hard_limit, self.table.limit + MAX_FDS + _LEAST_SPARE)
-            spare += self.descriptors - self.table.limit
-        self.chunk = max(1, min(MAX_FDS, spare - 1))
+        """How many descriptors can be received at once."""
+        if self.table is not None:
+            self.chunk, self.descriptors = room(self.table, _LEAST_SPARE)
 
     def items(self) -> List[Item]:
         found: List[Item] = []
@@ -159,16 +150,7 @@ class Operation:
         exchange = Exchange(self.memory) if self.memory is not None else None
         if exchange is not None:
             need = max(need, USER + exchange.space, USER + exe.SPACE)
-        size = _round_up(need)
-        for attempt in range(16):
-            try:
-                yield from tracee.open(self.base + attempt * BASE_STEP * 4096, size, self.descriptors)
-                break
-            except OSError as error:
-                if error.errno != errno.EEXIST:
-                    raise
-        else:
-            raise OSError(errno.ENOMEM, "no room for the scratch memory", str(self.process.pid))
+        yield from open_scratch(tracee, self.base, need, self.descriptors)
         if tracee.base != self._program.base or self._items != self.items():
             # Fewer items at most: some turned out not to be movable when all stood still.
             self._program = _Program(self, tracee.base)
@@ -204,7 +186,3 @@ class Operation:
 
 def movable(record: "Description | Place | Region | Holding") -> bool:
     return record.problem is None and record.new >= 0
-
-
-def _round_up(size: int) -> int:
-    return -(-size // PAGE) * PAGE

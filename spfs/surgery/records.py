@@ -90,7 +90,8 @@ class Holding:
 
     ``holder`` is what the descriptor refers to, ``copy`` a descriptor of ours for it, not this record's (-1: none).
     ``new``, which is this record's: the new file in place of the held one; with ``exchanged`` what is to be put in
-    the descriptor's place. ``detail`` tells several holdings of one descriptor apart.
+    the descriptor's place. ``detail`` tells several holdings of one descriptor apart. ``attached``: it keeps nothing of
+    the mount itself, but must go when something else does, and with it alone.
     """
 
     number: int
@@ -99,6 +100,7 @@ class Holding:
     holder: statx.Object
     detail: str = ""
     exchanged: bool = False
+    attached: bool = False
     copy: int = -1
     new: int = -1
     path: Optional[str] = None
@@ -228,9 +230,14 @@ class Process:
     @property
     def uses_mount(self) -> bool:
         memory = self.memory
-        return any(not record.elsewhere for record in self.records()) or (
+        return any(not record.elsewhere and not _is_attached(record) for record in self.records()) or (
             memory is not None and len(memory.lines) > len(memory.regions)
         )
+
+    @property
+    def is_concerned(self) -> bool:
+        """Whether it uses the mount, or holds what must go with what another one uses."""
+        return self.uses_mount or any(not record.elsewhere for record in self.records())
 
     def records(self) -> "List[Description | Place | Region | Holding]":
         """Everything that it holds."""
@@ -252,3 +259,7 @@ class Process:
             place.close()
         for table in self.tables:
             table.close()
+
+
+def _is_attached(record: "Description | Place | Region | Holding") -> bool:
+    return isinstance(record, Holding) and record.attached

@@ -17,7 +17,7 @@ def entries(process: Process) -> Iterator[Tuple[str, str, Optional[str], Optiona
             if number not in table.moved and not description.elsewhere:
                 problem = table.failures.get(number) or description.problem
                 yield description.kind.value, f"fd {number}", description.path, problem
-        for holding in table.holdings:
+        for holding in (one for one in table.holdings if not one.attached):
             if not holding.elsewhere and not holding.moved and holding.number not in table.moved:
                 problem = table.failures.get(holding.number) or holding.problem
                 yield holding.kind.value, holding.what, holding.path, problem
@@ -41,7 +41,7 @@ def moved(process: Process) -> Iterator[Tuple[str, str]]:
             if number in table.held:
                 yield table.held[number].kind.value, f"fd {number}"
         for holding in table.holdings:
-            if holding.moved or holding.number in table.moved:
+            if not holding.attached and (holding.moved or holding.number in table.moved):
                 yield holding.kind.value, holding.what
     for place in process.places():
         if place.moved:

@@ -18,6 +18,7 @@ from spfs.surgery.records import Description, FdTable, Holding, Process
 
 if TYPE_CHECKING:  # both import this package
     from spfs.surgery.counterparts import Counterparts
+    from spfs.surgery.errands import Errands
     from spfs.surgery.program import Program
 
 
@@ -35,10 +36,12 @@ class Use(NamedTuple):
 
 
 class Scene:
-    """Everybody at once, for what concerns several references: the ``uses`` are of descriptions that are special."""
+    """Everybody at once, for what concerns several references: the ``uses`` are of descriptions that are special.
+    ``errands``: what processes can be had to call for us; None while they run."""
 
     def __init__(self, processes: Iterable[Process]) -> None:
         self.processes = list(processes)
+        self.errands: "Errands | None" = None
         self.uses: List[Use] = [
             Use(process, table, number, description)
             for process in self.processes

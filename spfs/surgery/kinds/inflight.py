@@ -32,13 +32,10 @@ class InFlight(Handler):
         self._queued = {one.number for one in survey.sockets if one.queued}
 
     def look(self, found: Found) -> None:
-        if not stat.S_ISSOCK(found.object.mode) or found.object.inode not in self._queued:
+        if not stat.S_ISSOCK(found.object.mode) or found.object.inode not in self._queued or not carries(found):
             return
-        counts = [int(line.split()[1]) for line in found.info().lines if line.startswith("scm_fds:")]
-        if not any(counts):
-            return
-        # Not a copy that lasts: to others who look at the same time it would be one more socket with the descriptor.
-        for index, inode in enumerate(_peeked(found.pidfd, found.number, self.device) if found.pidfd >= 0 else ()):
+        inodes = [one.inode for one in first(found) if one.device == self.device]
+        for index, inode in enumerate(inodes):
             detail = f"in flight {index + 1}"
             found.table.holdings.append(
                 Holding(found.number, Kind.IN_FLIGHT, inode, found.object, detail, problem=_WHY)
@@ -51,23 +48,29 @@ class InFlight(Handler):
                     holding.path = counterparts.path(holding.inode)
 
 
-def _peeked(pidfd: int, number: int, device: int) -> List[int]:
-    """The inode numbers of what is on ``device`` among the descriptors in the first message that has any."""
-    with socket.socket(fileno=syscalls.pidfd_getfd(pidfd, number, 0)) as wrapped:
+def carries(found: Found) -> bool:
+    """Whether descriptors lie in the queue of this socket."""
+    return any(int(line.split()[1]) for line in found.info().lines if line.startswith("scm_fds:"))
+
+
+def first(found: Found) -> List[statx.Object]:
+    """What the first message with descriptors carries."""
+    if found.pidfd < 0:
+        return []
+    # Not a copy that lasts: to others who look at the same time it would be one more socket with the descriptor.
+    with socket.socket(fileno=syscalls.pidfd_getfd(found.pidfd, found.number, 0)) as wrapped:
         flags = socket.MSG_PEEK | socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
         try:
             _, ancillary, _, _ = wrapped.recvmsg(1, socket.CMSG_SPACE(4 * MAX_FDS), flags)
         except BlockingIOError:
             return []  # a listener, or it was received just now
-    inodes: List[int] = []
+    objects: List[statx.Object] = []
     for level, kind, data in ancillary:
         if (level, kind) != (socket.SOL_SOCKET, socket.SCM_RIGHTS):
             continue
         numbers = array.array("i")
         numbers.frombytes(data[: len(data) - len(data) % numbers.itemsize])
         for number in numbers:
-            found = statx.examine("", number, statx.AT_EMPTY_PATH)
+            objects.append(statx.examine("", number, statx.AT_EMPTY_PATH))
             os.close(number)
-            if found.device == device:
-                inodes.append(found.inode)
-    return inodes
+    return objects

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Iterable, List, Tuple, Type
+from typing import TYPE_CHECKING, Iterable, List, Tuple, Type
 
 from spfs.linux.procfs import FdInfo
 from spfs.surgery.counterparts import Counterparts
 from spfs.surgery.kinds.base import Found, Handler, Scene, Survey
+from spfs.surgery.kinds.connections import Connections
 from spfs.surgery.kinds.directories import Directories
 from spfs.surgery.kinds.epolls import Epolls
 from spfs.surgery.kinds.fanotify import Fanotify
@@ -20,9 +21,12 @@ from spfs.surgery.kinds.unlinked import Unlinked
 from spfs.surgery.program import Program
 from spfs.surgery.records import Description, FdTable, Process
 
+if TYPE_CHECKING:  # imports this module
+    from spfs.surgery.errands import Errands
+
 # In this order they judge and act.
 KINDS: Tuple[Type[Handler], ...] = (
-    Inotify, Unlinked, Directories, Locks, Fifos, Sockets, Epolls, Rings, Fanotify, InFlight,
+    Inotify, Unlinked, Directories, Locks, Fifos, Sockets, Connections, Epolls, Rings, Fanotify, InFlight,
 )  # fmt: skip
 
 
@@ -71,8 +75,9 @@ class Kinds:
             for handler in self._handlers:
                 handler.judge(scene)
 
-    def transfer(self) -> None:
+    def transfer(self, errands: "Errands") -> None:
         """For those that were judged last, as ``conclude``."""
+        self._scene.errands = errands
         for handler in self._handlers:
             handler.transfer(self._scene)
 

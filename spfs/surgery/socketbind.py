@@ -1,0 +1,87 @@
+"""Binding a unix socket by the address of another one, as a process sees the world."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from typing import Optional
+
+from spfs.linux import namespaces, sockdiag
+from spfs.surgery import socketlist
+from spfs.surgery.records import Process
+from spfs.surgery.socketcopy import borrowed
+
+
+def bind(process: Process, old: int, new: int, directory: int, name: str) -> None:
+    """Bind ``new`` by the address of ``old``, as the process sees the world; a socket left there is replaced.
+
+    ``directory``, ``name``: where that must lead to.
+    """
+    with borrowed(old) as one:
+        address = one.getsockname()
+    there = _status(directory, name)
+    if there is not None:
+        if not stat.S_ISSOCK(there.st_mode):
+            raise OSError(errno.EEXIST, "something that is no socket has its name there")
+        if any((s.device, s.inode) == (there.st_dev, there.st_ino & 0xFFFFFFFF) for s in sockdiag.unix_sockets()):
+            raise OSError(errno.EADDRINUSE, "another socket is bound there")
+    if there is not None:
+        os.unlink(name, dir_fd=directory)  # as every server does before it binds
+    mode = stat.S_IMODE(there.st_mode) if there is not None else 0o777 & ~process.status.umask
+    uid, gid = (there.st_uid, there.st_gid) if there is not None else (process.status.uid, process.status.gid)
+    try:
+        _bind_as_seen(process, new, directory, address, mode)
+    except BaseException:
+        if there is not None:
+            os.mknod(name, stat.S_IFSOCK | 0o600, dir_fd=directory)
+            os.chmod(name, mode, dir_fd=directory)
+            os.chown(name, uid, gid, dir_fd=directory, follow_symlinks=False)
+        raise
+    os.chown(name, uid, gid, dir_fd=directory, follow_symlinks=False)
+
+
+def _status(directory: int, name: str) -> Optional[os.stat_result]:
+    try:
+        return os.stat(name, dir_fd=directory, follow_symlinks=False)
+    except FileNotFoundError:
+        return None
+
+
+def _bind_as_seen(process: Process, new: int, directory: int, address: str, mode: int) -> None:
+    assert process.tables
+    tid = process.tables[0].tid
+    namespace = os.open(f"/proc/{tid}/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
+    root = os.open(f"/proc/{tid}/root", os.O_PATH | os.O_CLOEXEC)
+    beneath = _beginning(address)
+
+    def bind() -> None:
+        os.fchdir(root)
+        os.chroot(".")
+        if beneath is not None:
+            os.fchdir(directory)
+            for _ in range(beneath):
+                os.chdir("..")
+        wanted, found = os.fstat(directory), os.stat(os.path.dirname(address) or ".")
+        if (wanted.st_dev, wanted.st_ino) != (found.st_dev, found.st_ino):
+            raise OSError(errno.EXDEV, f"its address {address} does not lead to the new mount")
+        os.umask(0o777 & ~mode)  # of this thread alone, as the directories
+        with borrowed(new) as one:
+            one.bind(address)
+
+    try:
+        socketlist.in_thread(bind, [(namespace, namespaces.CLONE_NEWNS)])
+    finally:
+        os.close(root)
+        os.close(namespace)
+
+
+def _beginning(address: str) -> Optional[int]:
+    """For an address relative to a directory that the process may have left since: how many levels that one is above
+    the directory of the socket. None for an absolute address."""
+    if address.startswith("/"):
+        return None
+    parts = [part for part in address.split("/")[:-1] if part not in ("", ".")]
+    if ".." in parts:
+        raise OSError(errno.EXDEV, f"where its address {address} begins is not known")
+    return len(parts)
