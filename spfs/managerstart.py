@@ -16,6 +16,9 @@ TIMEOUT = 30.0  # seconds
 SOCKET_VARIABLE = "SPFS_MANAGER_SOCK"
 """The environment variable that says where the manager's socket is."""
 
+_NAME = "spfs-manager: "  # how its messages begin
+_CANNOT = _NAME + "cannot "
+
 
 class ManagerStart:
     """A manager that is being started on ``work_dir``. Whoever begins this waits for its end."""
@@ -43,7 +46,7 @@ class ManagerStart:
             )
         except OSError as error:
             os.close(self._said)
-            raise SpfsError(f"cannot start the manager in {work_dir}: {reason(error)}", "", errno.EIO) from error
+            raise SpfsError(f"cannot start the manager in {work_dir}: {reason(error)}", errno=errno.EIO) from error
         finally:
             os.close(says)
 
@@ -66,8 +69,11 @@ class ManagerStart:
             _, status = os.waitpid(self._pid, 0)
         code = os.waitstatus_to_exitcode(status)
         if code:
-            said = words.decode(errors="replace").strip().splitlines()
-            text = said[-1] if said else f"the manager ended with {code}"
-            if code < 0 and not said:
-                text = f"cannot start the manager in {self._work_dir}: not ready after {TIMEOUT:.0f} s, or killed"
-            raise SpfsError(text, "", errno.EIO)
+            raise SpfsError(self._failure(words.decode(errors="replace").strip(), code), errno=errno.EIO)
+
+    def _failure(self, said: str, code: int) -> str:
+        last = said.rpartition("\n")[2]
+        if last.startswith(_CANNOT):
+            return last[len(_NAME) :]  # with its hint
+        why = last or (f"not ready after {TIMEOUT:.0f} s, or killed" if code < 0 else f"it ended with {code}")
+        return f"cannot start the manager in {self._work_dir}: {why}"

@@ -158,7 +158,7 @@ class PreparedSwitch:
         start = time.monotonic()
         deadline = start + timeout
         if self._committed:
-            raise SpfsError("cannot switch the mounts: already done", errno=errno.EALREADY)
+            raise RuntimeError("these mounts have been switched")  # a defect of the caller's
         self._committed = True
         switched: Dict[int, str] = {}
         try:

@@ -128,8 +128,8 @@ def _source(place: Target, path: str) -> Tuple[int, List[Instance], str]:
         if instance.mount_id == there.mount_id and (text == (mountpoint or "/") or text.startswith(mountpoint + "/")):
             return there.device, found, "/".join(filter(None, [instance.root, text[len(mountpoint) :].strip("/")]))
     raise SpfsError(
-        f"cannot switch from {path} in {place.describe()}: its files cannot be told from others by their device number",
-        "subvolumes of btrfs and layers of overlayfs are not supported",
+        f"cannot switch from {path} in {place.describe()}: no mount there has its device number",
+        "subvolumes of btrfs and overlayfs are not supported",
         errno.EOPNOTSUPP,
     )
 

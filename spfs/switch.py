@@ -103,7 +103,9 @@ class Switch:
     ) -> None:
         architecture = machine.current()
         if architecture is None:
-            raise MissingFeatureError(f"cannot operate on processes: no code for {os.uname().machine}")
+            raise MissingFeatureError(
+                f"cannot operate on processes: no code for {os.uname().machine}", "x86-64 and aarch64 are known"
+            )
         self._architecture: Architecture = architecture
         self._device = device
         self._freezer = freezer

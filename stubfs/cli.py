@@ -105,7 +105,9 @@ def _run(arguments: List[str]) -> int:
             raise UsageError("cannot start in mode proxy: no directory is given", "add --proxy-dir DIR")
         raise UsageError(f"cannot start in mode {mode.value}: --proxy-dir: not used there", "add --mode proxy")
     if mode is not Mode.STUB and (settings.timeout is not None or settings.errno is not None or settings.exempt):
-        raise UsageError(f"cannot start in mode {mode.value}: --timeout, --errno, --exempt: not used there")
+        raise UsageError(
+            f"cannot start in mode {mode.value}: --timeout, --errno, --exempt: not used there", "add --mode stub"
+        )
     stub_options = StubOptions.checked(settings.timeout, settings.errno, settings.exempt)
     rules = [Rule.parse(text) for text in settings.rule]
     if settings.source is not None:

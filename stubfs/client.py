@@ -63,7 +63,9 @@ class FilesystemClient:
             ) from error
         if packet is None:
             raise StubfsError(
-                f"cannot ask the file system for {command}: {self._path}: it has ended", "", errno.ECONNRESET
+                f"cannot ask the file system for {command}: {self._path}: it has ended",
+                "its log may say why; if it is still mounted: umount -l, and mount it again",
+                errno.ECONNRESET,
             )
         prefix, payload, descriptors = packet
         try:

@@ -18,6 +18,7 @@ from stubfs.protocol import BUFFER_SIZE
 
 _log = logging.getLogger(__name__)
 SONAME = "libfuse.so.2"
+_WHICH_LIBRARY = "is the library that was found libfuse 2, version 2.9? and is there memory?"
 
 _RECEIVE = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
 _SEND = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
@@ -94,7 +95,7 @@ class Session:
         channel_new.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t, ctypes.c_void_p]
         self._channel = channel_new(ctypes.byref(self._channel_operations), device_fd, BUFFER_SIZE, None)
         if not self._channel:
-            raise MissingFeatureError("cannot set up libfuse: fuse_chan_new failed")
+            raise MissingFeatureError("cannot set up libfuse: fuse_chan_new failed", _WHICH_LIBRARY)
         self._new = _versioned(library, "fuse_new", "FUSE_2.6")
         self._new.restype = ctypes.c_void_p
         self._new.argtypes = [
@@ -117,7 +118,7 @@ class Session:
         finally:
             module._libfuse.fuse_main_real = genuine
         if not self._fuse:
-            raise MissingFeatureError("cannot set up libfuse: fuse_new failed", f"is {SONAME} version 2.9?")
+            raise MissingFeatureError("cannot set up libfuse: fuse_new failed", _WHICH_LIBRARY)
         # FUSE() believes that the file system has ended when fuse_main_real returns, and drops them.
         self._bridge.operations = operations
         self._session = library.fuse_get_session(self._fuse)
@@ -126,7 +127,7 @@ class Session:
         arguments = _Arguments(argc - 1, ctypes.cast(argv, ctypes.POINTER(ctypes.c_char_p)), 0)
         self._kept = operations  # libfuse copies the table, but not what keeps its callbacks alive
         self._fuse = self._new(self._channel, ctypes.byref(arguments), operations, size, None)
-        return 0 if self._fuse else 1
+        return 0  # for anything else FUSE() has no more than an exception with that number
 
     def process(self, request: bytes) -> bytes:
         """libfuse's reply to INIT, which nobody but the caller gets; b"" for none. For one thread at a time."""
@@ -156,6 +157,6 @@ def _versioned(library: ctypes.CDLL, name: str, version: str) -> Any:
     """Of a function that libfuse has in several versions, this one: dlsym may find the oldest."""
     address = _dlvsym(library._handle, name.encode(), version.encode())
     if not address:
-        raise MissingFeatureError(f"cannot set up libfuse: {name}@{version} is missing", f"is {SONAME} version 2.9?")
+        raise MissingFeatureError(f"cannot set up libfuse: {name}@{version} is missing", _WHICH_LIBRARY)
     # A prototype without types, which the caller sets: a new object each time.
     return ctypes.CFUNCTYPE(ctypes.c_int)(address)

@@ -61,7 +61,10 @@ class Mount:
                 tell = -1
                 if not select.select([ready], [], [], timeout)[0]:
                     self._process.kill()
-                    raise StubfsError(f"cannot mount on {self.path}: not ready in {timeout:g} s", "", errno.ETIMEDOUT)
+                    raise StubfsError(
+                        f"cannot mount on {self.path}: not ready in {timeout:g} s", "give it longer: timeout=",
+                        errno.ETIMEDOUT,
+                    )  # fmt: skip
                 if os.read(ready, 1):
                     return
                 status = self._process.wait()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import runpy
 import signal
+import tempfile
 import uuid
 from pathlib import Path
 from typing import Iterator
@@ -30,14 +31,30 @@ MARKERS = {
 def pytest_configure(config: pytest.Config) -> None:
     os.environ[MARK] = RUN  # inherited by every process that a test starts
     if os.environ.get("SPFS_MESSAGES"):
-        os.environ["SPFS_MESSAGES"] = os.path.abspath(os.environ["SPFS_MESSAGES"])
-        recorder = str(Path(__file__).with_name("messages"))
-        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [recorder, os.environ.get("PYTHONPATH")]))
-        runpy.run_path(f"{recorder}/sitecustomize.py")  # for this process, which has started without it
+        _record_messages(config)
     if features.probe("root").available:
         # Whoever clones the mount namespace of a test, for a container, say, or in other tests that run at the same
         # time, gets copies of the mounts that are there just then, and keeps their file systems alive.
         workshop.private_namespace()
+
+
+def _record_messages(config: pytest.Config) -> None:
+    """The places of all messages, to what $SPFS_MESSAGES names; at the end, as not every user may write there."""
+    asked = os.path.abspath(os.environ["SPFS_MESSAGES"])
+    fd, noted = tempfile.mkstemp(prefix="spfs-messages-", dir="/tmp")
+    os.fchmod(fd, 0o666)
+    os.close(fd)
+    os.environ["SPFS_MESSAGES"] = noted
+    recorder = str(Path(__file__).with_name("messages"))
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [recorder, os.environ.get("PYTHONPATH")]))
+    runpy.run_path(f"{recorder}/sitecustomize.py")  # for this process, which has started without it
+
+    def collect() -> None:
+        with open(asked, "a") as file:
+            file.write(Path(noted).read_text())
+        os.unlink(noted)
+
+    config.add_cleanup(collect)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

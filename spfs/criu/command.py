@@ -89,7 +89,9 @@ def start(program: str, arguments: Sequence[str], environment: Mapping[str, str]
     try:
         return subprocess.Popen([program, *arguments], env={**os.environ, **environment})
     except OSError as error:
-        raise SpfsError(f"cannot start {program}: {reason(error)}", "", error.errno or errno.EIO) from error
+        raise SpfsError(
+            f"cannot start {program}: {reason(error)}", "is that CRIU's program?", error.errno or errno.EIO
+        ) from error
 
 
 def check(what: str, status: int, images: str) -> None:

@@ -58,7 +58,9 @@ class Observed:
             fd = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         except OSError as error:
             raise SpfsError(
-                f"cannot look into {primary.mountpoint} of process {pid}: {reason(error)}", "", error.errno or errno.EIO
+                f"cannot look into {primary.mountpoint} of process {pid}: {reason(error)}",
+                "is it hidden by a mount above it? then there is nothing to delay",
+                error.errno or errno.EIO,
             ) from error
         shown = next(place.subdirectory for place in mount.places if place.mountpoint == primary.mountpoint)
         self._roots[mount.key] = (fd, shown)

@@ -421,7 +421,7 @@ class DelayedMount:
                 places.clear(self._place)
             except OSError as error:
                 raise StubfsError(
-                    f"cannot remove {self.path}: {reason(error)}", "", error.errno or errno_module.EIO
+                    f"cannot remove {self.path}: {reason(error)}", places.IN_THE_WAY, error.errno or errno_module.EIO
                 ) from error
         finally:
             os.close(self._pidfd)

@@ -19,6 +19,7 @@ _OWNER = "owner"
 _REPLACED = "replaced"
 _FSTYPE = "fuse.stubfs"
 _STAGING = "stubfs-"  # without root, a file system keeps its staging files in a temporary directory (stubfs.backing)
+IN_THE_WAY = "take what is in it away, and remove it"  # the hint of an error that remove() or clear() causes
 _LONGEST_BASE = 75  # bytes; a socket's path has at most 107, unix(7)
 _ORPHANED = 3600.0  # seconds; a directory without an owner is one that is just being made, or whose maker was killed
 

@@ -174,7 +174,7 @@ class MountServer:
                 places.remove(self._directory)
             except OSError as error:
                 raise StubfsError(
-                    f"cannot remove {self._directory}: {reason(error)}", "", error.errno or errno.EIO
+                    f"cannot remove {self._directory}: {reason(error)}", places.IN_THE_WAY, error.errno or errno.EIO
                 ) from error
 
     def _fork(

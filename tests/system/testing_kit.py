@@ -50,7 +50,8 @@ class Unprivileged:
         closed = [str(parent) for parent in reversed(kept.parents) if not parent.stat().st_mode & 0o001]
         words = ["unshare", "-m", "sh", "-c", _SCRIPT, "sh", str(self._base), closed[0] if closed else "", str(kept)]
         environment = {
-            **os.environ, "HOME": str(self.home), "TMPDIR": str(self.home), "PYTHONPATH": str(TOP),
+            **os.environ, "HOME": str(self.home), "TMPDIR": str(self.home),
+            "PYTHONPATH": os.pathsep.join(filter(None, [str(TOP), os.environ.get("PYTHONPATH")])),
             "PYTHONDONTWRITEBYTECODE": "1", "USER": "nobody",
         }  # fmt: skip
         return subprocess.run(
