@@ -29,7 +29,7 @@ class LinkNames:
     def paths(self, nodes: Iterable[int]) -> Dict[int, Optional[str]]:
         wanted = set(nodes)
         hints: Dict[int, Dict[str, int]] = {}  # by mount: path -> inode number
-        for link in _links():
+        for link in links():
             try:
                 found = statx.examine(link)
                 if found.device == self._device and found.inode in wanted and found.mount_id in self._instances:
@@ -56,7 +56,34 @@ class LinkNames:
         return text[len(mountpoint) + 1 :] if text.startswith(mountpoint + "/") else None
 
 
-def _links() -> Iterator[str]:
+def with_other_devices(device: int, instances: Sequence[Instance]) -> Iterator[str]:
+    """Links of what is on one of these mounts, but has another device number than ``device``, there or as mapped.
+
+    Kernels before file_user_inode() show an overlay's files with the layer's number in /proc/PID/maps.
+    """
+    mounts = {one.mount_id for one in instances}
+    for link in links():
+        try:
+            found = statx.examine(link)
+            if found.mount_id in mounts and not (found.device == device and _is_mapped_so(link, device)):
+                yield link
+        except OSError:  # ended or closed meanwhile
+            continue
+
+
+def _is_mapped_so(link: str, device: int) -> bool:
+    """If the link is a mapping's: does /proc/PID/maps show it with this device number?"""
+    directory, name = os.path.split(link)
+    process, kind = os.path.split(directory)
+    if kind != "map_files":
+        return True
+    # maps has leading zeros, the link's name has none.
+    wanted = [int(address, 16) for address in name.split("-")]
+    lines = procfs.lines_of_device(procfs.read(f"{process}/maps"), device)
+    return any([int(address, 16) for address in line.split(b" ")[0].split(b"-")] == wanted for line in lines)
+
+
+def links() -> Iterator[str]:
     """Every link of /proc that stands for something a process holds."""
     for pid in procfs.processes():
         for name in ("cwd", "root", "exe"):

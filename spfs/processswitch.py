@@ -16,7 +16,7 @@ from spfs import nschild
 from spfs.errors import SpfsError, reason
 from spfs.freezer import Freezer, open_freezer
 from spfs.instances import Instance, instances, pin_namespace
-from spfs.linknames import LinkNames
+from spfs.linknames import LinkNames, with_other_devices
 from spfs.linux import mountapi, statx
 from spfs.mounts import open_root
 from spfs.nschild import Answer
@@ -78,6 +78,9 @@ def _prepared(request: SwitchRequest, protect: Sequence[int]) -> Iterator[Switch
             device, found, prefix = request.device, instances(request.device, [place]), ""
         else:
             device, found, prefix = _source(place, request.source or "/")
+        for link in with_other_devices(device, found):
+            where = f"{request.source or '/'} in {place.describe()}"
+            raise _indistinct(where, f"{_read(link)} ({link}) has another device number than its mount")
         if statx.examine("", new, statx.AT_EMPTY_PATH).device == device:
             raise SpfsError(
                 f"cannot switch to {request.target}: it is on the file system that is left",
@@ -127,11 +130,22 @@ def _source(place: Target, path: str) -> Tuple[int, List[Instance], str]:
         mountpoint = instance.mountpoint.rstrip("/")
         if instance.mount_id == there.mount_id and (text == (mountpoint or "/") or text.startswith(mountpoint + "/")):
             return there.device, found, "/".join(filter(None, [instance.root, text[len(mountpoint) :].strip("/")]))
-    raise SpfsError(
-        f"cannot switch from {path} in {place.describe()}: no mount there has its device number",
-        "subvolumes of btrfs and overlayfs are not supported",
+    raise _indistinct(f"{path} in {place.describe()}", "no mount there has its device number")
+
+
+def _indistinct(where: str, why: str) -> SpfsError:
+    return SpfsError(
+        f"cannot switch from {where}: {why}",
+        "subvolumes of btrfs, and an overlay of layers on several file systems, are not supported",
         errno.EOPNOTSUPP,
     )
+
+
+def _read(link: str) -> str:
+    try:
+        return os.readlink(link)
+    except OSError:  # closed meanwhile
+        return "a file"
 
 
 def _open(place: Target, path: str) -> int:
