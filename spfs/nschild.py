@@ -12,9 +12,11 @@ import os
 import select
 import signal
 import socket
+import sys
 import time
 import traceback
 from dataclasses import dataclass, field
+from importlib.machinery import BuiltinImporter, FrozenImporter
 from types import TracebackType
 from typing import Any, Callable, Dict, List, Mapping, NoReturn, Optional, Sequence, Set, Tuple, Type, Union
 
@@ -74,6 +76,15 @@ def enter(target: Target, join: Sequence[str] = ALL, root: bool = True) -> None:
     if "user" in join and "user" in target.namespaces:
         _become_root()
     os.chdir("/")
+    forbid_imports()
+
+
+def forbid_imports() -> None:
+    """For a forked child that enters another's mount namespace or root: from there on a path is what somebody else has
+    put there, and a module that was first imported now would be his code, run with our rights."""
+    sys.meta_path[:] = [finder for finder in sys.meta_path if finder in (BuiltinImporter, FrozenImporter)]
+    sys.path_hooks.clear()
+    sys.path_importer_cache.clear()
 
 
 def _become_root() -> None:

@@ -20,7 +20,7 @@ from typing import Callable, FrozenSet, Optional, Tuple, Type, TypeVar
 
 from spfs import nschild, workshop
 from spfs.errors import SpfsError, reason
-from spfs.linux import mountapi, namespaces
+from spfs.linux import mountapi, namespaces, statx
 from spfs.linux.mountapi import MS, FsConfig
 from spfs.mountoptions import MountOptions, helper_errno
 from spfs.nschild import Answer
@@ -192,7 +192,7 @@ def _take(path: str, base_fd: int, source: str) -> int:
     """
     here = mountapi.open_tree(mountapi.AT_FDCWD, path, mountapi.AT_NO_AUTOMOUNT)
     try:
-        # By mount id and not by stat, which would be a request to a file system that may hang.
+        # By mount id, and without a request to a file system that may hang. Not from /proc, which is the target's.
         if _mount_id(here) == _mount_id(base_fd):
             raise OSError(errno.EIO, "the mount helper reported success, but nothing is mounted", source)
         mount_fd = mountapi.open_tree(here, "", mountapi.OPEN_TREE_CLONE)
@@ -203,9 +203,8 @@ def _take(path: str, base_fd: int, source: str) -> int:
     return mount_fd
 
 
-def _mount_id(fd: int) -> str:
-    with open(f"/proc/self/fdinfo/{fd}") as info:
-        return next(line for line in info if line.startswith("mnt_id:"))
+def _mount_id(fd: int) -> int:
+    return statx.examine("", fd, statx.AT_EMPTY_PATH).mount_id
 
 
 def _by_mount(source: str, fstype: str, wanted: MountOptions) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import signal
+import subprocess
 import time
 from pathlib import Path
 from typing import Any, Dict, List
@@ -223,3 +224,43 @@ def test_a_large_answer_and_many_descriptors() -> None:
     with nschild.call(lambda: (text, [os.open("/dev/null", os.O_RDONLY) for _ in range(200)])) as result:
         assert result.value == text
         assert len(result.fds) == 200
+
+
+def test_nothing_is_imported_from_another_root(places: Places, tmp_path: Path) -> None:  # noqa: F811
+    """What is first imported in a container would be the container's code, run by root of the host."""
+    places.base()
+    pid = places.namespace("-m")
+    library = os.path.dirname(os.__file__)
+    evil = tmp_path / "evil"
+    evil.mkdir()
+    for name in ("colorsys", "sndhdr", "encodings/punycode"):
+        (evil / f"{name}.py").parent.mkdir(exist_ok=True)
+        (evil / f"{name}.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    script = f"mount --bind {evil} {library} && ls {library}/colorsys.py"
+    subprocess.run(["nsenter", "-t", str(pid), "-m", "sh", "-c", script], check=True)
+
+    def careless() -> Answer:
+        try:
+            import colorsys  # noqa: F401
+
+            return "imported", []
+        except ImportError:
+            pass
+        try:
+            b"x".decode("punycode")
+        except LookupError:
+            return "refused", []
+        return "decoded", []
+
+    def defect() -> Answer:
+        raise AssertionError("a defect")  # its traceback is put together there
+
+    with Target.pin(pid) as target:
+        with nschild.run(careless, target, ("mnt",)) as result:
+            assert result.value == "refused"
+        with Helper({"careless": lambda argument, fds: careless()}, target) as helper:
+            with helper.call("careless") as result:
+                assert result.value == "refused"
+        with pytest.raises(RuntimeError, match="a defect"):
+            nschild.run(defect, target, ("mnt",))
+    assert not (tmp_path / "ran").exists()

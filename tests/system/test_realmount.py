@@ -64,6 +64,16 @@ def test_made_by_mount(places: Places, here: Target, monkeypatch: pytest.MonkeyP
     assert {"noexec", "size=2048k"} <= set(found)
 
 
+def test_made_by_mount_in_a_container(places: Places, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    """Its /proc numbers other processes, or is what the container says that it is."""
+    monkeypatch.setattr(realmount, "_ONE_STRING", ("tmpfs",))
+    pid = places.namespace("-m", "-p", "-f", "--mount-proc")
+    with Target.pin(pid) as target:
+        os.close(make(target, "tmpfs", options="size=2m"))
+        subprocess.run(["nsenter", "-t", str(pid), "-m", "mount", "-t", "tmpfs", "none", "/proc"], check=True)
+        os.close(make(target, "tmpfs", options="size=2m"))
+
+
 def test_overlay_with_escapes_and_quotes(places: Places, here: Target) -> None:  # noqa: F811
     places.base()
     for name in ("low,er", "lower"):
