@@ -12,7 +12,7 @@ import logging
 import os
 import select
 import socket
-from typing import Any, Callable, Deque, Dict, Optional, Sequence, Tuple
+from typing import Any, Callable, Deque, Dict, List, Optional, Sequence, Tuple
 
 from spfs import protocol, replies
 from spfs.errors import SpfsError, UsageError, reason
@@ -23,12 +23,17 @@ from stubfs import wire
 
 log = logging.getLogger(__name__)
 
+MAX_REQUEST = 32 << 20  # bytes; some hundred thousand files to create. Who waits meanwhile, waits for a second.
+
 Answer = Callable[[Reply, Sequence[int]], None]
 """Answers one request; the descriptors are copied, and stay the caller's. Fine to call when the client is gone."""
 
 
 class Connection:
-    """One client: one request at a time, replies in order."""
+    """One client: one request at a time, replies in order.
+
+    A client that will send no more (shutdown(2)) still gets its answers; one that is gone gives up what it waits for.
+    """
 
     def __init__(
         self,
@@ -65,15 +70,9 @@ class Connection:
         self._closed(self)
 
     def _readable(self) -> None:
-        if self._busy:
-            # Not its turn yet; only the end of the connection matters.
-            if self._hung_up():
-                self.close()
-            else:
-                self._loop.unwatch(self._sock.fileno())
-            return
         try:
-            packet = wire.receive(self._sock)
+            # No request has descriptors: what is not taken is the kernel's to close, which may take its time.
+            packet = wire.receive(self._sock, limit=MAX_REQUEST, descriptors=False)
         except BlockingIOError:
             return
         except ConnectionError:
@@ -83,14 +82,18 @@ class Connection:
             number = error.errno or errno.EPROTO
             return self._answer(replies.error_reply(f"cannot read the request: {reason(error)}", "", number))
         if packet is None:
-            if self._hung_up():
+            if self._at_end():
                 return self.close()
             self._sock.recv(1)  # an empty packet, which is no request
             self._busy = True
             return self._answer(replies.error_reply("cannot read the request: the packet is empty"))
-        _, payload, fds = packet
-        fds.close()  # no request has any
         self._busy = True
+        self._take(packet[1])
+        if self._busy and self._sock.fileno() >= 0:
+            # The next request is not its turn yet; only a hang-up matters, which epoll tells without being asked.
+            self._loop.watch(self._sock.fileno(), self.close, 0)
+
+    def _take(self, payload: bytes) -> None:
         try:
             request = protocol.parse(payload)
         except UsageError as error:
@@ -102,21 +105,24 @@ class Connection:
             log.info("refused: %s", error)
             self._answer(replies.error_reply(error.message, error.hint, error.errno))
         except Exception as error:
-            log.exception("request %s", request)
+            log.exception("request %s", type(request).__name__)  # not the request: options may hold passwords
             self._answer(replies.error_reply(f"cannot do it: {error!r}", "a defect: the log has more", errno.EIO))
 
-    def _hung_up(self) -> bool:
+    def _at_end(self) -> bool:
         poll = select.poll()
         poll.register(self._sock, select.POLLRDHUP)
-        return any(event & (select.POLLRDHUP | select.POLLHUP | select.POLLERR) for _, event in poll.poll(0))
+        return bool(poll.poll(0))
 
     def _answer(self, reply: Reply, fds: Sequence[int] = ()) -> None:
         self._busy = False
         self.on_gone = None
         if self._sock.fileno() < 0:
             return
-        # Copies: it may be a while before the socket takes them.
-        self._unsent.append((reply, tuple(os.dup(fd) for fd in fds)))
+        try:
+            copies = _copies(fds)  # it may be a while before the socket takes them
+        except OSError as error:
+            reply, copies = _not_sent(error), ()
+        self._unsent.append((reply, copies))
         self._flush()
 
     def _flush(self) -> None:
@@ -125,12 +131,35 @@ class Connection:
             try:
                 wire.send(self._sock, replies.encode_data(data), fds, replies.encode_status(status))
             except BlockingIOError:
-                return self._loop.watch(self._sock.fileno(), self._flush, write=True)
-            except OSError as error:
+                return self._loop.watch(self._sock.fileno(), self._flush, select.EPOLLOUT)
+            except (BrokenPipeError, ConnectionError) as error:
                 log.debug("a client went away before its answer: %s", error)
                 return self.close()
+            except OSError as error:
+                if status == -(error.errno or 0):
+                    return self.close()  # that was said already, and could not be sent, either
+                _close_all(fds)
+                self._unsent[0] = (_not_sent(error), ())
+                continue
             _close_all(self._unsent.popleft()[1])
         self._loop.watch(self._sock.fileno(), self._readable)
+
+
+def _copies(fds: Sequence[int]) -> Tuple[int, ...]:
+    copies: List[int] = []
+    try:
+        for fd in fds:
+            copies.append(os.dup(fd))
+    except OSError:
+        _close_all(copies)
+        raise
+    return tuple(copies)
+
+
+def _not_sent(error: OSError) -> Reply:
+    log.error("cannot send an answer: %s", error)
+    return replies.error_reply(f"cannot send the answer: {reason(error)}", "it was done all the same: see status",
+                                error.errno or errno.EIO)  # fmt: skip
 
 
 class Call:

@@ -6,6 +6,7 @@ import errno
 import functools
 import logging
 import os
+import resource
 import signal
 import socket
 import time
@@ -56,6 +57,8 @@ class Controller:
         self._started = time.time()
         self._ending = False
         self._accepting = True
+        # The rest is for mounts and jobs: what is done for one client must not fail for want of what others hold.
+        self._most_clients = max(1, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)
         self._last_seen = time.monotonic()
         self._unused_since: Optional[float] = None  # as far as --exit-with-spfs is concerned
         self._connections: Set[Connection] = set()
@@ -109,6 +112,10 @@ class Controller:
     # Clients
 
     def _accept(self) -> None:
+        if len(self._connections) >= self._most_clients:
+            log.warning("no more clients for now: there are %d (raise the limit on open files)", self._most_clients)
+            self._loop.unwatch(self._listener.fileno())  # they wait until one of those leaves
+            return
         try:
             sock, _ = self._listener.accept()
         except BlockingIOError:
@@ -142,6 +149,8 @@ class Controller:
             self._loop.watch(self._listener.fileno(), self._accept)
 
     def _connection_closed(self, connection: Connection) -> None:
+        if len(self._connections) == self._most_clients:
+            self._accept_again()
         self._connections.discard(connection)
         self._last_seen = time.monotonic()
         if self._exit_with_spfs and not self._connections and not len(self._registry):

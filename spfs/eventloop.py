@@ -6,7 +6,7 @@ import heapq
 import itertools
 import logging
 import os
-import selectors
+import select
 import signal
 import socket
 import time
@@ -15,6 +15,9 @@ from typing import Callable, Dict, List, Optional, Tuple
 log = logging.getLogger(__name__)
 
 Callback = Callable[[], None]
+
+LONGEST_SLEEP = 3600.0  # seconds; epoll_wait(2) takes an int of milliseconds
+_FEW_TIMERS = 64
 
 
 class Timer:
@@ -31,8 +34,10 @@ class EventLoop:
     """Callbacks must not block. One that raises is a defect: it is logged, and the loop goes on."""
 
     def __init__(self) -> None:
-        self._selector = selectors.DefaultSelector()
+        self._epoll = select.epoll()
+        self._watched: Dict[int, Callback] = {}
         self._timers: List[Tuple[float, int, Timer]] = []
+        self._tidy_at = _FEW_TIMERS
         self._order = itertools.count()
         self._signals: Dict[int, Callback] = {}
         self._processes: Dict[int, Tuple[int, Optional[Callback], Callable[[Optional[int]], None]]] = {}
@@ -46,26 +51,29 @@ class EventLoop:
 
     def close(self) -> None:
         signal.set_wakeup_fd(self._previous_wakeup)
-        self._selector.close()
+        self._epoll.close()
         self._signal_read.close()
         self._signal_write.close()
 
-    def watch(self, fd: int, callback: Callback, write: bool = False) -> None:
-        """Call back whenever ``fd`` is readable (or writable); replaces an earlier watch of the fd."""
-        event = selectors.EVENT_WRITE if write else selectors.EVENT_READ
-        try:
-            self._selector.modify(fd, event, callback)
-        except KeyError:
-            self._selector.register(fd, event, callback)
+    def watch(self, fd: int, callback: Callback, events: int = select.EPOLLIN) -> None:
+        """Call back whenever one of ``events``, an error or a hang-up is there; replaces an earlier watch of the fd."""
+        if fd in self._watched:
+            self._epoll.modify(fd, events)
+        else:
+            self._epoll.register(fd, events)
+        self._watched[fd] = callback
 
     def unwatch(self, fd: int) -> None:
         """Must come before the fd is closed. Fine for one that is not watched."""
-        try:
-            self._selector.unregister(fd)
-        except KeyError:
-            pass
+        if self._watched.pop(fd, None) is not None:
+            self._epoll.unregister(fd)
 
     def later(self, seconds: float, callback: Callback) -> Timer:
+        if len(self._timers) >= self._tidy_at:
+            # Those that were cancelled, for some may not be due for days.
+            self._timers = [entry for entry in self._timers if entry[2].callback is not None]
+            heapq.heapify(self._timers)
+            self._tidy_at = max(_FEW_TIMERS, 2 * len(self._timers))
         timer = Timer(callback)
         heapq.heappush(self._timers, (time.monotonic() + seconds, next(self._order), timer))
         return timer
@@ -131,17 +139,17 @@ class EventLoop:
     def run(self) -> None:
         """Until stop() is called."""
         while not self._stopped:
-            for key, _ in self._selector.select(self._until_next_timer()):
+            ready = [(fd, self._watched.get(fd)) for fd, _ in self._epoll.poll(self._until_next_timer())]
+            for fd, callback in ready:
                 # An earlier callback of this round may have unwatched it, or given its number to another file.
-                current = self._selector.get_map().get(key.fd)
-                if current is not None and current.data is key.data:
-                    self._guarded(key.data)
+                if callback is not None and self._watched.get(fd) is callback:
+                    self._guarded(callback)
             self._run_timers()
 
-    def _until_next_timer(self) -> Optional[float]:
+    def _until_next_timer(self) -> float:
         while self._timers and self._timers[0][2].callback is None:
             heapq.heappop(self._timers)
-        return max(0.0, self._timers[0][0] - time.monotonic()) if self._timers else None
+        return min(LONGEST_SLEEP, max(0.0, self._timers[0][0] - time.monotonic())) if self._timers else LONGEST_SLEEP
 
     def _run_timers(self) -> None:
         now = time.monotonic()

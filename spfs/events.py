@@ -52,6 +52,10 @@ class Events:
         if event == "gone":
             del self._records[managed.number]
 
+    def forget(self, managed: Managed) -> None:
+        """Nothing more will be told about it."""
+        self._records.pop(managed.number, None)
+
     def once(self, callback: Callable[[], None]) -> Callable[[], None]:
         """Call back at the next event, unless the function that is returned was called before."""
         key = next(self._keys)

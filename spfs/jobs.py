@@ -98,10 +98,10 @@ def ignore_progress(stage: str, details: Dict[str, Any], when: float) -> None:
 class Job:
     """The manager's side of a running job. ``pidfd`` and ``sock`` are the job's, closed by finish()."""
 
-    def __init__(self, kind: str, pid: int, sock: socket.socket, on_progress: OnProgress) -> None:
+    def __init__(self, kind: str, pid: int, pidfd: int, sock: socket.socket, on_progress: OnProgress) -> None:
         self.kind = kind
         self.pid = pid
-        self.pidfd = os.pidfd_open(pid)
+        self.pidfd = pidfd
         self.sock = sock
         self._on_progress = on_progress
         self.cancelled = False
@@ -187,18 +187,25 @@ def start(
     Must be called by a single-threaded process.
     """
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    place = -1
     # Blocked over the fork: a cancel that comes before the child's handler is set must not kill it outright.
     previous = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     try:
+        place = os.dup(ours.fileno())  # for the pidfd, which must not fail when the child is at work
         pid = os.fork()
         if pid == 0:
             _run(kind, function, Context(theirs, result_file), [theirs.fileno(), *keep])
+        os.close(place)
+        place = -1
+        pidfd = os.pidfd_open(pid)
         theirs.close()
         ours.setblocking(False)
-        return Job(kind, pid, ours, on_progress)
+        return Job(kind, pid, pidfd, ours, on_progress)
     except BaseException:
         ours.close()
         theirs.close()
+        if place >= 0:
+            os.close(place)
         raise
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, previous)
@@ -213,6 +220,7 @@ def _run(kind: str, function: Callable[[Context], None], context: Context, keep:
         signal.signal(signal.SIGTERM, _raise_cancelled)
         for number in (signal.SIGINT, signal.SIGCHLD, signal.SIGHUP):
             signal.signal(number, signal.SIG_DFL)
+        os.chdir("/")  # a Python that it starts would look for modules in the current directory first
         _close_all_but([*keep, *_log_files()])
         status = _report(kind, function, context)
     except Cancelled:
@@ -254,11 +262,13 @@ def _raise_cancelled(number: int, frame: Optional[FrameType]) -> None:
 
 
 def _close_all_but(keep: Sequence[int]) -> None:
+    # Not up to the limit, which may be a thousand million: Python 3.9 closes each number by a call of its own.
+    last = max(map(int, os.listdir("/proc/self/fd")))
     low = 3
     for fd in sorted({fd for fd in keep if fd >= low}):
         os.closerange(low, fd)
         low = fd + 1
-    os.closerange(low, os.sysconf("SC_OPEN_MAX"))
+    os.closerange(low, last + 1)
 
 
 def _log_files() -> List[int]:

@@ -26,10 +26,11 @@ class ManagerStart:
     def __init__(self, work_dir: str, socket_path: str, *, exit_with_spfs: bool = True) -> None:
         """SpfsError if there can be no process."""
         self._work_dir = work_dir
-        command = [sys.executable, "-m", "spfs.cli.manager", "-d", "--work-dir", work_dir]
-        command += ["--socket-path", socket_path] + ["--exit-with-spfs"] * exit_with_spfs
-        # The same spfs as is imported here, wherever the current directory is.
+        # The same spfs as is imported here. Not by -m, which looks for all modules in the current directory first.
         package = os.path.dirname(os.path.dirname(os.path.abspath(spfs.__file__)))
+        code = f"import sys; sys.path[0] = {package!r}; from spfs.cli.manager import main; main()"
+        command = [sys.executable, "-c", code, "-d", "--work-dir", work_dir]
+        command += ["--socket-path", socket_path] + ["--exit-with-spfs"] * exit_with_spfs
         path = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
         self._said, says = os.pipe()
         try:

@@ -32,6 +32,7 @@ Command = Callable[[Any, List[int]], Answer]
 _Mask = Set[Union[int, signal.Signals]]
 
 ALL = tuple(namespaces.NAMESPACES)
+_LONGEST = 1e6  # seconds; poll(2) takes an int of milliseconds
 _ERRORS: Dict[str, Type[StubfsError]] = {
     kind.__name__: kind for kind in (StubfsError, SpfsError, UsageError, MissingFeatureError)
 }
@@ -226,7 +227,7 @@ class _Child:
     def receive(self, timeout: Optional[float]) -> Result:
         poll = select.poll()
         poll.register(self.sock, select.POLLIN)
-        if not poll.poll(None if timeout is None else max(0, timeout) * 1000):
+        if not poll.poll(None if timeout is None else min(_LONGEST, max(0, timeout)) * 1000):
             raise TimeoutError(errno.ETIMEDOUT, f"helper process {self.pid} has not answered in {timeout} s")
         try:
             packet = wire.receive(self.sock)

@@ -234,9 +234,30 @@ def _parse_json(packet: bytes) -> Request:
             if key == "options":
                 continue
             raise BadRequest(f"cannot read the {command} request: key {_shorten(key)} has an empty value")
-        if isinstance(value, str) and "\0" in value:
-            raise BadRequest(f"cannot read the {command} request: key {_shorten(key)} holds a NUL")
+        try:
+            _check_strings(value)
+        except ValueError as error:
+            raise BadRequest(f"cannot read the {command} request: key {_shorten(key)} holds {error}") from error
     return _build(command, {key: value for key, value in message.items() if value is not None})
+
+
+def _check_strings(value: object) -> None:
+    """ValueError if a string in ``value`` could be neither a path nor an argument of a program."""
+    left = [value]  # no recursion: it may be as deep as the parser allows
+    while left:
+        one = left.pop()
+        if isinstance(one, list):
+            left += one
+        elif isinstance(one, dict):
+            left += one
+            left += one.values()
+        elif isinstance(one, str):
+            if "\0" in one:
+                raise ValueError("a NUL")
+            try:
+                os.fsencode(one)
+            except UnicodeEncodeError:
+                raise ValueError(f"no character: {_shorten(one[:40])}") from None
 
 
 def _no_duplicates(pairs: List[Tuple[str, Any]]) -> Dict[str, Any]:

@@ -150,22 +150,28 @@ class Replaces(MountWork):
             log.error("cannot let go %s: %s", cgroup, error)
 
     def switch(self, request: protocol.Switch, done: Done) -> None:
-        frozen_before = is_frozen(request.freeze_cgroup)
+        begun: Dict[str, Any] = {}
 
         def work(context: Context) -> None:
             from spfs import processswitch as step
 
+            # Not by the manager itself: who names a cgroup may name any path, also one on a file system that hangs.
+            context.progress("begun", {"frozen_before": is_frozen(request.freeze_cgroup)})
             step_request = step.SwitchRequest(
                 request.target, request.freeze_cgroup, request.source, request.device, request.ns_pid
             )
             context.deliver(step.switch(step_request, context.progress, (os.getppid(),)))
 
+        def progress(stage: str, details: Dict[str, Any], when: float) -> None:
+            if stage == "begun":
+                begun.update(details)
+
         def ended(outcome: Outcome) -> None:
-            if outcome.died and request.freeze_cgroup is not None and not frozen_before:
+            if outcome.died and request.freeze_cgroup is not None and not begun.get("frozen_before"):
                 self._thaw(request.freeze_cgroup)
             done(outcome.error, outcome.value)
 
-        self.start_job("switch", work, ended)
+        self.start_job("switch", work, ended, progress)
 
     def abort(self, id: Optional[str], done: Done) -> None:
         """``done`` when nothing that was aborted is at work any more."""

@@ -7,6 +7,7 @@ import fcntl
 import json
 import logging
 import os
+import re
 from typing import Any, Dict, Iterator, Optional, Tuple
 
 from spfs.errors import SpfsError, reason
@@ -15,6 +16,10 @@ log = logging.getLogger(__name__)
 
 VERSION = 1
 _LOCK = "lock"
+# The directory may be one that somebody keeps other things in: nothing but these is read, or removed.
+_RECORD = re.compile(r"mount-\d+\.json")
+_OURS = re.compile(r"lock|mount-\d+(\.json(\.new)?|\.result(\.new)?|-[0-9T]+-\d+\.jsonl)")
+_LOG = re.compile(r"(spfs-manager|stubfs-\d+)\.log")
 
 
 def write_atomically(path: str, data: bytes, mode: int = 0o600) -> None:
@@ -108,7 +113,7 @@ class WorkDirectory:
     def load(self) -> Iterator[Tuple[str, Dict[str, Any]]]:
         """(name, record) of everything saved; what cannot be read is logged and left alone."""
         for entry in sorted(os.listdir(self.path)):
-            if not entry.endswith(".json"):
+            if not _RECORD.fullmatch(entry):
                 continue
             record = self.read(entry)
             if record is not None and record.pop("version", None) == VERSION:
@@ -145,7 +150,7 @@ class WorkDirectory:
             log.error("cannot remove %s: %s", self.file(name), reason(error))
 
     def _is_empty_log(self, name: str) -> bool:
-        return name.endswith(".log") and os.lstat(self.file(name)).st_size == 0
+        return bool(_LOG.fullmatch(name)) and os.lstat(self.file(name)).st_size == 0
 
     def close(self, remove: bool) -> None:
         """Unlock. ``remove``: nothing is left that a later manager needs; our own files go, and the directory if we
@@ -153,7 +158,7 @@ class WorkDirectory:
         if remove:
             # The lock file goes while it is locked: whoever opened it before finds another one at the name.
             for entry in os.listdir(self.path):
-                if entry == _LOCK or entry.endswith((".json", ".json.new", ".jsonl")) or self._is_empty_log(entry):
+                if _OURS.fullmatch(entry) or self._is_empty_log(entry):
                     self.forget(entry)
             if self.created:
                 try:

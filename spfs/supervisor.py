@@ -11,10 +11,10 @@ import itertools
 import logging
 import os
 import time
-from typing import Any, Dict, Optional
+from typing import Any, Callable, Dict, Optional
 
 from spfs import jobs, protocol
-from spfs.errors import SpfsError
+from spfs.errors import SpfsError, reason
 from spfs.events import introduction
 from spfs.jobs import Context, Outcome
 from spfs.modechange import ModeChanges
@@ -30,6 +30,9 @@ log = logging.getLogger(__name__)
 
 _OWN_JOBS = ("examination", "take-over")
 """Jobs that nobody has asked for, and that end soon: no reason to refuse anything."""
+
+_SCARCE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+_WATCH_AGAIN = 1.0  # seconds
 
 
 class Supervisor(ModeChanges):
@@ -135,6 +138,7 @@ class Supervisor(ModeChanges):
         return os.path.join(self._log_dir or self._work.path, name)
 
     def _forget_record(self, managed: Managed) -> None:
+        self._events.forget(managed)
         try:
             os.unlink(managed.record)
         except OSError:
@@ -150,9 +154,16 @@ class Supervisor(ModeChanges):
             running.pidfd = open_process(managed.pid, managed.start_time)
         except ProcessLookupError:
             self._loop.soon(lambda: self._filesystem_ended(managed, None))
+        except OSError as error:
+            self._watch_later(managed, error, self._watch)
         else:
             self._loop.on_process_end(managed.pid, running.pidfd, lambda code: self._filesystem_ended(managed, code))
         self._watch_namespace(managed)
+
+    def _watch_later(self, managed: Managed, error: OSError, watch: Callable[[Managed], None]) -> None:
+        """Out of descriptors: that says nothing about what is to be watched."""
+        log.error("mount %s: cannot watch it now: %s", managed.id, reason(error))
+        self._loop.later(_WATCH_AGAIN, lambda: watch(managed) if managed.number in self._running else None)
 
     def _watch_namespace(self, managed: Managed) -> None:
         """Our pins would keep the namespace, and with it the mount, alive for ever: drop them with its last process."""
@@ -171,8 +182,10 @@ class Supervisor(ModeChanges):
                 if os.stat(f"/proc/{pid}/ns/mnt").st_ino == namespace:
                     self._loop.watch(running.member_fd, lambda: self._watch_namespace(managed))
                     return
-            except OSError:
-                pass  # it ended meanwhile
+            except OSError as error:
+                if error.errno in _SCARCE:
+                    return self._watch_later(managed, error, self._watch_namespace)
+                # Else it has ended meanwhile.
             if running.member_fd >= 0:
                 os.close(running.member_fd)
                 running.member_fd = -1

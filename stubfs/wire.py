@@ -20,6 +20,7 @@ from typing import Iterable, List, Optional, Sequence, Tuple, Type
 MAX_FDS = 253  # SCM_MAX_FD, unix(7)
 MAX_PAYLOAD = 256 << 20  # bytes; more than the largest listing, far less than what would harm the receiver
 MAX_PATH = 107  # bytes of sun_path, less the final NUL, unix(7)
+_ANNOUNCEMENT = b'{"memfd"'
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SEAL
 
 
@@ -167,46 +168,54 @@ def _sealed_memfd(payload: bytes) -> int:
     return fd
 
 
-def receive(sock: socket.socket, prefix_length: int = 0) -> Optional[Tuple[bytes, bytes, Descriptors]]:
+def receive(
+    sock: socket.socket, prefix_length: int = 0, limit: int = MAX_PAYLOAD, descriptors: bool = True
+) -> Optional[Tuple[bytes, bytes, Descriptors]]:
     """(prefix, payload, descriptors) of the next packet; None at the end of the connection.
 
-    The descriptors are close-on-exec and the caller's. OSError: EPROTO for a packet that is not what it announces,
-    EMSGSIZE for too many descriptors, or as recvmsg(2) (BlockingIOError, TimeoutError).
+    The descriptors are close-on-exec and the caller's. With ``descriptors`` False none are taken, whatever was sent.
+    OSError: EPROTO for a packet that is not what it announces, EMSGSIZE for too many descriptors or a payload of more
+    than ``limit`` bytes, or as recvmsg(2) (BlockingIOError, TimeoutError).
     """
-    size = sock.recv_into(bytearray(1), 1, socket.MSG_PEEK | socket.MSG_TRUNC)
+    head = bytearray(prefix_length + len(_ANNOUNCEMENT))
+    size = sock.recv_into(head, len(head), socket.MSG_PEEK | socket.MSG_TRUNC)
     if size == 0:
         return None
-    space = socket.CMSG_SPACE(MAX_FDS * array.array("i").itemsize)
+    announced = head[prefix_length:] == _ANNOUNCEMENT
+    wanted = MAX_FDS if descriptors else int(announced)
+    space = socket.CMSG_LEN(wanted * array.array("i").itemsize) if wanted else 0
     # recvmsg, not recv_fds: the latter drops its flags in 3.9 to 3.11, and descriptors would survive an exec.
     data, ancillary, flags, _ = sock.recvmsg(size, space, socket.MSG_CMSG_CLOEXEC)
     received = array.array("i")
     for level, kind, content in ancillary:
         if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
             received.frombytes(content[: len(content) - len(content) % received.itemsize])
-    descriptors = Descriptors(received)
+    taken = Descriptors(received)
     try:
-        if flags & socket.MSG_CTRUNC:
+        if flags & socket.MSG_CTRUNC and (descriptors or (announced and not received)):
             raise OSError(errno.EMSGSIZE, "descriptors were lost: too many at once, or RLIMIT_NOFILE reached")
         if len(data) < prefix_length:
             raise OSError(errno.EPROTO, "packet shorter than its fixed part")
         prefix, payload = data[:prefix_length], data[prefix_length:]
-        if payload.startswith(b'{"memfd"'):
-            payload = _read_memfd(payload, received[0] if received else -1)
-            os.close(descriptors.steal(0))
-            descriptors = Descriptors(received[1:])
-        return prefix, payload, descriptors
+        if announced:
+            payload = _read_memfd(payload, received[0] if received else -1, limit)
+            os.close(taken.steal(0))
+            taken = Descriptors(received[1:])
+        return prefix, payload, taken
     except BaseException:
-        descriptors.close()
+        taken.close()
         raise
 
 
-def _read_memfd(announcement: bytes, fd: int) -> bytes:
+def _read_memfd(announcement: bytes, fd: int, limit: int) -> bytes:
     try:
         length = json.loads(announcement)["memfd"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         length = None
-    if not isinstance(length, int) or not 0 < length <= MAX_PAYLOAD or fd < 0:
+    if type(length) is not int or length <= 0 or fd < 0:
         raise OSError(errno.EPROTO, "announcement of a memfd without a length, or without the memfd")
+    if length > limit:
+        raise OSError(errno.EMSGSIZE, f"{length} bytes are more than the {limit} that are taken at once")
     try:
         # Sealed, or the sender could change or cut it while we read.
         seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)

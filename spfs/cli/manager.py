@@ -103,8 +103,8 @@ def _serve(options: argparse.Namespace, ready: int) -> None:
         controller = Controller(
             work, listener, socket_path, log_dir, log_options, exit_with_spfs=options.exit_with_spfs
         )
+        os.chdir("/")  # all paths are absolute by now; nothing is to be kept busy, or to be found, where we were
         if ready >= 0:
-            os.chdir("/")
             # Nobody who waits for the end of our output, as system(3) in a pipe does, may wait for the daemon.
             stdio.let_go()
             os.write(ready, b"\n")

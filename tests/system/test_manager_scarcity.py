@@ -113,24 +113,38 @@ def test_a_full_work_directory_from_the_start(tmp_path: Path) -> None:
         assert done.stderr.count("\n") == 1 and os.listdir(work) == ["fill"]
 
 
-def test_a_manager_out_of_descriptors_goes_on_when_there_are_some(manager: Manager, tmp_path: Path) -> None:
-    (tmp_path / "mnt").mkdir()
+def test_a_manager_with_few_descriptors_works_whatever_its_clients_hold(manager: Manager, tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "spfs.cli.manager", "-d", "--work-dir", str(manager.work)],
-        env={**os.environ, **ENVIRONMENT}, preexec_fn=few_descriptors, timeout=TIMEOUT,
+        env={**os.environ, **ENVIRONMENT}, timeout=TIMEOUT,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64)),
     )  # fmt: skip
     assert done.returncode == 0
     client = manager.client()
     manager.pid = client.status()["manager"]["pid"]
-    client.mount("a", str(tmp_path / "mnt"))
-    clients = connected(str(manager.socket), 40)
+    clients = connected(str(manager.socket), 100)
     try:
-        wait_until(lambda: "cannot accept a client" in manager.log())
+        wait_until(lambda: "no more clients for now: there are 32" in manager.log())
+        for name in ("a", "b"):
+            (tmp_path / name).mkdir()
+            client.mount(name, str(tmp_path / name))
+        assert client.mode("stub") == ["a", "b"]
+        os.close(client.staging("a"))
+        client.replace("a", "none", "tmpfs")
+        assert client.wait("a")["replace"]["phase"] == "done"
+        # Who waits until there is room is served when there is.
+        for sock in clients[:50]:
+            sock.close()
+        clients[-1].settimeout(TIMEOUT)
+        clients[-1].send(b'{"command": "status"}')
+        for sock in clients[50:80]:
+            sock.close()
+        assert clients[-1].recv(4) == bytes(4)
+        assert manager.log().count("no more clients for now") < 20  # and not for every attempt
     finally:
         for sock in clients:
             sock.close()
-    assert client.status("a")["mounts"][0]["id"] == "a"
-    assert manager.client().mode("stub", "a") == ["a"]
+    subprocess.run(["umount", str(tmp_path / "a")], check=True)
 
 
 def test_a_file_system_out_of_descriptors_goes_on_when_there_are_some(tmp_path: Path) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
+import os
 import struct
-from typing import Any, Dict
+from typing import Any, Dict, List
 
 import pytest
 from hypothesis import example, given
@@ -124,6 +126,11 @@ REFUSED = [
     (b'{"command": "unmount", "id": "1", "force": 1}', "must be true or false"),
     (b'{"command": "create", "id": "1", "files": "a"}', "list of objects"),
     (b'{"command": "mount", "id": "1", "mode": "stub", "mountpoint": "/a\\u0000b"}', "holds a NUL"),
+    (b'{"command": "mount", "id": "1", "mode": "stub", "mountpoint": "/\\ud800"}', "'mountpoint' holds no char"),
+    (b'{"command": "replace", "id": "1", "source": "s", "type": "t", "flags": 0, "bindmounts": ["/a", "/b\\u0000"]}',
+     "key 'bindmounts' holds a NUL"),
+    (b'{"command": "create", "id": "1", "files": [{"path": "a\\udc00", "mode": 33188}]}', "'files' holds no character"),
+    (b'{"command": "create", "id": "1", "files": [{"path": "a", "x\\u0000": {}}]}', "'files' holds a NUL"),
     (b'{"command": "mount", "id": "", "mode": "stub", "mountpoint": "/a"}', "empty value"),
     (b"{" * 100_000, "not JSON"),
 ]
@@ -194,11 +201,20 @@ def test_any_bytes_are_refused_or_understood_but_never_raise_anything_else(packe
             assert error.message
 
 
+names = st.text(st.sampled_from("a/.\0\ud800\udcff\n"), max_size=5)
 json_values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | names.map("/".__add__) | names,
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
     max_leaves=5,
 )
+
+
+def strings(value: Any) -> List[str]:
+    if isinstance(value, dict):
+        value = [*value, *value.values()]
+    if isinstance(value, (list, tuple)):
+        return [text for item in value for text in strings(item)]
+    return [value] if isinstance(value, str) else []
 
 
 @given(st.sampled_from(sorted(protocol.COMMANDS)), st.dictionaries(keys, json_values, max_size=6))
@@ -209,6 +225,8 @@ def test_any_json_is_either_understood_or_refused(command: str, values: Dict[str
         return
     hash(getattr(request, "id", None))
     assert isinstance(getattr(request, "bindmounts", ()), tuple)
+    # Whatever it is used for, a path or an argument, the system can be given it.
+    assert b"\0" not in os.fsencode(texts := "".join(strings(dataclasses.asdict(request)))), texts
 
 
 def test_a_reply_is_four_bytes_and_json() -> None:

@@ -1,0 +1,266 @@
+"""Clients that do what no client should: the manager answers or drops them, and neither blocks, leaks nor changes."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import socket
+import struct
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, Dict, Iterator, List, Optional
+
+import pytest
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from manager_kit import ENVIRONMENT, TIMEOUT, Manager, manager_in
+
+from spfs import connection, protocol
+from spfs.client import ManagerClient
+from spfs.testing import wait_until
+
+pytestmark = [pytest.mark.needs_root, pytest.mark.needs_fuse]
+
+
+@pytest.fixture
+def manager(tmp_path: Path) -> Iterator[Manager]:
+    with manager_in(tmp_path) as made:
+        yield made.start()
+
+
+@pytest.fixture
+def mnt(tmp_path: Path) -> Path:
+    path = tmp_path / "mnt"
+    path.mkdir()
+    return path
+
+
+def descriptors(manager: Manager) -> int:
+    return len(os.listdir(f"/proc/{manager.pid}/fd"))
+
+
+def clients_of(client: ManagerClient) -> int:
+    """Besides ``client`` itself and the one of the kit."""
+    return int(client.status()["manager"]["clients"]) - 2
+
+
+def answer(sock: socket.socket) -> Optional[int]:
+    """The status of the next answer; None at the end of the connection."""
+    data = sock.recv(1 << 20)
+    return struct.unpack("=i", data[:4])[0] if data else None
+
+
+def test_a_client_that_has_said_all_gets_its_answers(manager: Manager, mnt: Path) -> None:
+    """As "socat - UNIX-CONNECT:PATH,type=5" with a request on its standard input."""
+    with manager.raw() as sock:
+        for packet in (f"mount;id=a;mode=restore;mountpoint={mnt}\0".encode(), b'{"command": "status"}', b"nonsense"):
+            sock.send(packet)
+        sock.shutdown(socket.SHUT_WR)
+        assert [answer(sock) for _ in range(4)] == [0, 0, -errno.EINVAL, None]
+    assert manager.row("a")["state"] == "mounted"
+
+
+def test_who_waits_and_dies_with_a_request_unread_leaves_nothing(manager: Manager, mnt: Path) -> None:
+    client = manager.client()
+    client.mount("a", str(mnt))
+    client.replace("a", "none", "tmpfs", begin="hold")
+    before = descriptors(manager)
+    for _ in range(3):
+        with manager.raw() as sock:
+            sock.send(b'{"command": "wait", "id": "a"}')
+            sock.send(b'{"command": "wait", "id": "a"}')
+            wait_until(lambda: clients_of(client) == 1)
+        wait_until(lambda: clients_of(client) == 0)
+    assert descriptors(manager) == before
+
+
+def test_a_time_limit_of_years(manager: Manager, mnt: Path) -> None:
+    """Longer than epoll_wait(2) can wait."""
+    client = manager.client()
+    client.mount("a", str(mnt))
+    client.replace("a", "none", "tmpfs", begin="hold")
+    with manager.raw() as waiting, manager.raw() as changes:
+        waiting.send(b'{"command": "wait", "id": "a", "timeout": 999999999}')
+        number = client.status()["changes"]
+        changes.send(json.dumps({"command": "changes", "since": number, "timeout": 999999999}).encode())
+        wait_until(lambda: clients_of(client) == 2)
+        client.abort("a")
+        assert (answer(waiting), answer(changes)) == (-errno.ECANCELED, 0)
+    client.replace("a", "none", "tmpfs", begin="release", timeout=999999999)
+    assert client.wait("a")["replace"]["phase"] == "done"
+    subprocess.run(["umount", str(mnt)], check=True)
+
+
+def test_a_cgroup_that_is_on_a_file_system_that_hangs(manager: Manager, mnt: Path, tmp_path: Path) -> None:
+    client = manager.client()
+    client.mount("a", str(mnt))
+    (mnt / "group").mkdir()
+    client.mode("stub")
+    with manager.raw() as sock:
+        request = {"command": "switch", "source": str(tmp_path), "target": "/", "freeze_cgroup": str(mnt / "group")}
+        sock.send(json.dumps(request).encode())
+        wait_until(lambda: len(client.held()) == 1)
+        assert client.status("a")["mounts"][0]["answering"]
+        client.unmount("a", force=True)
+        assert answer(sock) not in (0, None)
+
+
+def test_what_holds_no_request(manager: Manager) -> None:
+    before = descriptors(manager)
+    with manager.raw() as sock:
+        for packet in (b'{"memfd": ' + b"[" * 50_000, b'{"memfd": true}', b'{"memfd": -1}', b'{"memfd"'):
+            sock.send(packet)
+            assert answer(sock) == -errno.EPROTO
+        memfd = os.memfd_create("huge", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        try:
+            size = connection.MAX_REQUEST + 1
+            os.truncate(memfd, size)
+            fcntl.fcntl(memfd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE)
+            socket.send_fds(sock, [b'{"memfd": %d}' % size], [memfd] * 250)
+            assert answer(sock) == -errno.EMSGSIZE
+        finally:
+            os.close(memfd)
+        socket.send_fds(sock, [b"mode;all;mode=stub"], [0] * 253)
+        assert answer(sock) == 0
+        assert descriptors(manager) == before + 1
+
+
+def test_a_thousand_clients_that_never_say_anything(manager: Manager, mnt: Path) -> None:
+    before = descriptors(manager)
+    clients: List[socket.socket] = []
+    try:
+        for _ in range(1000):
+            clients.append(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))
+            clients[-1].connect(str(manager.socket))
+        client = manager.client()
+        client.mount("a", str(mnt))
+        assert clients_of(client) == 1000
+        client.unmount("a")
+    finally:
+        for sock in clients:
+            sock.close()
+    wait_until(lambda: clients_of(client) == 0)
+    assert descriptors(manager) == before + 1
+
+
+def test_a_connection_that_another_process_goes_on_with(manager: Manager) -> None:
+    """Who may speak is asked once, when it connects; and a connection lives as long as anybody holds it."""
+    with manager.raw() as sock:
+        child = subprocess.run(
+            [sys.executable, "-c", "import socket, sys; s = socket.socket(fileno=int(sys.argv[1]));"
+             "s.send(b'mode;all;mode=stub'); s.detach()", str(sock.fileno())],
+            pass_fds=[sock.fileno()], timeout=TIMEOUT,
+        )  # fmt: skip
+        assert child.returncode == 0 and answer(sock) == 0
+
+
+VALUES = st.one_of(
+    st.none(), st.booleans(), st.integers(-2, 1 << 65), st.floats(), st.just(10**400),
+    st.sampled_from(
+        ["", "a", "b", "/", "/proc/self/fd/0", "/../..", "//x", "/nonesuch", "(null)", "a/../b", "\n\x1b[31m", "\ud800",
+         "/" + "x" * 5000, "stub", "proxy", "restore", "hold", "tmpfs", "0", "-1", "EIO"]
+    ),
+    st.lists(st.sampled_from(["mnt", "net", "/a", "", "..", "x" * 300, 7, None, {"path": "../x", "mode": 0o100644}])),
+)  # fmt: skip
+# "a" is the mount of the test; what would really do something to it, or wait for ever, is left out.
+HARMFUL = {"shutdown", "unmount", "wait", "changes", "replace", "mode", "rules", "switch"}
+HARMLESS = sorted(set(protocol.COMMANDS) - HARMFUL)
+KEYS = st.sampled_from(
+    ["id", "all", "mode", "mountpoint", "proxy_dir", "ns_pid", "ns_list", "root", "ns_mountpoint", "options", "files",
+     "since", "timeout", "nonesuch"]
+)  # fmt: skip
+JSON = st.builds(
+    lambda command, values: json.dumps({"command": command, **values}).encode(),
+    st.sampled_from(HARMLESS) | st.text(max_size=5),
+    st.dictionaries(KEYS, VALUES, max_size=5),
+)
+TEXT = st.builds(
+    lambda words, tail: ";".join(words).encode(errors="surrogatepass") + tail,
+    st.lists(st.sampled_from(
+        ["mount", "replace", "switch", "status", "id=zz", "id=", "=x", "mountpoint=/nonesuch", "mountpoint=relative",
+         "ns_pid=1", "ns_pid=99999999", "ns_list=mnt,,", "source=s", "type=t", "flags=-1", "flags=99999999999999999999",
+         "bindmounts=(null)", "freeze_cgroup=/sys/fs/cgroup/freezer/(null)", "root=(null)", "all", "device=0"]
+    ), max_size=8),
+    st.sampled_from([b"", b"\0", b"\0\0", b"\0rw\0", b"\0a\0b\0", b"\xff"]),
+)  # fmt: skip
+
+
+@given(packets=st.lists(JSON | TEXT | st.binary(max_size=50) | st.binary(max_size=20).map(b"{".__add__), max_size=6),
+       leave=st.booleans(), fds=st.integers(0, 3))  # fmt: skip
+@settings(
+    max_examples=60, deadline=None, phases=[Phase.explicit, Phase.generate],
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)  # fmt: skip
+def test_whatever_is_sent_changes_nothing(
+    fuzzed: Manager, packets: "List[bytes]", leave: bool, fds: int
+) -> None:
+    with ManagerClient(str(fuzzed.socket), TIMEOUT) as client:
+        with fuzzed.raw() as sock:
+            for packet in packets:
+                socket.send_fds(sock, [packet], [0] * fds)
+            if not leave:
+                for packet in packets:
+                    status = answer(sock)
+                    assert status is not None and status <= 0, packet
+        wait_until(lambda: clients_of(client) == 0, TIMEOUT)
+        (row,) = client.status()["mounts"]
+        assert {key: row[key] for key in UNCHANGED} == UNCHANGED
+
+
+UNCHANGED: Dict[str, Any] = {"id": "a", "state": "mounted", "mode": "restore", "replace": None, "answering": True}
+
+
+@pytest.fixture
+def fuzzed(manager: Manager, mnt: Path) -> Iterator[Manager]:
+    with ManagerClient(str(manager.socket), TIMEOUT) as client:
+        client.mount("a", str(mnt))
+    before = descriptors(manager)
+    yield manager
+    wait_until(lambda: descriptors(manager) == before)
+
+
+# Where it works
+
+
+def test_the_current_directory_is_no_place_for_modules(tmp_path: Path, mnt: Path) -> None:
+    """A manager in the foreground, started in somebody else's directory: what lies there would be run by root."""
+    hostile = tmp_path / "hostile"
+    hostile.mkdir()
+    for name in ("argparse", "stubfs", "logging", "fuse"):
+        (hostile / f"{name}.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    code = "import sys; sys.path[0] = '/'; from spfs.cli.manager import main; main(sys.argv[1:])"
+    with manager_in(tmp_path) as manager:
+        with subprocess.Popen(
+            # -I -c, as a console script does: it does not look in the current directory itself.
+            [sys.executable, "-c", code, "--work-dir", str(manager.work)], cwd=hostile,
+            env={**os.environ, **ENVIRONMENT, "PYTHONSAFEPATH": ""}, stderr=subprocess.DEVNULL,
+        ) as process:  # fmt: skip
+            try:
+                wait_until(manager.socket.exists)
+                with ManagerClient(str(manager.socket), TIMEOUT) as client:
+                    manager.pid = client.status()["manager"]["pid"]
+                    client.mount("a", str(mnt))
+                    client.shutdown(unmount=True, force=True)
+                assert process.wait(TIMEOUT) == 0
+                manager.pid = 0
+            finally:
+                process.kill()
+    assert not (tmp_path / "ran").exists()
+
+
+def test_what_else_is_in_the_work_directory_stays(tmp_path: Path) -> None:
+    with manager_in(tmp_path) as manager:
+        manager.work.mkdir(0o700)
+        foreign = {"package.json": '{"version": 1}', "data.jsonl": "{}", "empty.log": "", "x.json.new": "",
+                   "mount-a.json": "{}", "lock.json": "{}"}  # fmt: skip
+        for name, text in foreign.items():
+            (manager.work / name).write_text(text)
+        manager.start()
+        manager.client().shutdown()
+        manager.wait_ended()
+        assert "cannot" not in manager.log()
+        (manager.work / "spfs-manager.log").unlink()
+        assert {path.name: path.read_text() for path in manager.work.iterdir()} == foreign
