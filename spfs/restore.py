@@ -157,11 +157,17 @@ def _make(directory: int, name: bytes, kind: int, permissions: int, spec: FileSp
         os.mkdir(name, permissions, dir_fd=directory)
     else:
         os.mknod(name, kind | permissions, dir_fd=directory)
-    os.chmod(name, permissions, dir_fd=directory)
+    _permit(directory, name, permissions)
+
+
+def _permit(directory: int, name: bytes, permissions: int) -> None:
+    """Whatever the umask is. Not by chmod(2): users of the mount may put a symbolic link there just now."""
+    syscalls.fchmodat(directory, name, permissions)
 
 
 def _hint(error: OSError) -> str:
     return {
+        errno.EOPNOTSUPP: "somebody has put a symbolic link in its place",
         errno.ELOOP: "a symbolic link in the path: give the path that it stands for",
         errno.EXDEV: "it leads out of the directory",
         errno.ENOTDIR: "a parent of it is no directory",
@@ -194,7 +200,7 @@ class _Directories:
             directory = self.open(parent)
             try:
                 os.mkdir(name, PERMISSIONS, dir_fd=directory)
-                os.chmod(name, PERMISSIONS, dir_fd=directory)
+                _permit(directory, name, PERMISSIONS)
             except FileExistsError:
                 pass
             return syscalls.openat2(self._root, path, flags, 0, _CONTAINED)

@@ -11,12 +11,21 @@ import select
 import time
 from typing import List
 
+from stubfs.errors import printable
+
 FORMATS = ("text", "json")
 TEXT = "%(asctime)s %(process)d %(levelname)s %(name)s: %(message)s"
 
 
 def level(verbose: int) -> int:
     return (logging.WARNING, logging.INFO, logging.DEBUG)[min(verbose, 2)]
+
+
+class TextFormatter(logging.Formatter):
+    """One line a message, also where it holds the name of somebody's file. Tracebacks alone have lines of their own."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        return printable(super().formatMessage(record))
 
 
 class JsonFormatter(logging.Formatter):
@@ -38,7 +47,7 @@ class JsonFormatter(logging.Formatter):
 
 def set_up(handlers: List[logging.Handler], verbose: int, form: str) -> None:
     """For the whole process."""
-    formatter = JsonFormatter() if form == "json" else logging.Formatter(TEXT)
+    formatter = JsonFormatter() if form == "json" else TextFormatter(TEXT)
     for handler in handlers:
         handler.setFormatter(formatter)
     logging.basicConfig(level=level(verbose), handlers=handlers)

@@ -14,7 +14,7 @@ from spfs import __version__
 from spfs.cli.arguments import Parser
 from spfs.client import ManagerClient, find_manager
 from spfs.errors import SpfsError, UsageError, reason
-from stubfs.errors import StubfsError
+from stubfs.errors import StubfsError, printable
 
 _ANSWER_TIME = 60.0  # seconds for a file system to answer
 
@@ -158,7 +158,7 @@ def _rules(options: argparse.Namespace) -> None:
             filesystem.set_rules([Rule.parse(text) for text in options.rule])
         else:
             for rule in filesystem.rules():
-                print(rule)
+                print(printable(str(rule)))
 
 
 def _held(options: argparse.Namespace) -> None:

@@ -80,9 +80,11 @@ def _dump(options: Any, criu: List[str]) -> None:
     if options.json:
         _print_json([mount.to_json() for mount in mounts])
         return
+    from stubfs.errors import printable
+
     for mount in mounts:
         places = ", ".join(place.mountpoint for place in mount.places)
-        print(f"{mount.key} on {places}: {mount.type} {mount.source}, {len(mount.files or ())} files")
+        print(printable(f"{mount.key} on {places}: {mount.type} {mount.source}, {len(mount.files or ())} files"))
 
 
 def _restore(options: Any, criu: List[str]) -> None:
@@ -109,8 +111,11 @@ def _restore(options: Any, criu: List[str]) -> None:
 
 
 def _waiting(restore: Any) -> None:
+    from stubfs.errors import printable
+
     for mount, id in zip(restore.mounts, restore.ids):
-        print(f"{id} on {mount.places[0].mountpoint}: waits for {mount.type} {mount.source} (spfs wait {id})")
+        where = f"{id} on {mount.places[0].mountpoint}"
+        print(printable(f"{where}: waits for {mount.type} {mount.source} (spfs wait {id})"))
 
 
 def _action(options: Any, rest: List[str]) -> None:

@@ -147,7 +147,7 @@ def _follow(socket_path: str, id: str, progress: "Progress", task: "TaskID", end
             while not ended.is_set():
                 answer = client.status(id)
                 for row in answer["mounts"]:
-                    progress.update(task, description=f"{id}: {describe(row)}", completed=_completed(row))
+                    progress.update(task, description=printable(f"{id}: {describe(row)}"), completed=_completed(row))
                 if not ended.wait(_SHORTEST):
                     client.changes(answer["changes"], _REFRESH / 2)
     except SpfsError:

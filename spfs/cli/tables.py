@@ -215,7 +215,8 @@ def _place(entry: Mapping[str, Any]) -> str:
 def report(row: Mapping[str, Any]) -> None:
     """The outcome of a wait."""
     wanted = row["replace"]
-    print(f"{row['id']} on {printable(row['mountpoint'])}: {row['mode'] if wanted is None else replace(wanted)}")
+    how = row["mode"] if wanted is None else replace(wanted)
+    print(printable(f"{row['id']} on {row['mountpoint']}: {how}"))
     left(((wanted or {}).get("report") or {}).get("left") or [])
 
 

@@ -11,6 +11,7 @@ from spfs.linux import namespaces, sockdiag
 from spfs.surgery import socketlist
 from spfs.surgery.records import Process
 from spfs.surgery.socketcopy import borrowed
+from stubfs.syscalls import fchmodat
 
 
 def bind(process: Process, old: int, new: int, directory: int, name: str) -> None:
@@ -35,7 +36,7 @@ def bind(process: Process, old: int, new: int, directory: int, name: str) -> Non
     except BaseException:
         if there is not None:
             os.mknod(name, stat.S_IFSOCK | 0o600, dir_fd=directory)
-            os.chmod(name, mode, dir_fd=directory)
+            fchmodat(directory, os.fsencode(name), mode)  # follows no link that somebody puts there just now
             os.chown(name, uid, gid, dir_fd=directory, follow_symlinks=False)
         raise
     os.chown(name, uid, gid, dir_fd=directory, follow_symlinks=False)

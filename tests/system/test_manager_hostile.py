@@ -16,11 +16,12 @@ from typing import Any, Dict, Iterator, List, Optional
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from manager_kit import ENVIRONMENT, TIMEOUT, Manager, manager_in
+from manager_kit import ENVIRONMENT, TIMEOUT, Manager, manager_in, run
 
 from spfs import connection, protocol
 from spfs.client import ManagerClient
 from spfs.testing import wait_until
+from stubfs.rules import Rule
 
 pytestmark = [pytest.mark.needs_root, pytest.mark.needs_fuse]
 
@@ -220,6 +221,24 @@ def fuzzed(manager: Manager, mnt: Path) -> Iterator[Manager]:
     before = descriptors(manager)
     yield manager
     wait_until(lambda: descriptors(manager) == before)
+
+
+def test_what_a_terminal_would_obey_is_not_printed(manager: Manager, mnt: Path) -> None:
+    orders = "\x1b[2J\x9b31m\r\nfake line"
+    client = manager.client()
+    client.mount("a", str(mnt))
+    path = f"{orders}/x"
+    client.set_rules([Rule("hold", path=path)], "a")
+    rules = run("spfs.cli.client", "rules", "--socket-path", str(manager.work / "fs-1.sock")).stdout
+    client.replace("a", orders, "tmpfs", begin="release")
+    shown = [run("spfs.cli.spfs", "wait", "a", "--socket-path", str(manager.socket)).stdout]
+    shown += [run("spfs.cli.spfs", "status", "--socket-path", str(manager.socket)).stdout]
+    shown += [rules, manager.log()]
+    subprocess.run(["umount", str(mnt)], check=True)
+    for text in shown:
+        assert text.replace("\n", "").isprintable() and "\nfake" not in text, text
+        assert "fake line" in text
+    assert r"\x1b[2J\x9b31m\r\nfake line" in shown[0]
 
 
 # Where it works

@@ -152,3 +152,26 @@ def test_the_environment_of_action_scripts(mode: Optional[str], expected: str) -
     environment: "dict[str, str]" = {}
     set_env("/run/sock", *([mode] if mode else []), environment=environment)
     assert environment == {"SPFS_MODE": expected, "SPFS_MANAGER_SOCK": "/run/sock"}
+
+
+@pytest.mark.parametrize("path, mode, maker", [
+    ("fifo", stat.S_IFIFO | 0o666, "mknod"), ("directory", stat.S_IFDIR | 0o777, "mkdir"),
+    ("parent/file", stat.S_IFREG | 0o666, "mkdir"),
+])  # fmt: skip
+def test_a_user_who_puts_a_link_in_its_place_gets_no_permissions(
+    path: str, mode: int, maker: str, root: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The directory is that of a mount which others use already."""
+    victim = tmp_path / "shadow"
+    victim.touch(0o600)
+    make = getattr(os, maker)
+
+    def make_and_lose(name: bytes, mode: int, dir_fd: int) -> None:
+        make(name, mode, dir_fd=dir_fd)
+        os.rename(name, name + b".away", src_dir_fd=dir_fd, dst_dir_fd=dir_fd)
+        os.symlink(victim, name, dir_fd=dir_fd)
+
+    monkeypatch.setattr(os, maker, make_and_lose)
+    with pytest.raises(SpfsError, match="cannot create .*symbolic link"):
+        create_file(root, path, mode)
+    assert stat.S_IMODE(victim.stat().st_mode) == 0o600
