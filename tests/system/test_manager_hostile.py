@@ -48,6 +48,14 @@ def clients_of(client: ManagerClient) -> int:
     return int(client.status()["manager"]["clients"]) - 2
 
 
+def accepts(manager: Manager) -> bool:
+    try:
+        manager.raw().close()
+    except OSError:
+        return False
+    return True
+
+
 def answer(sock: socket.socket) -> Optional[int]:
     """The status of the next answer; None at the end of the connection."""
     data = sock.recv(1 << 20)
@@ -258,7 +266,7 @@ def test_the_current_directory_is_no_place_for_modules(tmp_path: Path, mnt: Path
             env={**os.environ, **ENVIRONMENT, "PYTHONSAFEPATH": ""}, stderr=subprocess.DEVNULL,
         ) as process:  # fmt: skip
             try:
-                wait_until(manager.socket.exists)
+                wait_until(lambda: accepts(manager))
                 with ManagerClient(str(manager.socket), TIMEOUT) as client:
                     manager.pid = client.status()["manager"]["pid"]
                     client.mount("a", str(mnt))
