@@ -21,6 +21,7 @@ from manager_kit import ENVIRONMENT, TIMEOUT, Manager, manager_in, run
 from spfs import connection, protocol
 from spfs.client import ManagerClient
 from spfs.testing import wait_until
+from stubfs import wire
 from stubfs.rules import Rule
 
 pytestmark = [pytest.mark.needs_root, pytest.mark.needs_fuse]
@@ -44,13 +45,13 @@ def descriptors(manager: Manager) -> int:
 
 
 def clients_of(client: ManagerClient) -> int:
-    """Besides ``client`` itself and the one of the kit."""
+    """Besides ``client`` itself and the kit's first one."""
     return int(client.status()["manager"]["clients"]) - 2
 
 
 def accepts(manager: Manager) -> bool:
     try:
-        manager.raw().close()
+        wire.connect(str(manager.socket)).close()
     except OSError:
         return False
     return True
@@ -214,7 +215,7 @@ def test_whatever_is_sent_changes_nothing(
                 for packet in packets:
                     status = answer(sock)
                     assert status is not None and status <= 0, packet
-        wait_until(lambda: clients_of(client) == 0, TIMEOUT)
+        wait_until(lambda: clients_of(client) == 1, TIMEOUT)  # the fixture's
         (row,) = client.status()["mounts"]
         assert {key: row[key] for key in UNCHANGED} == UNCHANGED
 
@@ -226,6 +227,8 @@ UNCHANGED: Dict[str, Any] = {"id": "a", "state": "mounted", "mode": "restore", "
 def fuzzed(manager: Manager, mnt: Path) -> Iterator[Manager]:
     with ManagerClient(str(manager.socket), TIMEOUT) as client:
         client.mount("a", str(mnt))
+    remaining = manager.client()
+    wait_until(lambda: clients_of(remaining) == 0, TIMEOUT)
     before = descriptors(manager)
     yield manager
     wait_until(lambda: descriptors(manager) == before)
