@@ -18,6 +18,7 @@ from spfs.cli import tables
 from spfs.cli.layout import Line, screenful
 from spfs.client import ManagerClient
 from spfs.errors import SpfsError
+from stubfs.errors import printable
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions
