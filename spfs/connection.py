@@ -158,8 +158,8 @@ def _copies(fds: Sequence[int]) -> Tuple[int, ...]:
 
 def _not_sent(error: OSError) -> Reply:
     log.error("cannot send an answer: %s", error)
-    return replies.error_reply(f"cannot send the answer: {reason(error)}", "it was done all the same: see status",
-                                error.errno or errno.EIO)  # fmt: skip
+    hint = "it was done all the same: see status"
+    return replies.error_reply(f"cannot send the answer: {reason(error)}", hint, error.errno or errno.EIO)
 
 
 class Call:
