@@ -1,6 +1,8 @@
-"""Whose file system ids a serving thread has: those of the caller, as the request's header names them.
+"""Whose rights a serving thread has: those of the caller, whom the request's header and /proc name.
 
-So ownership and permission come out on the real side as if the caller had acted there itself.
+So ownership and permission come out on the real side as if the caller had acted there itself: file system ids,
+supplementary groups, and effective capabilities (quotas, reserved blocks, trusted.* names, and root that has given some
+up), which are all a matter of one thread to the kernel.
 """
 
 from __future__ import annotations
@@ -13,17 +15,27 @@ from typing import Dict, Iterator, NamedTuple, Optional, Tuple
 
 from stubfs import syscalls
 
-_GROUPS_VALID = 0.2  # seconds for which a thread's supplementary groups are believed
-_GROUPS_KEPT = 1024
+_VALID = 0.2  # seconds for which a thread's groups and capabilities are believed
+_KEPT = 1024
+_ALL = (1 << 64) - 1  # capabilities: as many as we have
+# Of linux/capability.h: ours at any time, to become somebody else again. They mean nothing to a file system.
+_SETGID, _SETUID = 1 << 6, 1 << 7
+# Those that a user namespace gives over files whose ids are mapped in it (capable_wrt_inode_uidgid() in the kernel):
+# CHOWN, DAC_OVERRIDE, DAC_READ_SEARCH, FOWNER, FSETID.
+_OVER_FILES = 0b11111
+_EVERY_ID = (1 << 32) - 1  # how many ids there are: the last number stands for none
 
 
 class Credentials(NamedTuple):
+    """``capabilities``: the effective ones, a mask as in /proc/PID/status; those that we lack ourselves do not count."""
+
     uid: int
     gid: int
-    groups: Tuple[int, ...]
+    groups: Tuple[int, ...] = ()
+    capabilities: int = 0
 
 
-ROOT = Credentials(0, 0, ())
+ROOT = Credentials(0, 0, (), _ALL)
 
 
 class _OfThread(threading.local):
@@ -48,46 +60,89 @@ def ourselves() -> Iterator[None]:
         identity.assume(callers)
 
 
-def _read_groups(tid: int) -> Tuple[int, ...]:
+def _look(tid: int, uid: int, permitted: int) -> Tuple[Tuple[int, ...], int]:
+    """Supplementary groups and capabilities of a thread that asks as ``uid``; ``permitted``: those that matter.
+
+    One that is gone, or is of another pid namespace, has what its ids give, nothing more.
+    """
     try:
-        with open(f"/proc/{tid}/status", "rb") as status:
-            for line in status:
-                if line.startswith(b"Groups:"):
-                    return tuple(int(word) for word in line.split()[1:])
-    except OSError:
-        pass
-    return ()  # the caller is gone, or of another pid namespace: it has what its ids give, nothing more
+        fd = os.open(f"/proc/{tid}/status", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            status = os.read(fd, 1 << 20)
+        finally:
+            os.close(fd)
+        groups = tuple(map(int, _field(status, b"\nGroups:").split()))
+        real, _, _, own = map(int, _field(status, b"\nUid:").split())
+        if own == uid:
+            capabilities = int(_field(status, b"\nCapEff:"), 16)
+        elif uid:
+            # access(2) of a program with set-id bits, and others for which the kernel puts credentials on: no root's.
+            capabilities = 0
+        elif real:
+            return groups, _ALL  # the kernel itself, in the name of who mounted an overlay
+        else:
+            capabilities = int(_field(status, b"\nCapPrm:"), 16)  # access(2) again
+        if capabilities and not _is_in_our_namespace(tid):
+            capabilities &= _OVER_FILES if _maps_every_id(tid) else 0
+        return groups, capabilities if capabilities & permitted != permitted else _ALL
+    except (OSError, ValueError):
+        return (), 0
+
+
+def _field(status: bytes, name: bytes) -> bytes:
+    start = status.index(name) + len(name)
+    return status[start : status.index(b"\n", start)]
+
+
+def _is_in_our_namespace(tid: int) -> bool:
+    """Whether its capabilities are ours: those of another user namespace mean nothing to files of this one."""
+    theirs, ours = os.stat(f"/proc/{tid}/ns/user"), os.stat("/proc/self/ns/user")
+    return (theirs.st_dev, theirs.st_ino) == (ours.st_dev, ours.st_ino)
+
+
+def _maps_every_id(tid: int) -> bool:
+    """Whether its user namespace knows all ids of ours, so that it has power over all files."""
+    for name in ("uid_map", "gid_map"):
+        with open(f"/proc/{tid}/{name}", "rb") as extents:
+            if sum(int(extent.split()[2]) for extent in extents) < _EVERY_ID:
+                return False
+    return True
 
 
 class ThreadIdentity:
-    """The calling thread's file system ids; changed only when the caller is another one than before.
+    """The calling thread's credentials; changed only when the caller is another one than before.
 
-    Not root: the ids stay ours, and every method does nothing.
+    Not root: they stay ours, and every method does nothing.
     """
 
     def __init__(self) -> None:
         self.current = ROOT
-        self._groups: Dict[Tuple[int, int, int], Tuple[float, Credentials]] = {}
+        self._known: Dict[Tuple[int, int, int], Tuple[float, Credentials]] = {}
         self._privileged = os.geteuid() == 0
+        self._permitted = syscalls.capget()[1] if self._privileged else 0
         self._umask: Optional[int] = None  # the process's
 
     def of(self, uid: int, gid: int, tid: int) -> Credentials:
-        """The credentials of a caller; its supplementary groups come from /proc."""
-        if uid == 0 and gid == 0:
-            # Root's groups decide nothing that its capabilities do not: spare the look into /proc.
-            return ROOT
-        if not self._privileged:
-            return Credentials(uid, gid, ())
+        """The credentials of a caller; its groups and capabilities come from /proc.
+
+        Without a thread it is the kernel that writes pages back, or somebody of another pid namespace.
+        """
+        if not self._privileged or not tid:
+            return ROOT if uid == 0 and gid == 0 else Credentials(uid, gid)
         now = time.monotonic()
         key = (tid, uid, gid)
-        known = self._groups.get(key)
-        if known is not None and now - known[0] < _GROUPS_VALID:
+        known = self._known.get(key)
+        if known is not None and now - known[0] < _VALID:
             return known[1]
         self.assume(ROOT)  # with hidepid, others see nothing of a process
-        credentials = Credentials(uid, gid, _read_groups(tid) if tid else ())
-        if len(self._groups) >= _GROUPS_KEPT:
-            self._groups.clear()
-        self._groups[key] = (now, credentials)
+        groups, capabilities = _look(tid, uid, self._permitted)
+        if uid == 0 and gid == 0 and capabilities == _ALL:
+            credentials = ROOT  # its groups decide nothing that its capabilities do not
+        else:
+            credentials = Credentials(uid, gid, groups, capabilities)
+        if len(self._known) >= _KEPT:
+            self._known.clear()
+        self._known[key] = (now, credentials)
         return credentials
 
     def assume(self, credentials: Credentials) -> None:
@@ -101,6 +156,10 @@ class ThreadIdentity:
             syscalls.setfsgid(credentials.gid)
         if credentials.uid != current.uid:
             syscalls.setfsuid(credentials.uid)
+        # Last: from and to root the kernel has just changed some of them (capabilities(7)).
+        if credentials.capabilities != current.capabilities or (not credentials.uid) != (not current.uid):
+            effective = (credentials.capabilities | _SETGID | _SETUID) & self._permitted
+            syscalls.capset(effective, self._permitted)
         self.current = credentials
         _of_thread.identity = self
 

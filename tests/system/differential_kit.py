@@ -24,6 +24,7 @@ RECENT = 10**18  # nanoseconds since the epoch: what is later was set by the ker
 LARGE = 5 * 2**30
 
 
+FALLOC_FL_ZERO_RANGE = 0x10  # linux/falloc.h
 FS_IOC_GETFLAGS, FS_IOC_SETFLAGS = 0x80086601, 0x40086602  # linux/fs.h
 
 
@@ -113,6 +114,8 @@ class Hands:
         return os.pwrite(self.files[slot], data, offset)
 
     def seek(self, slot: int, offset: int, whence: int) -> int:
+        if whence > os.SEEK_CUR and stat.S_ISDIR(os.fstat(self.files[slot]).st_mode):
+            raise ValueError("where a directory ends is each file system's own affair")
         return os.lseek(self.files[slot], offset, whence)
 
     def fstat(self, slot: int) -> Any:
@@ -122,12 +125,21 @@ class Hands:
         os.ftruncate(self.files[slot], size)
 
     def fallocate(self, slot: int, mode: int, offset: int, size: int) -> None:
+        if mode == FALLOC_FL_ZERO_RANGE and os.fstat(self.files[slot]).st_mode & 0o6000:
+            raise ValueError("FUSE takes set-id bits before it asks; tmpfs knows that it cannot do this")
         syscalls.fallocate(self.files[slot], mode, offset, size)
 
     def fchmod(self, slot: int, mode: int) -> None:
         os.fchmod(self.files[slot], mode)
 
+    @staticmethod
+    def _no_strangers_nothing(uid: int, gid: int, status: os.stat_result) -> None:
+        """A chown to -1 and -1 looks to a FUSE file system as what the kernel asks before any writer writes."""
+        if uid == gid == -1 and os.geteuid() not in (0, status.st_uid):
+            raise ValueError("not the owner")
+
     def fchown(self, slot: int, uid: int, gid: int) -> None:
+        self._no_strangers_nothing(uid, gid, os.fstat(self.files[slot]))
         os.fchown(self.files[slot], uid, gid)
 
     def futime(self, slot: int, atime: Tuple[int, int], mtime: Tuple[int, int]) -> None:
@@ -189,10 +201,16 @@ class Hands:
         fd = self.files[slot]
         os.link(f"/proc/self/fd/{fd}".encode(), name, src_dir_fd=fd, follow_symlinks=True)
 
+    def _openable(self, slot: int) -> None:
+        """OSError if it may not be opened for reading: as which the kernel opens a FUSE file to ask for its flags."""
+        os.close(os.open(f"/proc/self/fd/{self.files[slot]}", os.O_RDONLY | os.O_NONBLOCK))
+
     def getflags(self, slot: int) -> int:
+        self._openable(slot)
         return int.from_bytes(fcntl.ioctl(self.files[slot], FS_IOC_GETFLAGS, bytes(8))[:4], "little")
 
     def setflags(self, slot: int, flags: int) -> None:
+        self._openable(slot)
         fcntl.ioctl(self.files[slot], FS_IOC_SETFLAGS, struct.pack("=Q", flags))
 
     def flist(self, slot: int) -> List[str]:
@@ -267,6 +285,7 @@ class Hands:
         os.chmod(name, mode)
 
     def chown(self, name: bytes, uid: int, gid: int, follow: bool) -> None:
+        self._no_strangers_nothing(uid, gid, os.stat(name, follow_symlinks=follow))
         os.chown(name, uid, gid, follow_symlinks=follow)
 
     def utime(self, name: bytes, atime: Tuple[int, int], mtime: Tuple[int, int]) -> None:
