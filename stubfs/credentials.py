@@ -60,33 +60,12 @@ def ourselves() -> Iterator[None]:
         identity.assume(callers)
 
 
-def _look(tid: int, uid: int, permitted: int) -> Tuple[Tuple[int, ...], int]:
-    """Supplementary groups and capabilities of a thread that asks as ``uid``; ``permitted``: those that matter.
-
-    One that is gone, or is of another pid namespace, has what its ids give, nothing more.
-    """
+def _read(path: str) -> bytes:
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        fd = os.open(f"/proc/{tid}/status", os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            status = os.read(fd, 1 << 20)
-        finally:
-            os.close(fd)
-        groups = tuple(map(int, _field(status, b"\nGroups:").split()))
-        real, _, _, own = map(int, _field(status, b"\nUid:").split())
-        if own == uid:
-            capabilities = int(_field(status, b"\nCapEff:"), 16)
-        elif uid:
-            # access(2) of a program with set-id bits, and others for which the kernel puts credentials on: no root's.
-            capabilities = 0
-        elif real:
-            return groups, _ALL  # the kernel itself, in the name of who mounted an overlay
-        else:
-            capabilities = int(_field(status, b"\nCapPrm:"), 16)  # access(2) again
-        if capabilities and not _is_in_our_namespace(tid):
-            capabilities &= _OVER_FILES if _maps_every_id(tid) else 0
-        return groups, capabilities if capabilities & permitted != permitted else _ALL
-    except (OSError, ValueError):
-        return (), 0
+        return os.read(fd, 1 << 20)
+    finally:
+        os.close(fd)
 
 
 def _field(status: bytes, name: bytes) -> bytes:
@@ -94,19 +73,32 @@ def _field(status: bytes, name: bytes) -> bytes:
     return status[start : status.index(b"\n", start)]
 
 
-def _is_in_our_namespace(tid: int) -> bool:
-    """Whether its capabilities are ours: those of another user namespace mean nothing to files of this one."""
-    theirs, ours = os.stat(f"/proc/{tid}/ns/user"), os.stat("/proc/self/ns/user")
-    return (theirs.st_dev, theirs.st_ino) == (ours.st_dev, ours.st_ino)
+def _groups_and_capabilities(tid: int, uid: int) -> Tuple[Tuple[int, ...], int]:
+    """Of a thread that asks as ``uid``."""
+    status = _read(f"/proc/{tid}/status")
+    groups = tuple(map(int, _field(status, b"\nGroups:").split()))
+    real, _, _, own = map(int, _field(status, b"\nUid:").split())
+    if own == uid:
+        return groups, int(_field(status, b"\nCapEff:"), 16)
+    # Else the kernel has put other credentials on.
+    if uid:
+        return groups, 0  # access(2), by a program with set-id bits on behalf of a user
+    if real:
+        return groups, _ALL  # in the name of who mounted an overlay
+    return groups, int(_field(status, b"\nCapPrm:"), 16)  # access(2), on behalf of root
+
+
+def _user_namespace(process: str) -> Tuple[int, int]:
+    status = os.stat(f"/proc/{process}/ns/user")
+    return status.st_dev, status.st_ino
 
 
 def _maps_every_id(tid: int) -> bool:
     """Whether its user namespace knows all ids of ours, so that it has power over all files."""
-    for name in ("uid_map", "gid_map"):
-        with open(f"/proc/{tid}/{name}", "rb") as extents:
-            if sum(int(extent.split()[2]) for extent in extents) < _EVERY_ID:
-                return False
-    return True
+    return all(
+        sum(int(extent.split()[2]) for extent in _read(f"/proc/{tid}/{name}").splitlines()) >= _EVERY_ID
+        for name in ("uid_map", "gid_map")
+    )
 
 
 class ThreadIdentity:
@@ -117,33 +109,49 @@ class ThreadIdentity:
 
     def __init__(self) -> None:
         self.current = ROOT
-        self._known: Dict[Tuple[int, int, int], Tuple[float, Credentials]] = {}
+        # Of (thread, user, group): when it was looked up, its effective capabilities then, and what it may do here.
+        self._known: Dict[Tuple[int, int, int], Tuple[float, int, Credentials]] = {}
         self._privileged = os.geteuid() == 0
-        self._permitted = syscalls.capget()[1] if self._privileged else 0
+        self._capabilities = syscalls.Capabilities()
+        self._permitted = self._capabilities.permitted(0)
+        self._namespace = _user_namespace("self")
         self._umask: Optional[int] = None  # the process's
 
     def of(self, uid: int, gid: int, tid: int) -> Credentials:
-        """The credentials of a caller; its groups and capabilities come from /proc.
+        """The credentials of a caller; its groups and capabilities come from its thread.
 
-        Without a thread it is the kernel that writes pages back, or somebody of another pid namespace.
+        Without a thread it is the kernel that writes pages back, or somebody of another pid namespace. One that is
+        gone has what its ids give, nothing more.
         """
         if not self._privileged or not tid:
             return ROOT if uid == 0 and gid == 0 else Credentials(uid, gid)
         now = time.monotonic()
         key = (tid, uid, gid)
         known = self._known.get(key)
-        if known is not None and now - known[0] < _VALID:
-            return known[1]
-        self.assume(ROOT)  # with hidepid, others see nothing of a process
-        groups, capabilities = _look(tid, uid, self._permitted)
-        if uid == 0 and gid == 0 and capabilities == _ALL:
-            credentials = ROOT  # its groups decide nothing that its capabilities do not
-        else:
-            credentials = Credentials(uid, gid, groups, capabilities)
+        try:
+            if known is not None and now - known[0] < _VALID:
+                # Who gives capabilities up has done so for its very next request.
+                if not known[1] or self._capabilities.effective(tid) == known[1]:
+                    return known[2]
+            self.assume(ROOT)  # with hidepid, others see nothing of a process
+            effective = self._capabilities.effective(tid)
+            credentials = self._look(uid, gid, tid, effective)
+        except (OSError, ValueError):
+            return Credentials(uid, gid)
         if len(self._known) >= _KEPT:
             self._known.clear()
-        self._known[key] = (now, credentials)
+        self._known[key] = (now, effective, credentials)
         return credentials
+
+    def _look(self, uid: int, gid: int, tid: int, effective: int) -> Credentials:
+        is_ours = not effective or _user_namespace(str(tid)) == self._namespace
+        if uid == 0 and gid == 0 and is_ours and effective & self._permitted == self._permitted:
+            return ROOT  # its groups decide nothing that its capabilities do not
+        groups, capabilities = _groups_and_capabilities(tid, uid)
+        if capabilities and not is_ours:
+            # Those of another user namespace mean something only over files whose ids are mapped there.
+            capabilities &= _OVER_FILES if _maps_every_id(tid) else 0
+        return Credentials(uid, gid, groups, capabilities)
 
     def assume(self, credentials: Credentials) -> None:
         """OSError as setgroups(2)."""
@@ -159,7 +167,7 @@ class ThreadIdentity:
         # Last: from and to root the kernel has just changed some of them (capabilities(7)).
         if credentials.capabilities != current.capabilities or (not credentials.uid) != (not current.uid):
             effective = (credentials.capabilities | _SETGID | _SETUID) & self._permitted
-            syscalls.capset(effective, self._permitted)
+            self._capabilities.set(effective, self._permitted)
         self.current = credentials
         _of_thread.identity = self
 

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import ctypes
 import os
-import struct
 from enum import IntFlag
-from typing import Optional, Sequence, Tuple
+from typing import Optional, Sequence
 
 from stubfs.libc import bind, bind_syscall, machine_syscall
 
@@ -76,11 +75,9 @@ _getdents64 = bind("getdents64", ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t,
 _setgroups = bind_syscall(
     "setgroups", machine_syscall((116, 159)), ctypes.c_size_t, ctypes.POINTER(ctypes.c_uint32)
 )
-# Bound as pointers to bytes: of a header and two sets of 32 bits each, struct __user_cap_data_struct.
-_capget = bind_syscall("capget", machine_syscall((125, 90)), ctypes.c_char_p, ctypes.c_void_p)
-_capset = bind_syscall("capset", machine_syscall((126, 91)), ctypes.c_char_p, ctypes.c_char_p)
-_CAP_HEADER = struct.pack("=Ii", 0x20080522, 0)  # _LINUX_CAPABILITY_VERSION_3, of this thread
-_CAP_SETS = struct.Struct("=6I")  # effective, permitted, inheritable: the lower halves, then the upper ones
+# Of a header (struct __user_cap_header_struct) and two sets of 32 bits each (struct __user_cap_data_struct).
+_capget = bind("capget", ctypes.c_void_p, ctypes.c_void_p)
+_capset = bind("capset", ctypes.c_void_p, ctypes.c_void_p)
 _setfsuid = bind("setfsuid", ctypes.c_uint32)
 _setfsgid = bind("setfsgid", ctypes.c_uint32)
 _unshare = bind("unshare", ctypes.c_int)
@@ -155,19 +152,31 @@ def setgroups(groups: Sequence[int]) -> None:
     _setgroups(len(groups), (ctypes.c_uint32 * len(groups))(*groups))
 
 
-def capget() -> Tuple[int, int, int]:
-    """Effective, permitted and inheritable capabilities of this thread, as masks."""
-    buffer = ctypes.create_string_buffer(_CAP_SETS.size)
-    _capget(_CAP_HEADER, buffer)
-    words = _CAP_SETS.unpack(buffer.raw)
-    return words[0] | words[3] << 32, words[1] | words[4] << 32, words[2] | words[5] << 32
+class Capabilities:
+    """Capabilities as masks, in the places that capget(2) and capset(2) want: an object for each thread that uses it."""
 
+    def __init__(self) -> None:
+        self._header = (ctypes.c_uint32 * 2)(0x20080522, 0)  # _LINUX_CAPABILITY_VERSION_3, linux/capability.h
+        self._sets = (ctypes.c_uint32 * 6)()  # effective, permitted, inheritable: lower halves, then upper ones
+        self._arguments = ctypes.addressof(self._header), ctypes.addressof(self._sets)
 
-def capset(effective: int, permitted: int, inheritable: int = 0) -> None:
-    """Of this thread alone."""
-    sets = effective, permitted, inheritable
-    low, high = (word & 0xFFFFFFFF for word in sets), (word >> 32 for word in sets)
-    _capset(_CAP_HEADER, _CAP_SETS.pack(*low, *high))
+    def effective(self, tid: int) -> int:
+        """Of any thread; 0 means the calling one."""
+        self._header[1] = tid
+        _capget(*self._arguments)
+        return self._sets[0] | self._sets[3] << 32
+
+    def permitted(self, tid: int) -> int:
+        self.effective(tid)
+        return self._sets[1] | self._sets[4] << 32
+
+    def set(self, effective: int, permitted: int) -> None:
+        """Of the calling thread alone; nothing is inheritable then."""
+        self._header[1] = 0
+        self._sets[:] = (
+            effective & 0xFFFFFFFF, permitted & 0xFFFFFFFF, 0, effective >> 32, permitted >> 32, 0,
+        )  # fmt: skip
+        _capset(*self._arguments)
 
 
 def unshare(flags: int) -> None:
