@@ -173,9 +173,7 @@ class Capabilities:
     def set(self, effective: int, permitted: int) -> None:
         """Of the calling thread alone; nothing is inheritable then."""
         self._header[1] = 0
-        self._sets[:] = (
-            effective & 0xFFFFFFFF, permitted & 0xFFFFFFFF, 0, effective >> 32, permitted >> 32, 0,
-        )  # fmt: skip
+        self._sets[:] = [effective & 0xFFFFFFFF, permitted & 0xFFFFFFFF, 0, effective >> 32, permitted >> 32, 0]
         _capset(*self._arguments)
 
 
