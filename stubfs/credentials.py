@@ -27,7 +27,7 @@ _EVERY_ID = (1 << 32) - 1  # how many ids there are: the last number stands for 
 
 
 class Credentials(NamedTuple):
-    """``capabilities``: the effective ones, a mask as in /proc/PID/status; those that we lack ourselves do not count."""
+    """``capabilities``: the effective ones, a mask as in /proc/PID/status; those that we lack do not count."""
 
     uid: int
     gid: int

@@ -153,7 +153,7 @@ def setgroups(groups: Sequence[int]) -> None:
 
 
 class Capabilities:
-    """Capabilities as masks, in the places that capget(2) and capset(2) want: an object for each thread that uses it."""
+    """Capabilities as masks, where capget(2) and capset(2) want them: an object for each thread that uses it."""
 
     def __init__(self) -> None:
         self._header = (ctypes.c_uint32 * 2)(0x20080522, 0)  # _LINUX_CAPABILITY_VERSION_3, linux/capability.h
