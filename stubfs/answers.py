@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import errno
 import os
-from typing import Callable, Optional, Tuple, TypeVar
+from typing import Callable, Tuple, TypeVar
 
 from stubfs import ioctls, protocol, syscalls
 from stubfs.backing import Backing, allowed_flags
-from stubfs.handles import HandleTable, OpenFile
+from stubfs.handles import HandleTable
 from stubfs.lanes import Worker
 from stubfs.nodes import NodeTable
 from stubfs.objects import Objects, backing_if_any, backing_of, fd_link
@@ -39,20 +39,20 @@ class Answers:
         self._objects = objects
 
     def _status(self, request: Request) -> os.stat_result:
-        def by_path() -> os.stat_result:
-            status = self._objects.by_path(request, Backing.stat)
-            self._objects.check(request, status)
-            return status
-
         try:
-            return self._even_if_removed(request, by_path, os.fstat)
+            return self._even_if_removed(request, self._status_by_path, os.fstat)
         except PermissionError:
             return self._objects.by_fd(request, os.fstat)
 
-    def _even_if_removed(self, request: Request, look: Callable[[], _T], by_fd: Callable[[int], _T]) -> _T:
+    def _status_by_path(self, request: Request) -> os.stat_result:
+        status = self._objects.by_path(request, Backing.stat)
+        self._objects.check(request, status)
+        return status
+
+    def _even_if_removed(self, request: Request, look: Callable[[Request], _T], by_fd: Callable[[int], _T]) -> _T:
         """fstat(2) of an open file needs no name, nor does it matter if somebody else has removed it."""
         try:
-            return look()
+            return look(request)
         except OSError as error:
             if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ESTALE):
                 raise
@@ -68,7 +68,7 @@ class Answers:
         if flags & protocol.GETATTR_FH:
             found = look(self._objects.by_handle(worker, request, fh).fd)
         else:
-            found = self._even_if_removed(request, lambda: self._objects.by_fd(request, look), look)
+            found = self._even_if_removed(request, lambda request: self._objects.by_fd(request, look), look)
         request.answer(protocol.statx_out(request.node, found))
 
     # --- by the object
@@ -281,41 +281,33 @@ class Answers:
     def readdir(self, worker: Worker, request: Request) -> None:
         fh, offset, size, _, _, _, _ = protocol.READ_IN.unpack_from(request.buffer, BODY)
         file = self._objects.by_handle(worker, request, fh)
+        parent, number_of, dirent = request.node, self._nodes.entry_number, protocol.dirent
         entries = []
         with file.lock:
             if file.position != offset:
                 os.lseek(file.fd, offset - (offset >> 63 << 64), os.SEEK_SET)
                 file.position = offset
             data = syscalls.getdents64(file.fd, size)
+            generation, device = file.generation, os.fstat(file.fd).st_dev
             following = file.position
-            for following, entry in self._dirents(request.node, file, data):
-                if size < len(entry):
+            for following, inode, kind, name in protocol.native_dirents(data, len(data)):
+                if name == b"." or name == b"..":
+                    number = parent if name == b"." else self._above(parent)
+                else:
+                    number = number_of(parent, name, (generation, device, inode))
+                entry = dirent(number, following, kind, name)
+                size -= len(entry)
+                if size < 0:
                     # FUSE's entries are a little larger than the system's: the rest is read again next time.
                     following = -1
                     break
-                size -= len(entry)
                 entries.append(entry)
             file.position = following & 0xFFFFFFFFFFFFFFFF if following != -1 else -1
         request.answer(b"".join(entries))
 
-    def _dirents(self, parent: int, directory: OpenFile, data: bytes) -> "list[Tuple[int, bytes]]":
-        entries = []
-        device = os.fstat(directory.fd).st_dev
-        for offset, inode, kind, name in protocol.native_dirents(data, len(data)):
-            number = self._entry_number(parent, name)
-            if number is None:
-                number = self._nodes.entry_number(directory.generation, device, inode)
-            entries.append((offset, protocol.dirent(number, offset, kind, name)))
-        return entries
-
-    def _entry_number(self, parent: int, name: bytes) -> Optional[int]:
-        if name == b".":
-            return parent
-        if name == b"..":
-            node = self._nodes.get(parent)
-            return node.names[0][0].number if node is not None and node.names else parent
-        known = self._nodes.child(parent, name)
-        return known.number if known is not None else None
+    def _above(self, directory: int) -> int:
+        node = self._nodes.get(directory)
+        return node.names[0][0].number if node is not None and node.names else directory
 
 
 def _take_set_id_bits(link: str) -> None:

@@ -16,7 +16,7 @@ from stubfs import syscalls
 from stubfs.credentials import ourselves
 from stubfs.syscalls import Resolve
 
-_INSIDE = Resolve.BENEATH | Resolve.NO_SYMLINKS | Resolve.NO_MAGICLINKS
+_INSIDE = int(Resolve.BENEATH | Resolve.NO_SYMLINKS | Resolve.NO_MAGICLINKS)
 _PATH_MAX = 4096  # limits.h: of one path that a call takes, with its NUL; a tree may be deeper
 _PARENT = os.O_PATH | os.O_DIRECTORY
 # What a caller's open flags may ask of the backing file. Not O_DIRECT: our buffers are not aligned as it wants, and
@@ -90,6 +90,8 @@ class Backing:
             os.close(parent)
 
     def stat(self, path: bytes) -> os.stat_result:
+        if b"/" not in path:
+            return os.stat(path or b".", dir_fd=self.fd, follow_symlinks=False)
         parent, name = self._parent(path)
         try:
             return os.stat(name, dir_fd=parent, follow_symlinks=False)
@@ -119,6 +121,11 @@ class Backing:
         except PermissionError:
             with ourselves():
                 return self.open(path, os.O_PATH | os.O_NOFOLLOW)
+
+    @property
+    def may_keep_names(self) -> bool:
+        """Whether there can be one that keeps() is true of."""
+        return False
 
     def keeps(self, path: bytes) -> bool:
         """Whether this name is only to seem removed."""
@@ -221,14 +228,16 @@ class Staging(Backing):
             os.mkdir(root, 0o755)
             return os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
 
+    @property
+    def may_keep_names(self) -> bool:
+        return self.may_have_xattrs
+
     def keeps(self, path: bytes) -> bool:
         """A name that stands for the same name on the real side, where it is the only one left of a removed file.
 
         A restorer has such names made at the dump, removes them here when it has opened the file, and cannot remove
         them there. Those who have the file open find it by this name.
         """
-        if not self.may_have_xattrs:
-            return False
         try:
             fd = self.pin(path)
         except OSError:

@@ -150,7 +150,10 @@ class Entries:
 
     def _remove(self, request: Request, remove: Callable[[Backing, bytes], None]) -> None:
         name = request.name()
-        if self._objects.by_path(request, lambda backing, path: backing.keeps(path), name):
+        # Not for every removal: to find the mark takes three system calls.
+        if backing_of(request).may_keep_names and self._objects.by_path(
+            request, lambda backing, path: backing.keeps(path), name
+        ):
             request.answer()
             return
         orphan = self._pin(request, request.node, name)

@@ -82,16 +82,17 @@ class NodeTable:
         return b"/".join(parts)
 
     def child_path(self, parent: int, name: bytes) -> Optional[bytes]:
+        if parent == ROOT_NODE:
+            return name
         above = self.path(parent)
-        if not above:
-            return above if above is None else name
-        return above + b"/" + name
+        return None if above is None else above + b"/" + name
 
-    def entry_number(self, generation: int, device: int, inode: int) -> int:
+    def entry_number(self, parent: int, name: bytes, identity: Identity) -> int:
         """The number that a directory entry has, or will most probably get when it is looked up."""
-        node = self._objects.get((generation, device, inode))
+        node = self._names.get((parent, name)) or self._objects.get(identity)
         if node is not None:
             return node.number
+        inode = identity[2]
         return inode if self._is_free(inode) else UNKNOWN_INO
 
     # --- references of the kernel

@@ -35,10 +35,10 @@ def backing_if_any(request: Request) -> Optional[Backing]:
 
 
 def backing_of(request: Request) -> Backing:
-    backing = backing_if_any(request)
-    if backing is None:
+    state: Optional[State] = request.state
+    if state is None or state.backing is None:
         raise stale()
-    return backing
+    return state.backing
 
 
 def fd_link(fd: int) -> str:

@@ -115,14 +115,18 @@ FSYNC_FDATASYNC = 1 << 0
 NOTIFY_INVAL_INODE = 2
 
 IN_HEADER = struct.Struct("=IIQQIIIHH")  # len opcode unique nodeid uid gid pid total_extlen padding
+HEADER_FIELDS = struct.Struct("=4xIQQIII4x")  # of it, those that tell requests apart: opcode to pid
 OUT_HEADER = struct.Struct("=IiQ")  # len error unique
-ATTR = struct.Struct("=QQQQQQIIIIIIIIII")  # ino size blocks times(3) nsecs(3) mode nlink uid gid rdev blksize flags
+# ino size blocks times(3) nsecs(3) mode nlink uid gid rdev blksize flags; times before 1970 are negative numbers in what
+# the kernel calls unsigned.
+ATTR = struct.Struct("=QQQqqqIIIIIIIIII")
 ENTRY = struct.Struct("=QQQQII")  # nodeid generation entry_valid attr_valid and their nanoseconds; ATTR follows
 ATTR_OUT = struct.Struct("=QII")  # attr_valid, nanoseconds, padding; ATTR follows
 OPEN_OUT = struct.Struct("=QII")  # fh open_flags padding
 INIT_OUT = struct.Struct("=IIIIHHIIHHI28x")
 FORGET_ONE = struct.Struct("=QQ")  # nodeid nlookup
-DIRENT = struct.Struct("=QQII")  # ino off namelen type; the name follows, padded to 8 bytes
+DIRENT = struct.Struct("=QqII")  # ino off namelen type; the name follows, padded to 8 bytes
+_PADDED_DIRENTS = [struct.Struct(f"{DIRENT.format}{length}s") for length in range(0, 264, 8)]
 NATIVE_DIRENT = struct.Struct("=QqHB")  # struct linux_dirent64: ino off reclen type; the name follows
 
 GETATTR_IN = struct.Struct("=IIQ")  # flags dummy fh
@@ -178,37 +182,23 @@ BUFFER_SIZE = MAX_WRITE + 4096
 
 def text_at(buffer: Union[bytes, memoryview], offset: int, end: int) -> bytes:
     """The NUL-terminated bytes at ``offset``."""
-    part = bytes(buffer[offset:end])
-    return part[: part.index(0)] if 0 in part else part
+    return bytes(buffer[offset:end]).partition(b"\0")[0]
 
 
 def attr(node: int, status: os.stat_result) -> bytes:
     """struct fuse_attr of ``status``; the inode number is the node's, so that /proc identifies an object by it."""
-    atime, mtime, ctime = status.st_atime_ns, status.st_mtime_ns, status.st_ctime_ns
+    # As a tuple it has the ten oldest members, the times in whole seconds.
+    mode, _, _, nlink, uid, gid, size, atime, mtime, ctime = status
+    device = status.st_rdev
     return ATTR.pack(
-        node,
-        status.st_size,
-        status.st_blocks,
-        (atime // 1_000_000_000) & 0xFFFFFFFFFFFFFFFF,  # times before 1970 are negative numbers in an unsigned field
-        (mtime // 1_000_000_000) & 0xFFFFFFFFFFFFFFFF,
-        (ctime // 1_000_000_000) & 0xFFFFFFFFFFFFFFFF,
-        atime % 1_000_000_000,
-        mtime % 1_000_000_000,
-        ctime % 1_000_000_000,
-        status.st_mode,
-        status.st_nlink,
-        status.st_uid,
-        status.st_gid,
-        encode_device(status.st_rdev),
-        status.st_blksize,
-        0,
-    )
+        node, size, status.st_blocks, atime, mtime, ctime,
+        status.st_atime_ns % 1_000_000_000, status.st_mtime_ns % 1_000_000_000, status.st_ctime_ns % 1_000_000_000,
+        mode, nlink, uid, gid, encode_device(device) if device else 0, status.st_blksize, 0,
+    )  # fmt: skip
 
 
 def encode_device(device: int) -> int:
     """A device number as FUSE has it: new_encode_dev() of the kernel, 32 bits."""
-    if not device:
-        return 0
     major, minor = os.major(device), os.minor(device)
     return (minor & 0xFF) | (major << 8) | ((minor & ~0xFF) << 12)
 
@@ -253,9 +243,8 @@ def statfs_out(status: os.statvfs_result) -> bytes:
 
 
 def dirent(node: int, offset: int, kind: int, name: bytes) -> bytes:
-    return (DIRENT.pack(node, offset & 0xFFFFFFFFFFFFFFFF, len(name), kind) + name).ljust(
-        (DIRENT.size + len(name) + 7) & ~7, b"\0"
-    )
+    length = len(name)
+    return _PADDED_DIRENTS[(length + 7) >> 3].pack(node, offset, length, kind, name)
 
 
 def native_dirents(data: bytes, length: int) -> Iterator[Tuple[int, int, int, bytes]]:
@@ -263,6 +252,6 @@ def native_dirents(data: bytes, length: int) -> Iterator[Tuple[int, int, int, by
     position = 0
     while position < length:
         inode, offset, size, kind = NATIVE_DIRENT.unpack_from(data, position)
-        name = data[position + NATIVE_DIRENT.size : position + size]
-        yield offset, inode, kind, name[: name.index(0)]
+        name_at = position + NATIVE_DIRENT.size
+        yield offset, inode, kind, data[name_at : data.index(0, name_at)]
         position += size

@@ -7,7 +7,7 @@ import logging
 import os
 from typing import TYPE_CHECKING, Optional, Tuple, Union
 
-from stubfs.protocol import BODY, IN_HEADER, INVAL_INODE_OUT, NOTIFY_INVAL_INODE, OUT_HEADER, text_at
+from stubfs.protocol import BODY, HEADER_FIELDS, INVAL_INODE_OUT, NOTIFY_INVAL_INODE, OUT_HEADER, text_at
 
 if TYPE_CHECKING:
     from stubfs.held import Wait
@@ -83,9 +83,7 @@ class Request:
     def parse(self, length: int) -> None:
         """Take the header over from the buffer, of which ``length`` bytes are valid."""
         self.length = length
-        _, self.opcode, self.unique, self.node, self.uid, self.gid, self.tid, _, _ = IN_HEADER.unpack_from(
-            self.buffer
-        )
+        self.opcode, self.unique, self.node, self.uid, self.gid, self.tid = HEADER_FIELDS.unpack_from(self.buffer)
 
     def copy(self) -> "Request":
         """A request that lives on when the worker's buffer takes the next one; as small as possible."""

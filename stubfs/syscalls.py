@@ -8,7 +8,8 @@ from __future__ import annotations
 import ctypes
 import os
 from enum import IntFlag
-from typing import Optional, Sequence
+from functools import lru_cache
+from typing import Any, Optional, Sequence
 
 from stubfs.libc import bind, bind_syscall, machine_syscall
 
@@ -95,8 +96,13 @@ _statx = bind("statx", ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_uin
 
 def openat2(dir_fd: int, path: bytes, flags: int, mode: int = 0, resolve: int = 0) -> int:
     """The caller closes the fd. O_CLOEXEC is added. Unlike openat(2), unknown flags are EINVAL."""
-    how = _OpenHow(flags | os.O_CLOEXEC, mode, resolve)
-    return _openat2(dir_fd, path, ctypes.byref(how), _HOW_SIZE)
+    return _openat2(dir_fd, path, _open_how(flags | os.O_CLOEXEC, mode, resolve), _HOW_SIZE)
+
+
+@lru_cache(maxsize=64)
+def _open_how(flags: int, mode: int, resolve: int) -> Any:
+    """A pointer to a structure that the kernel only reads."""
+    return ctypes.byref(_OpenHow(flags, mode, resolve))
 
 
 def fchmodat(dir_fd: int, path: bytes, mode: int) -> None:
@@ -134,8 +140,7 @@ def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
 def getdents64(fd: int, size: int) -> bytes:
     """The next entries of a directory, as struct linux_dirent64; b"" at its end."""
     buffer = ctypes.create_string_buffer(size)
-    length = _getdents64(fd, buffer, size)
-    return buffer.raw[:length]
+    return ctypes.string_at(buffer, _getdents64(fd, buffer, size))
 
 
 def setfsuid(uid: int) -> None:

@@ -72,8 +72,13 @@ class TestNodes:
         assert enter(nodes, 1, b"a", 20).number == 20
         taken = [enter(nodes, 1, b"b", 20, generation=2), enter(nodes, 1, b"c", 1), enter(nodes, 1, b"d", UNKNOWN_INO)]
         assert len({20, 1, UNKNOWN_INO, *(node.number for node in taken)}) == 6
-        assert nodes.entry_number(1, 9, 20) == 20 and nodes.entry_number(2, 9, 20) == taken[0].number
-        assert nodes.entry_number(1, 9, 77) == 77 and nodes.entry_number(1, 8, 20) == UNKNOWN_INO
+
+        def number(generation: int, device: int, inode: int) -> int:
+            return nodes.entry_number(1, b"unknown", (generation, device, inode))
+
+        assert number(1, 9, 20) == 20 and number(2, 9, 20) == taken[0].number
+        assert number(1, 9, 77) == 77 and number(1, 8, 20) == UNKNOWN_INO
+        assert nodes.entry_number(1, b"b", (1, 8, 20)) == taken[0].number
 
     def test_a_hard_link_is_the_same_node(self) -> None:
         nodes = NodeTable()
