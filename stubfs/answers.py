@@ -91,11 +91,14 @@ class Answers:
         value = bytes(request.buffer[start : start + size])
         backing_of(request).may_have_xattrs = True
         self._objects.by_fd(request, lambda fd: os.setxattr(fd_link(fd), name, value, flags))
+        # An ACL changes the mode, of which the kernel knows nothing (fuse_set_acl() in fs/fuse/acl.c).
+        request.device.invalidate_attributes(request.node)
         request.answer()
 
     def removexattr(self, worker: Worker, request: Request) -> None:
         name = request.name()
         self._objects.by_fd(request, lambda fd: os.removexattr(fd_link(fd), name))
+        request.device.invalidate_attributes(request.node)
         request.answer()
 
     def getxattr(self, worker: Worker, request: Request) -> None:
@@ -276,6 +279,8 @@ class Answers:
         fd = self._objects.by_handle(worker, request, fh).fd
         worker.identity.assume(worker.identity.of(request.uid, request.gid, request.tid))
         answer = ioctls.perform(fd, command, bytes(request.buffer[start : start + in_size]))
+        # It may have changed the time of change, of which the kernel knows nothing, either.
+        request.device.invalidate_attributes(request.node)
         request.answer(protocol.IOCTL_OUT.pack(0, 0, 0, 0) + answer)
 
     def readdir(self, worker: Worker, request: Request) -> None:

@@ -110,9 +110,11 @@ class State:
     rules: Tuple[ActiveRule, ...] = ()
     aside: Optional["State"] = None
     serves_all: bool = field(init=False)  # without a question: what nearly every request finds
+    vouches: bool = field(init=False)  # the kernel may believe attributes for a moment: nobody wants to see requests
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "serves_all", self.gate is Gate.NOTHING and not self.rules)
+        object.__setattr__(self, "vouches", self.serves_all and self.mode is not Mode.STUB)
 
     @property
     def is_aside(self) -> bool:
@@ -137,7 +139,7 @@ class Server(Protocol):
         """Wait until no request is served under another state than ``state``; False on timeout."""
 
     def drop_caches(self, state: State) -> None:
-        """Drop all pages that the kernel has cached, serving what stands in the way under ``state``."""
+        """Drop all that the kernel has cached, serving what stands in the way under ``state``."""
 
 
 class ModeSwitch:
@@ -259,7 +261,7 @@ class ModeSwitch:
         self._keep_time(new)
         drained = True
         # A rule for reads is to see them: the kernel's pages would keep them from us.
-        leaves = new.backing is not old.backing or any(rule.may_concern_pages() for rule in new.rules)
+        leaves = new.backing is not old.backing or any(rule.may_concern_caches() for rule in new.rules)
         try:
             if leaves and (old.backing is not None or new.backing is not None):
                 drained = self._leave(old, new)

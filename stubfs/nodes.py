@@ -30,7 +30,7 @@ Identity = Tuple[int, int, int]
 
 
 class Node:
-    __slots__ = ("number", "names", "identity", "kind", "lookups", "children", "has_pages", "orphan")
+    __slots__ = ("number", "names", "identity", "kind", "lookups", "children", "has_pages", "vouched", "orphan")
 
     def __init__(self, number: int, kind: int) -> None:
         self.number = number
@@ -41,6 +41,7 @@ class Node:
         self.lookups = 0  # references that the kernel has
         self.children = 0  # names whose parent it is
         self.has_pages = False  # the kernel may have cached contents of it
+        self.vouched = 0.0  # when the kernel was last told to believe its attributes for a moment; monotonic
         self.orphan: Optional[Orphan] = None
 
 
@@ -293,6 +294,11 @@ class NodeTable:
         """The nodes whose contents the kernel may have in its page cache."""
         with self._lock:
             return [node.number for node in self._nodes.values() if node.has_pages]
+
+    def vouched(self, since: float) -> List[int]:
+        """The nodes whose attributes the kernel was told to believe since then (monotonic)."""
+        with self._lock:
+            return [node.number for node in self._nodes.values() if node.vouched >= since]
 
     def dropped(self, numbers: List[int]) -> None:
         """The kernel has no pages of these any more."""

@@ -230,9 +230,13 @@ def basic_statx(status: os.stat_result) -> bytes:
     )
 
 
-def entry_out(node: int, generation: int, status: os.stat_result) -> bytes:
-    """A LOOKUP reply; neither the name nor the attributes may be cached."""
-    return ENTRY.pack(node, generation, 0, 0, 0, 0) + attr(node, status)
+def entry_out(node: int, generation: int, status: os.stat_result, valid: int = 0) -> bytes:
+    """A LOOKUP reply. The name may not be cached, the attributes for ``valid`` nanoseconds.
+
+    The kernel rounds them up to ticks of its clock (fuse_time_to_jiffies() in fs/fuse/dir.c): 1 ns is at least one tick,
+    and less than two.
+    """
+    return ENTRY.pack(node, generation, 0, 0, 0, valid) + attr(node, status)
 
 
 def statfs_out(status: os.statvfs_result) -> bytes:

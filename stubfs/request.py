@@ -46,7 +46,7 @@ class Device:
         return False
 
     def invalidate(self, node: int, offset: int = 0, length: int = 0) -> None:
-        """Drop the kernel's cached pages of ``node``; a length of 0 means to the end.
+        """Drop the kernel's cached attributes and pages of ``node``; a length of 0 means to the end.
 
         Dirty pages are written back first, through requests that another thread must serve, and pages that
         a request under way has locked are waited for.
@@ -60,6 +60,11 @@ class Device:
         except OSError as failure:
             if failure.errno not in (errno.ENOENT, errno.ENODEV, errno.ECONNABORTED):  # ENOENT: no such inode there
                 raise
+
+
+    def invalidate_attributes(self, node: int) -> None:
+        """Make the kernel ask for them again. Waits for nobody: also while a request on the node is being served."""
+        self.invalidate(node, -1)
 
 
 class Request:

@@ -40,7 +40,7 @@ OPERATIONS["copy_file_range"] = frozenset((Opcode.COPY_FILE_RANGE, Opcode.COPY_F
 OPERATIONS["rename"] = frozenset((Opcode.RENAME, Opcode.RENAME2))
 _SUBJECT = frozenset().union(*OPERATIONS.values())
 _ROOT_ANSWERS = frozenset((Opcode.GETATTR, Opcode.STATX, Opcode.ACCESS, Opcode.GETXATTR, Opcode.LISTXATTR))
-_DATA = frozenset((Opcode.READ, Opcode.WRITE))
+_SPARED = frozenset((Opcode.READ, Opcode.WRITE, Opcode.GETATTR))  # by what the kernel has cached
 
 
 class Action(enum.Enum):
@@ -295,9 +295,9 @@ class ActiveRule:
         self._turns = iter(range(rule.times)) if rule.times is not None else None
         self.treatment = Treatment(self.action, self)
 
-    def may_concern_pages(self) -> bool:
-        """Whether pages that the kernel has cached could keep requests away from the rule."""
-        return self.action is not Action.SERVE and self._matcher.touches(_DATA)
+    def may_concern_caches(self) -> bool:
+        """Whether pages or attributes that the kernel has cached could keep requests away from the rule."""
+        return self.action is not Action.SERVE and self._matcher.touches(_SPARED)
 
     def decides(self, request: Request, paths_of: PathsOf) -> bool:
         if not self._matcher.matches(request, paths_of) or not self._can(request):

@@ -47,6 +47,8 @@ _ADDED_FLAGS = (
 )
 # Locks stay with the kernel: /proc shows them, and whoever moves the files to another mount finds them there.
 _REMOVED_FLAGS = InitFlags.POSIX_LOCKS | InitFlags.FLOCK_LOCKS
+# Seconds for which somebody may wait for a CPU with an answer in hand: the attributes in it are valid from then on.
+_CALLERS_DELAY = 1.0
 _MAX_BACKGROUND = 65535  # with the default of 12, twelve held readaheads would keep all others from reaching us
 _Handler = Callable[[Worker, Request], object]
 
@@ -387,6 +389,8 @@ class Session:
             except OSError as error:
                 request.fail(error.errno or errno.EIO)
 
+        for node in self.nodes.vouched(time.monotonic() - _CALLERS_DELAY):
+            self.device.invalidate_attributes(node)
         nodes = self.nodes.cached()
         if nodes and caches.drop(self.device, self.held, nodes, serve):
             self.nodes.dropped(nodes)
