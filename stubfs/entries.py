@@ -46,7 +46,7 @@ class Entries:
     def _answer(self, request: Request, node: Node, status: os.stat_result, opened: bytes = b"") -> bool:
         valid = 0
         if request.state is not None and request.state.vouches:
-            # Else each stat(2) would be two requests. What changes attributes on this mount makes the kernel forget them.
+            # Else each stat(2) would be two requests. What changes them on this mount makes the kernel forget them.
             valid = 1
             node.vouched = time.monotonic()
         if request.answer(protocol.entry_out(node.number, 0, status, valid) + opened):

@@ -117,8 +117,8 @@ NOTIFY_INVAL_INODE = 2
 IN_HEADER = struct.Struct("=IIQQIIIHH")  # len opcode unique nodeid uid gid pid total_extlen padding
 HEADER_FIELDS = struct.Struct("=4xIQQIII4x")  # of it, those that tell requests apart: opcode to pid
 OUT_HEADER = struct.Struct("=IiQ")  # len error unique
-# ino size blocks times(3) nsecs(3) mode nlink uid gid rdev blksize flags; times before 1970 are negative numbers in what
-# the kernel calls unsigned.
+# ino size blocks times(3) nsecs(3) mode nlink uid gid rdev blksize flags; times before 1970 are negative numbers in
+# what the kernel calls unsigned.
 ATTR = struct.Struct("=QQQqqqIIIIIIIIII")
 ENTRY = struct.Struct("=QQQQII")  # nodeid generation entry_valid attr_valid and their nanoseconds; ATTR follows
 ATTR_OUT = struct.Struct("=QII")  # attr_valid, nanoseconds, padding; ATTR follows
@@ -233,8 +233,8 @@ def basic_statx(status: os.stat_result) -> bytes:
 def entry_out(node: int, generation: int, status: os.stat_result, valid: int = 0) -> bytes:
     """A LOOKUP reply. The name may not be cached, the attributes for ``valid`` nanoseconds.
 
-    The kernel rounds them up to ticks of its clock (fuse_time_to_jiffies() in fs/fuse/dir.c): 1 ns is at least one tick,
-    and less than two.
+    The kernel rounds them up to ticks of its clock (fuse_time_to_jiffies() in fs/fuse/dir.c): 1 ns is at least one
+    tick, and less than two.
     """
     return ENTRY.pack(node, generation, 0, 0, 0, valid) + attr(node, status)
 

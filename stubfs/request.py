@@ -61,7 +61,6 @@ class Device:
             if failure.errno not in (errno.ENOENT, errno.ENODEV, errno.ECONNABORTED):  # ENOENT: no such inode there
                 raise
 
-
     def invalidate_attributes(self, node: int) -> None:
         """Make the kernel ask for them again. Waits for nobody: also while a request on the node is being served."""
         self.invalidate(node, -1)

@@ -16,7 +16,7 @@ from stubfs import protocol, syscalls
 from stubfs.rules import Rule
 
 pytestmark = [pytest.mark.needs_root, pytest.mark.needs_fuse]
-ROUNDS = 20  # what is wrong shows only within two ticks of the kernel's clock after a lookup, eight milliseconds at 250 Hz
+ROUNDS = 20  # what is wrong shows only within two ticks of the kernel's clock after a lookup: 8 ms at 250 Hz
 ALICE = 1500
 
 
