@@ -6,13 +6,13 @@ SO_PEERCRED). Each errand is a table of calls of its own, made and over before t
 
 from __future__ import annotations
 
-from typing import Callable, Dict, List, Sequence
+from typing import Callable, Dict, List, Sequence, Tuple
 
 from spfs.linux.arch import LOAD_ARGUMENT_0
 from spfs.linux.calls import ENTRY, results
 from spfs.surgery.gadget import GadgetFinder
 from spfs.surgery.program import Program
-from spfs.surgery.records import Process
+from spfs.surgery.records import FdTable, Process
 from spfs.surgery.scratch import BASE_STEP, FIRST_BASE, open_scratch, room
 from spfs.tracee import USER, Script, Tracee
 
@@ -20,11 +20,10 @@ _LEAST_SPARE = 3  # descriptors: the socketpair's two, of which one is closed, a
 
 
 class Errand:
-    """One process's: ``fill`` adds the calls to its program."""
+    """One process's, with one of its descriptor tables: ``fill`` adds the calls to its program."""
 
-    def __init__(self, process: Process, base: int, fill: Callable[["Errand"], None]) -> None:
+    def __init__(self, process: Process, table: FdTable, base: int, fill: "Fill") -> None:
         self.process, self.base, self._fill = process, base, fill
-        table = process.tables[0]
         self.tid = table.tid
         self._chunk, self._descriptors = room(table, _LEAST_SPARE)
         self.program = Program(base)
@@ -62,13 +61,20 @@ class Errand:
         program.settle(outcome)
 
 
+Fill = Callable[[Errand], None]
+
+
 class Errands:
     """Has processes that stand still run errands, all at once. ``operate``: what has them do it."""
 
     def __init__(self, operate: Callable[[Sequence[Errand]], None]) -> None:
         self._operate = operate
 
-    def run(self, tasks: Dict[Process, Callable[[Errand], None]]) -> None:
+    def run(self, tasks: Dict[Process, Fill]) -> None:
+        """Each process with its first table."""
+        self.run_with([(process, process.tables[0], fill) for process, fill in tasks.items()])
+
+    def run_with(self, tasks: Sequence[Tuple[Process, FdTable, Fill]]) -> None:
         """What a call returned is told to whoever expects it (``Program.expect``); what was not called, nobody."""
         bases = range(FIRST_BASE, FIRST_BASE + len(tasks) * BASE_STEP, BASE_STEP)
-        self._operate([Errand(process, base, fill) for base, (process, fill) in zip(bases, tasks.items())])
+        self._operate([Errand(process, table, base, fill) for base, (process, table, fill) in zip(bases, tasks)])

@@ -11,7 +11,7 @@ import os
 from typing import List, Optional, Tuple
 
 from spfs.linux import statx
-from spfs.linux.arch import LOAD_ARGUMENT_0, LOAD_ARGUMENT_2
+from spfs.linux.arch import LOAD_ARGUMENT_0
 from spfs.linux.calls import ENTRY, results
 from spfs.references import Kind
 from spfs.surgery import exe
@@ -24,7 +24,6 @@ from spfs.surgery.scratch import open_scratch, room
 from spfs.tracee import DOT, USER, Script, Tracee
 from stubfs.wire import MAX_FDS
 
-_F_GETFD, _F_SETFD = 1, 2
 _LEAST_SPARE = 2  # descriptors: the socketpair's two, of which one is closed before any is received
 
 
@@ -63,11 +62,8 @@ class _Program(Program):
     def _descriptor(self, operation: "Operation", number: int, slot: int) -> None:
         assert operation.table is not None
         operation.kinds.before(self, operation.table, number)
-        state = self.add("fcntl", number, _F_GETFD)
-        self.moves.append((number, self.add("dup3", slot, number, 0, load=LOAD_ARGUMENT_0)))
+        self.moves.append((number, self.exchange(number, slot)))
         self.exchanged.add(number)
-        # FD_CLOEXEC as it is now, not as it was when the process was examined.
-        self.add("fcntl", number, _F_SETFD, Result(state), load=LOAD_ARGUMENT_2)
 
 
 Item = Tuple[int, Optional[Place], int]  # descriptor in the tracee, or -1 and a directory; our descriptor

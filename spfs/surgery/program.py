@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from typing import Callable, List, NamedTuple, Sequence, Set, Tuple, Union
 
-from spfs.linux.arch import LOAD_ARGUMENT_0
+from spfs.linux.arch import LOAD_ARGUMENT_0, LOAD_ARGUMENT_2
 from spfs.linux.calls import ENTRY, CallTable, result_address
 from spfs.surgery import message
 from spfs.tracee import PAIR, USER
 
+_F_GETFD, _F_SETFD = 1, 2
 _LINE = 64  # bytes to which messages are aligned
 
 
@@ -47,6 +48,14 @@ class Program:
             else:
                 plain.append(argument)
         return self._calls.add(name, *plain, load=load)
+
+    def exchange(self, number: int, slot: int) -> int:
+        """Put the descriptor at ``slot`` in the place of ``number``; the entry whose result is ``number`` then."""
+        state = self.add("fcntl", number, _F_GETFD)
+        entry = self.add("dup3", slot, number, 0, load=LOAD_ARGUMENT_0)
+        # FD_CLOEXEC as it is now, not as it was when the process was examined.
+        self.add("fcntl", number, _F_SETFD, Result(state), load=LOAD_ARGUMENT_2)
+        return entry
 
     def expect(self, entry: int, told: Callable[[int], None]) -> None:
         """Have ``told`` called with the entry's result when the program has run."""

@@ -12,6 +12,7 @@ from surgery_kit import Mounts, Victim, mounts, victim
 from test_surgery_sockets import can_be_listed, covered, over
 
 from spfs.switch import SwitchReport
+from spfs.testing import process_state, wait_until
 
 __all__ = ["can_be_listed", "covered", "mounts", "victim"]
 
@@ -326,3 +327,47 @@ def test_as_another_user(covered: Mounts, client: Victim, server: Victim) -> Non
     assert server.run("struct.unpack('II', end.getsockopt(1, 59, 8))") == (12, 13)
     assert client.run("struct.unpack('iII', end.getsockopt(1, socket.SO_PEERCRED, 12))") == (server.pid, 78, 77)
     assert talks(server, client)
+
+
+def test_one_who_cannot_be_operated_on(covered: Mounts, client: Victim, server: Victim) -> None:
+    """Noticed when the others have their new ends already: they get the old ones back, with all that lies in them."""
+    meet(covered, server, client)
+    server.run(
+        """
+e = select.epoll(); e.register(end, select.EPOLLIN); (r, w) = os.pipe()
+child = os.fork()
+if not child:
+    import resource
+    resource.setrlimit(resource.RLIMIT_AS, (4096, 4096))  # no room for anything more
+    os.read(r, 1); os.write(end.fileno(), b'child'); os._exit(0)
+"""
+    )
+    wait_until(lambda: process_state(server.run("child")) == "S")
+    client.run("end.send(b'kept'); os.set_inheritable(end.fileno(), True)")
+    before = server.run("os.fstat(end.fileno()).st_ino"), client.run("os.fstat(end.fileno()).st_ino")
+    report = covered.switch(when_stopped=over(covered))
+    assert {one.pid for one in report.left} == {server.pid, server.run("child")}
+    now = server.run("os.fstat(end.fileno()).st_ino"), client.run("os.fstat(end.fileno()).st_ino")
+    assert now == before and client.run("os.get_inheritable(end.fileno())") is True
+    assert server.run("e.poll(9) == [(end.fileno(), 1)] and end.recv(9)") == b"kept"
+    server.run("os.write(w, b'x'); os.waitpid(child, 0)")
+    assert client.run("end.recv(9)") == b"child" and talks(server, client)
+    assert everywhere(covered.switch(), 1)
+    client.run("end.send(b'more')")
+    assert server.run("e.poll(9) == [(end.fileno(), 1)] and end.recv(9)") == b"more"
+
+
+def test_one_who_is_killed(covered: Mounts, client: Victim, server: Victim) -> None:
+    """While it stands still: the other one has the new end, reads what was sent, and sees the end."""
+    meet(covered, server, client)
+    client.run("end.send(b'last words')")
+
+    def kill() -> None:
+        over(covered)()
+        client.process.kill()
+        wait_until(lambda: process_state(client.pid) == "Z")
+
+    report = covered.switch(when_stopped=kill)
+    assert report.moved.get("socket", 0) >= 1
+    assert server.run("end.recv(99)") == b"last words" and server.run("end.recv(99)") == b""
+    assert not [name for name in os.listdir(covered.new) if name != "bound"]

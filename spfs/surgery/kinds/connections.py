@@ -13,7 +13,8 @@ import select
 import socket
 import stat
 import struct
-from typing import Dict, Iterable, Iterator, List, Optional, Set, Tuple
+from functools import partial
+from typing import Dict, Iterable, Iterator, List, NamedTuple, Optional, Set, Tuple
 
 from spfs.errors import reason
 from spfs.linux import process as syscalls
@@ -23,10 +24,12 @@ from spfs.references import Kind
 from spfs.surgery import socketcopy, socketlist
 from spfs.surgery.bulk import objects
 from spfs.surgery.counterparts import Counterparts
-from spfs.surgery.kinds import inflight
+from spfs.surgery.errands import Errand
+from spfs.surgery.kinds import epolls, inflight
 from spfs.surgery.kinds.base import Found, Handler, Scene, Survey
 from spfs.surgery.kinds.sockets import BoundSocket
 from spfs.surgery.records import FdTable, Process
+from spfs.surgery.scheduler import has_ended
 from spfs.surgery.socketpairs import Connection, End, Junction, Side, join
 
 Sides = Dict[int, Side]
@@ -188,6 +191,27 @@ class Connections(Handler):
         if junctions:
             join(list(junctions.values()), scene.processes, scene.errands, lambda: socketlist.of_processes(self._pids))
 
+    def conclude(self, scene: Scene) -> None:
+        """Give the old ends back to those who have new ones when somebody who is alive could not have his: the old
+        connection is whole, and a new one with one end would be none."""
+        assert scene.errands is not None
+        sides = _sides(scene)
+        back: Dict[int, _Back] = {}
+        for number, side in sides.items():
+            other = sides.get(self._peer(number))
+            if other is None or number > other.number or side.problem is not None:
+                continue
+            uses = [*_uses(scene, side), *_uses(scene, other)]
+            missing = [p for p, table, end in uses if end.number not in table.moved and not has_ended(p.pid)]
+            if missing and any(end.number in table.moved for _, table, end in uses):
+                why = f"process {missing[0].pid} ({missing[0].command}) could not let go of an end of it"
+                side.refuse(why)
+                other.refuse(why)
+                for process, table, end in uses:
+                    if end.number in table.moved:
+                        back.setdefault(table.tid, _Back(process, table, {})).ends[end.number] = end
+        scene.errands.run_with([(one.process, one.table, one.fill) for one in back.values()])
+
     def _junction(self, scene: Scene, side: Side) -> Junction:
         """Where the connections of its name are to be made. OSError: nowhere."""
         why = _listener_problem(scene, side)  # it could not be bound a moment ago
@@ -220,6 +244,35 @@ def _taken(scene: Scene, number: int) -> int:
 
 def _ends_of(table: FdTable) -> Iterator[End]:
     return (one for one in table.holdings if isinstance(one, End))
+
+
+class _Back(NamedTuple):
+    """What is given back to one table: the ends by their descriptors."""
+
+    process: Process
+    table: FdTable
+    ends: Dict[int, End]
+
+    def fill(self, errand: Errand) -> None:
+        numbers = list(self.ends)
+        for number in numbers:
+            epolls.remove(errand.program, self.table, number)
+        errand.receive([self.ends[number].copy for number in numbers], partial(self._exchange, errand, numbers))
+        for number in numbers:
+            epolls.add_again(errand.program, self.table, number)
+
+    def _exchange(self, errand: Errand, numbers: List[int], index: int, slot: int) -> None:
+        entry = errand.program.exchange(numbers[index], slot)
+        errand.program.expect(entry, lambda result: self.table.moved.discard(result))
+
+
+def _uses(scene: Scene, side: Side) -> List[Tuple[Process, FdTable, End]]:
+    """Who acts for whoever has an end: a table that processes share is operated on once."""
+    return [
+        (process, table.owner or table, holding)
+        for process, table, holding in scene.holdings()
+        if isinstance(holding, End) and holding.holder.inode == side.number
+    ]
 
 
 def _sides(scene: Scene) -> Sides:

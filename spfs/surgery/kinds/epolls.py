@@ -46,15 +46,23 @@ class Epolls(Handler):
                     table.holdings.append(stale)
 
     def before(self, program: Program, table: FdTable, number: int) -> None:
-        for entry in _of(table, number):
-            program.add("epoll_ctl", entry.epoll, _EPOLL_DEL, number, 0)
+        remove(program, table, number)
 
     def finish(self, program: Program, table: FdTable) -> None:
         if table.epolls:
             for number in sorted(program.exchanged):
-                for entry in _of(table, number):
-                    event = program.put(EPOLL_EVENT.pack(entry.events, entry.data))
-                    program.add("epoll_ctl", entry.epoll, _EPOLL_ADD, number, event)
+                add_again(program, table, number)
+
+
+def remove(program: Program, table: FdTable, number: int) -> None:
+    for entry in _of(table, number):
+        program.add("epoll_ctl", entry.epoll, _EPOLL_DEL, number, 0)
+
+
+def add_again(program: Program, table: FdTable, number: int) -> None:
+    for entry in _of(table, number):
+        event = program.put(EPOLL_EVENT.pack(entry.events, entry.data))
+        program.add("epoll_ctl", entry.epoll, _EPOLL_ADD, number, event)
 
 
 def _is_epoll(table: FdTable, number: int) -> bool:
