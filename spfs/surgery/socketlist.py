@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
+import stat
 import threading
-from typing import Callable, Iterable, List, Sequence, Tuple, TypeVar
+from typing import Callable, Dict, Iterable, List, Sequence, Set, Tuple, TypeVar
 
-from spfs.linux import namespaces, sockdiag
+from spfs.linux import namespaces, procfs, sockdiag
 from spfs.linux.sockdiag import UnixSocket
+from spfs.surgery.bulk import objects
 
 T = TypeVar("T")
 
@@ -70,3 +72,17 @@ def in_thread(work: Callable[[], T], places: Sequence[Tuple[int, int]]) -> T:
     if failures:
         raise failures[0]
     return found[0]
+
+
+def holders(numbers: Iterable[int]) -> Dict[int, Set[Tuple[int, int]]]:
+    """Who has the sockets of these numbers open: (process, descriptor) for each of them."""
+    found: Dict[int, Set[Tuple[int, int]]] = {number: set() for number in numbers}
+    for pid in procfs.processes():
+        try:
+            names = os.listdir(f"/proc/{pid}/fd")
+        except OSError:
+            continue  # it has ended, or is none of ours to look at
+        for name, thing in zip(names, objects([f"/proc/{pid}/fd/{name}" for name in names])):
+            if thing is not None and stat.S_ISSOCK(thing.mode) and thing.inode in found and pid != os.getpid():
+                found[thing.inode].add((pid, int(name)))
+    return found

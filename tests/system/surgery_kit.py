@@ -110,10 +110,13 @@ class Mounts:
         for path in (self.old, self.new):
             path.mkdir()
             subprocess.run(["mount", "-t", "tmpfs", "-o", "mode=777", "test", str(path)], check=True)
+        # By these they are also found when something is mounted over them.
+        self._roots = {path: os.open(path, os.O_PATH) for path in (self.old, self.new)}
         self.device = self.old.stat().st_dev
 
     def close(self) -> None:
-        for path in (self.old, self.new):
+        for path, root in self._roots.items():
+            os.close(root)
             subprocess.run(["umount", "-l", str(path)], check=True)
 
     def reverse(self) -> None:
@@ -145,17 +148,12 @@ class Mounts:
         **options: Any,
     ) -> "tuple[Preparation, SwitchReport]":
         """The whole switch; ``between`` is called after prepare, ``when_stopped`` while all stand still."""
-        new, old = os.open(self.new, os.O_PATH), os.open(self.old, os.O_PATH)
-        try:
-            tree = Tree(Path(f"/proc/self/fd/{old}"))
-            with Switch(self.device, tree, lambda mount: MountRoot(new), freezer or NoFreezer(), **options) as switch:
-                preparation = switch.prepare()
-                between()
-                report = switch.execute(when_stopped)
-            return preparation, report
-        finally:
-            os.close(new)
-            os.close(old)
+        new, tree = MountRoot(self._roots[self.new]), Tree(Path(f"/proc/self/fd/{self._roots[self.old]}"))
+        with Switch(self.device, tree, lambda mount: new, freezer or NoFreezer(), **options) as switch:
+            preparation = switch.prepare()
+            between()
+            report = switch.execute(when_stopped)
+        return preparation, report
 
     def users(self) -> List[int]:
         """Who still holds something of the old mount, by what /proc shows (and no file system is asked)."""

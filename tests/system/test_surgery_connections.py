@@ -371,3 +371,52 @@ def test_one_who_is_killed(covered: Mounts, client: Victim, server: Victim) -> N
     assert report.moved.get("socket", 0) >= 1
     assert server.run("end.recv(99)") == b"last words" and server.run("end.recv(99)") == b""
     assert not [name for name in os.listdir(covered.new) if name != "bound"]
+
+
+def test_connected_datagram_sockets(covered: Mounts, client: Victim, server: Victim) -> None:
+    """As loggers have them: each stays the socket it was, and sends to the new one; one sleeps in recv meanwhile."""
+    path = str(covered.old / "bound")
+    bind = "log = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM); log.bind({!r})"
+    server.run(bind.format(path))
+    for one in (client, server):
+        one.run(f"end = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM); end.connect({path!r})")
+    client.run("end.bind('\\0spfs-test-%d' % os.getpid())")
+    number = client.run("os.fstat(end.fileno()).st_ino")
+    server.start("log.recv(99)")
+    server.blocked()
+    assert everywhere(covered.switch(when_stopped=over(covered)), 1) and covered.users() == []
+    assert client.run("os.fstat(end.fileno()).st_ino, end.getpeername()") == (number, path)
+    client.run("end.send(b'one')")
+    assert server.result() == b"one"
+    server.run("end.send(b'two')")
+    assert server.run("log.recv(99)") == b"two"
+    client.run("end.send(b'three')")
+    assert server.run("log.recvfrom(99)") == (b"three", b"\0spfs-test-%d" % client.pid)
+
+
+def test_connected_datagram_sockets_out_of_reach(covered: Mounts, client: Victim, server: Victim) -> None:
+    """What waits in one of them would be lost, and who is not stopped would go on sending to the old one."""
+    path, back = str(covered.old / "bound"), str(covered.new.parent / "back")
+    server.run(f"log = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM); log.bind({path!r})")
+    client.run("end = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)")
+    client.run(f"end.bind({back!r}); end.connect({path!r})")
+    server.run(f"log.sendto(b'answer', {back!r})")
+    assert "messages wait in a socket" in left(covered.switch(when_stopped=over(covered)))
+    assert client.run("end.recv(99)") == b"answer"
+    assert "is not among the processes to be moved" in left(covered.switch(chosen={server.pid}))
+    client.run("end.send(b'still')")
+    assert server.run("log.recv(99)") == b"still"
+    assert everywhere(covered.switch(), 1)
+    client.run("end.send(b'new')")
+    assert server.run("log.recv(99)") == b"new"
+
+
+def test_one_that_the_mover_has(covered: Mounts, server: Victim) -> None:
+    path = str(covered.old / "bound")
+    server.run(f"log = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM); log.bind({path!r})")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as end:
+        end.connect(path)
+        assert "found with nobody who can be stopped" in left(covered.switch(when_stopped=over(covered)))
+        end.send(b"still")
+        assert server.run("log.recv(99)") == b"still"
+    assert everywhere(covered.switch(), 1)

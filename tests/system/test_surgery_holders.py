@@ -76,6 +76,29 @@ def test_files_that_only_a_ring_has(mounts: Mounts, victim: Victim) -> None:
     assert victim.run("fixed_read(0), fixed_read(1), os.read(c, 3)") == (b"old", b"old", b"new")
 
 
+@needs_ring
+def test_sockets_that_a_ring_has(mounts: Mounts, victim: Victim) -> None:
+    """Registered, or with a request under way, of which the kernel does not say for what: it would wait for ever."""
+    victim.run(RING + f"one = socket.socket(socket.AF_UNIX); one.bind({str(mounts.old / 'bound')!r}); one.listen()")
+    victim.run("register(one.fileno())")
+    (left,) = mounts.switch().left
+    assert "an io_uring of its process" in left.reason
+    victim.run("assert libc.syscall(427, ring, 3, None, 0) == 0")  # IORING_UNREGISTER_FILES
+    (left,) = mounts.switch().left
+    assert "does not lead to the new mount" in left.reason
+    victim.run(
+        """
+with mmap.mmap(ring, 4096) as queues, mmap.mmap(ring, 256, offset=0x10000000) as entries:
+    entries[:64] = struct.pack('BBHiQQII', 6, 0, 0, one.fileno(), 0, 0, 0, 1).ljust(64, bytes(1))  # IORING_OP_POLL_ADD
+    struct.pack_into('I', queues, sq_array, 0)
+    count(queues, sq_tail)
+    assert libc.syscall(426, ring, 1, 0, 0, None, 0) == 1, ctypes.get_errno()
+"""
+    )
+    (left,) = mounts.switch().left
+    assert "an io_uring of its process" in left.reason
+
+
 @pytest.mark.parametrize("kind", ["STREAM", "DGRAM", "SEQPACKET"])
 def test_descriptors_in_flight(mounts: Mounts, victim: Victim, kind: str) -> None:
     """Reported, received undamaged, and moved afterwards."""

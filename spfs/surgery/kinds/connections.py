@@ -18,11 +18,10 @@ from typing import Dict, Iterable, Iterator, List, NamedTuple, Optional, Set, Tu
 
 from spfs.errors import reason
 from spfs.linux import process as syscalls
-from spfs.linux import procfs, sockdiag
+from spfs.linux import sockdiag
 from spfs.linux.sockdiag import UnixSocket
 from spfs.references import Kind
 from spfs.surgery import socketcopy, socketlist
-from spfs.surgery.bulk import objects
 from spfs.surgery.counterparts import Counterparts
 from spfs.surgery.errands import Errand
 from spfs.surgery.kinds import epolls, inflight
@@ -37,7 +36,6 @@ Sides = Dict[int, Side]
 _CLOSED = "its other end is closed: what lies in it can still be read, and then its end"
 _NOBODY = "its other end was found with nobody who can be stopped"
 _STALE = "it is registered with an epoll instance by a descriptor that is closed (epoll(7), Q6)"
-_RING = "an io_uring of its process has it, or has requests under way that may be about it"
 
 
 class Connections(Handler):
@@ -46,7 +44,6 @@ class Connections(Handler):
         self._pids: List[int] = []
         self._sockets: Dict[int, UnixSocket] = {}  # all there are, by their numbers
         self._named: Dict[int, UnixSocket] = {}  # of each end of a connection in question, the one with the name
-        self._rings: Dict[FdTable, List[int]] = {}
         self._queued: Set[int] = set()  # those in whose queues something lies
         self._sent: Set[int] = set()  # those that are in flight themselves
         self._holders: Optional[Dict[int, Set[Tuple[int, int]]]] = None  # process and descriptor, while nobody runs
@@ -56,7 +53,6 @@ class Connections(Handler):
 
     def survey(self, survey: Survey) -> None:
         self._pids = survey.pids
-        self._rings.clear()
         self._sent.clear()
         self._holders = None
         self._seen = False
@@ -74,10 +70,6 @@ class Connections(Handler):
 
     def look(self, found: Found) -> None:
         number = found.object.inode
-        if not stat.S_ISSOCK(found.object.mode):
-            if any(line.startswith("UserFiles:") for line in found.info().lines):
-                self._rings.setdefault(found.table, []).append(found.number)
-            return
         if number in self._queued and inflight.carries(found):
             self._sent.update(one.inode for one in inflight.first(found) if stat.S_ISSOCK(one.mode))
         if number in self._named:
@@ -105,7 +97,7 @@ class Connections(Handler):
             return False
         if self._holders is None:
             self._list(socketlist.of_processes(self._pids))
-            self._holders = _holders(self._named)
+            self._holders = socketlist.holders(self._named)
         noted = {(end.holder.inode, end.number) for end in _ends_of(process.tables[0])}
         found = {(n, fd) for n, holders in self._holders.items() for pid, fd in holders if pid == process.pid}
         return noted != found  # whether the numbers still are those sockets', ``Sockets`` finds out for all
@@ -150,8 +142,6 @@ class Connections(Handler):
             return "an urgent byte waits in it (MSG_OOB): asked again when it has been read, it goes"
         if side.attached and socketcopy.addresses(side.copy)[0]:
             return f"its other end has a name of its own, {socketcopy.addresses(side.copy)[0]!r}, which it would lose"
-        if self._is_on_a_ring(side):
-            return _RING
         if _is_stale(scene, sides, number):
             return _STALE
         return _who_is_missing(scene, side.copy) or _listener_problem(scene, side)
@@ -159,15 +149,6 @@ class Connections(Handler):
     def _strangers(self, scene: Scene, number: int) -> Set[int]:
         known = {process.pid for process in scene.processes}
         return {pid for pid, _ in (self._holders or {}).get(number, ()) if pid not in known}
-
-    def _is_on_a_ring(self, side: Side) -> bool:
-        tables = {table for table in self._rings for _, end in side.users if end in table.holdings}
-        for table in tables:
-            for ring in self._rings[table]:
-                text = procfs.read(f"/proc/{table.tid}/fdinfo/{ring}").decode()
-                if f"socket:[{side.number}]" in text or text.partition("PollList:")[2].lstrip().startswith("op="):
-                    return True
-        return False
 
     # -- while nobody runs
 
@@ -234,7 +215,7 @@ class Connections(Handler):
 def _taken(scene: Scene, number: int) -> int:
     """A descriptor of ours of a socket, all users of which stand still; the caller's. OSError EBUSY if they do not."""
     processes = {process.pid: process for process in scene.processes if process.problem is None}
-    holders = sorted(_holders([number])[number])
+    holders = sorted(socketlist.holders([number])[number])
     outside = [pid for pid, _ in holders if pid not in processes]
     if outside or not holders:
         who = f"process {outside[0]}, which is not stopped" if outside else "nobody who can be found"
@@ -280,20 +261,6 @@ def _sides(scene: Scene) -> Sides:
     for process, _, holding in scene.holdings():
         if isinstance(holding, End):
             found.setdefault(holding.holder.inode, Side(holding.holder.inode)).users.append((process, holding))
-    return found
-
-
-def _holders(numbers: Iterable[int]) -> Dict[int, Set[Tuple[int, int]]]:
-    """Who has the sockets of these numbers open: (process, descriptor) for each of them."""
-    found: Dict[int, Set[Tuple[int, int]]] = {number: set() for number in numbers}
-    for pid in procfs.processes():
-        try:
-            names = os.listdir(f"/proc/{pid}/fd")
-        except OSError:
-            continue  # it has ended, or is none of ours to look at
-        for name, thing in zip(names, objects([f"/proc/{pid}/fd/{name}" for name in names])):
-            if thing is not None and stat.S_ISSOCK(thing.mode) and thing.inode in found and pid != os.getpid():
-                found[thing.inode].add((pid, int(name)))
     return found
 
 

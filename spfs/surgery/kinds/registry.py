@@ -16,6 +16,7 @@ from spfs.surgery.kinds.inflight import InFlight
 from spfs.surgery.kinds.inotify import Inotify
 from spfs.surgery.kinds.locks import Locks
 from spfs.surgery.kinds.rings import Rings
+from spfs.surgery.kinds.senders import Senders
 from spfs.surgery.kinds.sockets import Sockets
 from spfs.surgery.kinds.unlinked import Unlinked
 from spfs.surgery.program import Program
@@ -26,7 +27,7 @@ if TYPE_CHECKING:  # imports this module
 
 # In this order they judge and act.
 KINDS: Tuple[Type[Handler], ...] = (
-    Inotify, Unlinked, Directories, Locks, Fifos, Sockets, Connections, Epolls, Rings, Fanotify, InFlight,
+    Inotify, Unlinked, Directories, Locks, Fifos, Senders, Sockets, Connections, Epolls, Rings, Fanotify, InFlight,
 )  # fmt: skip
 
 

@@ -16,7 +16,7 @@ from typing import Callable, Dict, Iterator, List, Optional, Tuple
 from spfs.linux import mountinfo, procfs
 from spfs.references import Kind
 from spfs.surgery.counterparts import Counterparts
-from spfs.surgery.kinds.base import Found, Handler, Scene
+from spfs.surgery.kinds.base import Found, Handler, Scene, Survey
 from spfs.surgery.program import Program
 from spfs.surgery.records import Description, FdTable, Holding, Process
 
@@ -25,6 +25,7 @@ _REGISTER_FILES_UPDATE = 6
 _UPDATE = struct.Struct("<IIQ")  # struct io_uring_rsrc_update: offset, reserved, address of descriptors
 
 _ALONE = "only the ring has it: neither its flags nor its offset can be had"
+_SOCKET = "an io_uring of its process has it, or has requests under way that may be about it"
 _AMBIGUOUS = "the process has it open more than once, and which one is registered cannot be told"
 
 
@@ -37,9 +38,17 @@ class RegisteredFile(Holding):
 
 
 class Rings(Handler):
+    def __init__(self, device: int) -> None:
+        super().__init__(device)
+        self._rings: Dict[FdTable, List[int]] = {}
+
+    def survey(self, survey: Survey) -> None:
+        self._rings.clear()
+
     def look(self, found: Found) -> None:
         if stat.S_IFMT(found.object.mode) or not any(line.startswith("UserFiles:") for line in found.info().lines):
             return
+        self._rings.setdefault(found.table, []).append(found.number)
         places = _mountpoints(found.table.tid, self.device)
         for index, path in _registered(found.info().lines):
             if any(path == place or path.startswith(place.rstrip("/") + "/") for place in places):
@@ -66,6 +75,11 @@ class Rings(Handler):
             if isinstance(holding, RegisteredFile) and holding.problem is None:
                 assert holding.description is not None
                 holding.problem = process.problem or holding.description.problem
+        for _, table in scene.tables():
+            texts = [_text(table, ring) for ring in self._rings.get(table, ())] if table.exchangeable else []
+            for one in table.exchangeable if texts else ():
+                if one.problem is None and any(_may_use(text, one.holder.inode) for text in texts):
+                    one.problem = _SOCKET
 
     def finish(self, program: Program, table: FdTable) -> None:
         for one in table.holdings:
@@ -94,6 +108,18 @@ def _registered(lines: Tuple[str, ...]) -> Iterator[Tuple[int, str]]:
             yield int(match.group(1)), match.group(2)
         elif match is None:
             within = line.startswith("UserFiles:")
+
+
+def _text(table: FdTable, ring: int) -> str:
+    try:
+        return procfs.read(f"/proc/{table.tid}/fdinfo/{ring}").decode(errors="replace")
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
+
+
+def _may_use(text: str, number: int) -> bool:
+    """Whether socket ``number`` is registered, or requests wait for anything: the kernel does not say for what."""
+    return f"socket:[{number}]" in text or text.partition("PollList:")[2].lstrip().startswith("op=")
 
 
 def _links(table: FdTable) -> Dict[str, List[int]]:

@@ -6,21 +6,20 @@ a new one, bound by the same address where that leads to the new mount. (Connect
 
 from __future__ import annotations
 
-import errno
 import os
 import select
 import socket
 import stat
 import struct
 from dataclasses import dataclass
-from typing import Dict, Iterable, Iterator, List, Optional, Tuple
+from typing import Dict, Iterator, List, Optional, Tuple
 
 from spfs.errors import reason
 from spfs.linux import process as syscalls
 from spfs.linux import sockdiag
 from spfs.linux.sockdiag import UnixSocket
 from spfs.references import Kind
-from spfs.surgery import socketbind, socketcopy, socketlist
+from spfs.surgery import socketbind, socketcopy
 from spfs.surgery.counterparts import Counterparts
 from spfs.surgery.kinds.base import Found, Handler, Scene, Survey
 from spfs.surgery.program import Program
@@ -42,6 +41,10 @@ class BoundSocket(Holding):
         return self.known is not None and self.known.state == sockdiag.LISTENING
 
     @property
+    def is_datagram(self) -> bool:
+        return self.known is not None and self.known.type == socket.SOCK_DGRAM
+
+    @property
     def name(self) -> str:
         """Its last component."""
         return os.fsdecode(self.path or "").rpartition("/")[2]
@@ -60,37 +63,17 @@ class Sockets(Handler):
     def __init__(self, device: int) -> None:
         super().__init__(device)
         self._bound: Dict[int, UnixSocket] = {}
-        self._peers: Dict[int, int] = {}  # how many are connected to a socket, by its number
-        self._pids: List[int] = []
 
     def survey(self, survey: Survey) -> None:
-        self._pids = survey.pids
-        self._list(survey.sockets)
-
-    def _list(self, sockets: Iterable[UnixSocket]) -> None:
-        self._bound.clear()
-        self._peers.clear()
-        for one in sockets:
-            if one.device == self.device:
-                self._bound[one.number] = one
-            if one.peer:
-                self._peers[one.peer] = self._peers.get(one.peer, 0) + 1
+        self._bound = {one.number: one for one in survey.sockets if one.device == self.device}
 
     def look(self, found: Found) -> None:
         known = self._bound.get(found.object.inode) if stat.S_ISSOCK(found.object.mode) else None
         if known is not None and (known.type == socket.SOCK_DGRAM or known.state != sockdiag.ESTABLISHED):
             place = BoundSocket(found.number, Kind.SOCKET, known.inode, found.object, exchanged=True, known=known)
             place.copy = found.copy()
-            place.problem = self._obstacle(known) if place.copy >= 0 else "its table is out of reach"
+            place.problem = None if place.copy >= 0 else "its table is out of reach"
             found.table.holdings.append(place)
-
-    def _obstacle(self, known: UnixSocket) -> Optional[str]:
-        if known.type == socket.SOCK_DGRAM:
-            if known.peer:
-                return "it is connected to another socket"
-            if self._peers.get(known.number):
-                return "others are connected to it, who would go on sending to the old one"
-        return None
 
     def provide(self, counterparts: Counterparts, process: Process) -> None:
         for holding in _of(process):
@@ -103,7 +86,7 @@ class Sockets(Handler):
                     holding.problem = f"it cannot be bound on the new mount: {reason(error)}"
 
     def judge(self, scene: Scene) -> None:
-        for users in _by_socket(scene):
+        for users in by_socket(scene):
             for _, one in users:
                 if one.problem is None and socketcopy.state(one.copy) & select.POLLIN:
                     one.problem = _WAITING.format("connections" if one.is_listening else "messages")
@@ -119,16 +102,9 @@ class Sockets(Handler):
         )
 
     def transfer(self, scene: Scene) -> None:
-        groups = [users for users in _by_socket(scene) if all(one.problem is None for _, one in users)]
-        if any(one.known is not None and one.known.type == socket.SOCK_DGRAM for users in groups for _, one in users):
-            self._list(socketlist.of_processes(self._pids))  # somebody can have connected to it a moment ago
-        for users in groups:
+        for users in (users for users in by_socket(scene) if all(one.problem is None for _, one in users)):
             process, first = users[0]
             try:
-                assert first.known is not None
-                obstacle = self._obstacle(self._bound.get(first.known.number, first.known))
-                if obstacle is not None:
-                    raise OSError(errno.EBUSY, obstacle)
                 socketbind.bind(process, first.copy, first.new, first.directory, first.name)
             except OSError as error:
                 for _, one in users:
@@ -165,7 +141,8 @@ def _is_still(table: FdTable, one: Holding) -> bool:
         return False
 
 
-def _by_socket(scene: Scene) -> List[List[Tuple[Process, BoundSocket]]]:
+def by_socket(scene: Scene) -> List[List[Tuple[Process, BoundSocket]]]:
+    """All who share each of them."""
     found: Dict[int, List[Tuple[Process, BoundSocket]]] = {}
     for process, _, holding in scene.holdings():
         if isinstance(holding, BoundSocket):
