@@ -79,8 +79,10 @@ def test_wrong_arguments() -> None:
     assert done.returncode == 2 and "--source and --type go together" in done.stdout
 
 
-class TestOfTesting:
-    """Those of ``examples/testing``."""
+class InOwnDirectory:
+    """Examples that are run with a temporary directory of their own, in which nothing may be left."""
+
+    where: Path
 
     @pytest.fixture(autouse=True)
     def environment(self, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
@@ -92,10 +94,31 @@ class TestOfTesting:
 
     def run(self, *command: str) -> str:
         done = subprocess.run(
-            command, cwd=EXAMPLES / "testing", stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=90
+            command, cwd=self.where, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=90
         )
         assert done.returncode == 0, done.stdout
         return done.stdout
+
+
+class TestInAShell(InOwnDirectory):
+    where = EXAMPLES
+
+    def test_a_delayed_mount(self) -> None:
+        lines = self.run("sh", "delayed_mount.sh").splitlines()
+        assert re.match(r"twice: spfs: cannot mount \S+/data: id 'data' is in use for .* \(choose another", lines[0])
+        assert lines[1:3] == [
+            "a lookup of input waits, a lookup of log waits",
+            "the server is late: No such file or directory",
+        ]
+        assert re.fullmatch(r"done, a blackout of \d+\.\d ms, 0 left", lines[3])
+        assert lines[4:] == [
+            "both programs went on without an error, on the real file system",
+            "timeline: gone: replaced",
+        ]
+
+
+class TestOfTesting(InOwnDirectory):
+    where = EXAMPLES / "testing"
 
     @pytest.mark.parametrize("name", sorted(path.name for path in (EXAMPLES / "testing").glob("test_*.py")))
     def test_with_pytest(self, name: str) -> None:
