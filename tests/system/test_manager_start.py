@@ -14,6 +14,7 @@ from typing import Iterator
 
 import pytest
 from manager_kit import ENVIRONMENT, Manager, alive, manager_in, run
+from testing_kit import let_others_in
 
 from spfs.client import ManagerClient
 from spfs.errors import SpfsError
@@ -168,11 +169,8 @@ def test_options_that_do_not_exist() -> None:
 
 def test_another_users_client_is_refused(manager: Manager) -> None:
     manager.start()
-    os.chmod(manager.work, 0o755)
+    let_others_in(manager.work)
     os.chmod(manager.socket, 0o666)  # as if an administrator had
-    for directory in manager.work.parents:
-        if str(directory).startswith("/tmp/pytest"):
-            os.chmod(directory, 0o755)
     script = (
         "import os, socket, struct, sys; os.setuid(65534)\n"
         "s = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET); s.connect(sys.argv[1])\n"

@@ -17,6 +17,7 @@ from typing import Any, Callable, Iterator, List
 
 import pytest
 from stubfs_kit import TOP, Process, as_user, environment, wait_until
+from testing_kit import let_others_in
 
 import stubfs
 from spfs.linux import namespaces
@@ -127,9 +128,7 @@ class TestMountCommand:
 
 
 def test_options_that_the_kernel_looks_after(mountpoint: Path, tmp_path: Path) -> None:
-    tmp_path.chmod(0o755)
-    for parent in tmp_path.parents[:2]:
-        parent.chmod(0o755)
+    let_others_in(tmp_path)
     program = shutil.copy("/bin/true", tmp_path / "true")
     with stubfs.mount(mountpoint, "proxy", tmp_path, options="noexec,default_permissions,max_read=4096") as fs:
         with pytest.raises(PermissionError):
@@ -164,8 +163,7 @@ class closing:
 
 def where_users_may_mount(tmp_path: Path, action: Callable[[], Any]) -> Any:
     """What root gets in a mount namespace whose /dev/fuse is open to all, as it is on most machines."""
-    for path in (tmp_path, *tmp_path.parents[:2]):
-        path.chmod(0o755)
+    let_others_in(tmp_path)
     device = tmp_path / "fuse-device"
     os.mknod(device, 0o20666, os.makedev(10, 229))
     os.chmod(device, 0o666)

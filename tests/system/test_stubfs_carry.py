@@ -13,6 +13,7 @@ from typing import Dict, Iterator, Tuple
 
 import pytest
 from stubfs_kit import Filesystem, environment, mounted
+from testing_kit import let_others_in
 
 from stubfs.errors import StubfsError
 
@@ -190,8 +191,7 @@ def test_as_the_owner_where_root_may_not(tmp_path: Path) -> None:
         (staging / name).write_text("x")
         os.chown(staging / name, 1234, 1235)
         os.utime(staging / name, (1, 2))
-    for parent in (tmp_path, *tmp_path.parents[:2]):
-        parent.chmod(0o755)
+    let_others_in(tmp_path)
     target.chmod(0o777)
     rights = "-dac_override,-dac_read_search,-chown,-fowner"
     subprocess.run(

@@ -16,6 +16,7 @@ from typing import Iterator, List, Optional
 
 import pytest
 from stubfs_kit import LIMIT, Filesystem, abort, command, environment, mounted, wait_until
+from testing_kit import let_others_in
 
 from stubfs import fusemount, messages, syscalls, wire
 from stubfs.client import FilesystemClient
@@ -268,9 +269,8 @@ class TestRefusals:
             "os.environ['PATH'] = ''; os.setgid(65534); os.setuid(65534); "
             f"sys.exit(main([{path!r}]))"
         )
+        let_others_in(tmp_path)
         os.chmod(tmp_path, 0o777)
-        for parent in tmp_path.parents[:2]:
-            parent.chmod(0o755)
         done = subprocess.run(
             [*command()[:1], "-c", without_root], env=environment(), capture_output=True, text=True, timeout=LIMIT
         )
@@ -326,8 +326,7 @@ class TestControlSocket:
     def test_only_the_owner(self, fs: Filesystem) -> None:
         assert os.stat(fs.socket_path).st_mode & 0o777 == 0o600
         os.chmod(fs.socket_path, 0o666)
-        for parent in fs.base.parents[:3]:
-            parent.chmod(0o755)
+        let_others_in(fs.base)
 
         def attempt() -> int:
             os.setuid(65534)

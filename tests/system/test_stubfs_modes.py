@@ -13,6 +13,7 @@ from typing import Iterator
 
 import pytest
 from stubfs_kit import Filesystem, as_user, mounted, wait_until
+from testing_kit import let_others_in
 
 from stubfs.errors import StubfsError
 
@@ -21,9 +22,7 @@ pytestmark = [pytest.mark.needs_root, pytest.mark.needs_fuse]
 
 @pytest.fixture
 def fs(tmp_path: Path) -> Iterator[Filesystem]:
-    tmp_path.chmod(0o755)
-    for parent in tmp_path.parents[:2]:
-        parent.chmod(0o755)  # other users are to get there
+    let_others_in(tmp_path)
     with mounted(tmp_path) as filesystem:
         yield filesystem
 

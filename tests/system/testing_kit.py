@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Iterator, Sequence
 
+import pytest
+
 TOP = Path(__file__).parents[2]
 NOBODY = 65534
 
@@ -33,6 +35,16 @@ fi
 cd "$base/home"
 exec setpriv --reuid=65534 --regid=65534 --clear-groups "$@"
 """
+
+
+def let_others_in(path: Path) -> None:
+    """Other users may pass through pytest's temporary directories on the way to ``path``, and look into them."""
+    for directory in (path, *path.parents):
+        mode = directory.stat().st_mode
+        if directory == path or "pytest-" in str(directory):
+            directory.chmod(mode & 0o7777 | 0o055)
+        elif not mode & 0o001:
+            pytest.skip(f"other users may not pass through {directory}: choose another PYTEST_DEBUG_TEMPROOT")
 
 
 class Unprivileged:
