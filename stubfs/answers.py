@@ -270,8 +270,24 @@ class Answers:
         request.answer(protocol.U64.pack(copied) if wide else protocol.WRITE_OUT.pack(copied, 0))
 
     def lseek(self, worker: Worker, request: Request) -> None:
+        """SEEK_DATA and SEEK_HOLE; the kernel answers the others itself."""
         fh, offset, whence, _ = protocol.LSEEK_IN.unpack_from(request.buffer, BODY)
-        request.answer(protocol.U64.pack(os.lseek(self._objects.by_handle(worker, request, fh).fd, offset, whence)))
+        fd = self._objects.by_handle(worker, request, fh).fd
+        found = _seek(fd, offset, whence)
+        hole = (offset, found) if whence == os.SEEK_DATA else (found, os.fstat(fd).st_size)
+        if hole[0] < hole[1] and self._may_be_dirty(request.node):
+            # What has been stored there through a mapping may not have come to us: the kernel sends it when it drops
+            # the pages, and another thread takes it.
+            request.device.invalidate(request.node, hole[0], hole[1] - hole[0])
+            found = _seek(fd, offset, whence)
+        if whence == os.SEEK_DATA and found >= os.fstat(fd).st_size:
+            raise OSError(errno.ENXIO, os.strerror(errno.ENXIO))
+        request.answer(protocol.U64.pack(found))
+
+    def _may_be_dirty(self, number: int) -> bool:
+        """Whether the kernel may have pages that differ from the file: of a mapping, which keeps its handle open."""
+        node = self._nodes.get(number)
+        return node is not None and node.has_pages and self._handles.is_open_for_both(number)
 
     def ioctl(self, worker: Worker, request: Request) -> None:
         fh, _, command, _, in_size, _ = protocol.IOCTL_IN.unpack_from(request.buffer, BODY)
@@ -313,6 +329,17 @@ class Answers:
     def _above(self, directory: int) -> int:
         node = self._nodes.get(directory)
         return node.names[0][0].number if node is not None and node.names else directory
+
+
+def _seek(fd: int, offset: int, whence: int) -> int:
+    """lseek(2); but where there is no more data, the end of the file. ENXIO only for an offset behind that."""
+    try:
+        return os.lseek(fd, offset, whence)
+    except OSError as error:
+        size = os.fstat(fd).st_size
+        if error.errno != errno.ENXIO or offset >= size:
+            raise
+        return size
 
 
 def _take_set_id_bits(link: str) -> None:

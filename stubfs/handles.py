@@ -123,6 +123,13 @@ class HandleTable:
                 break
         return found
 
+    def is_open_for_both(self, node: int) -> bool:
+        """Whether somebody has the node open for reading and writing, as a shared mapping that is stored to needs it."""
+        with self._lock:
+            return any(
+                file.flags & os.O_ACCMODE == os.O_RDWR for file in self._of_node.get(node, {}).values()
+            )
+
     # Who is in the table has not been closed, and is not while the lock is held; later its number may be another fd's.
 
     def duplicate(self, node: int, generation: Optional[int] = None) -> Optional[int]:

@@ -73,7 +73,8 @@ ACLS = [
 # Where two things are wrong the kernel, which knows the types, says its own before it asks a FUSE file system.
 SAID_FIRST = {
     *((operation, early, late) for operation in ("rmdir", "unlink", "rename")
-      for early in ("ENOTDIR", "EISDIR", "ENOENT", "EBUSY", "EEXIST", "EINVAL") for late in ("EPERM", "EACCES")),
+      for early in ("ENOTDIR", "EISDIR", "ENOENT", "EBUSY", "EEXIST", "EINVAL", "ENAMETOOLONG")
+      for late in ("EPERM", "EACCES")),
     ("mknod", "EPERM", "EACCES"),
     ("link_open", "ENOENT", "EPERM"),  # no links left
     ("open", "EPERM", "EACCES"),  # O_NOATIME

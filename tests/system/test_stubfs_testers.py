@@ -20,9 +20,10 @@ FIO = {
     "appended": ["--rw=write", "--bs=7k", "--file_append=1"],
 }
 STRESSORS = [
-    "access", "chdir", "chmod", "chown", "dentry", "dir", "fallocate", "fcntl", "filename", "flock",
-    "fpunch", "hdd", "link", "lockf", "lockofd", "mknod", "open", "rename", "seek", "sendfile", "symlink", "touch",
-    "utime", "xattr",
+    "access", "aiol", "chattr", "chdir", "chmod", "chown", "dentry", "dir", "dirdeep", "dirmany", "dup",
+    "fallocate", "fcntl", "filename", "flock", "fpunch", "getdent", "hdd", "inode-flags", "iomix", "lease", "link",
+    "locka", "lockf", "lockofd", "mknod", "open", "readahead", "rename", "revio", "seek", "sendfile", "splice", "symlink",
+    "sync-file", "touch", "utime", "xattr",
 ]  # fmt: skip
 
 
@@ -62,7 +63,17 @@ def test_stress_ng_has_nothing_to_say(fs: Filesystem) -> None:
     arguments = [program("stress-ng"), "--verify", "--temp-path", str(fs.path), "--timeout", "10", "--hdd-bytes", "4m"]
     for name in STRESSORS:
         arguments += [f"--{name}", "1", f"--{name}-ops", "20"]
-    done = run([*arguments, "--fallocate-bytes", "1m", "--sendfile-size", "64k"])
+    for name in ("fallocate", "iomix", "readahead", "sync-file"):
+        arguments += [f"--{name}-bytes", "2m"]
+    done = run([*arguments, "--dirdeep-bytes", "1m", "--sendfile-size", "64k"])
     text = done.stdout + done.stderr
     assert "successful run completed" in text
     assert not [line for line in text.splitlines() if "fail:" in line or "skipping" in line]
+
+
+def test_dbench_gets_the_answers_that_its_recording_got(fs: Filesystem) -> None:
+    """Operations of office programs, by several clients at once; it ends with an error at the first unexpected one."""
+    load = Path("/usr/share/dbench/client.txt")
+    done = run([program("dbench"), "--timelimit=4", f"--loadfile={load}", f"--directory={fs.path}", "3"])
+    assert "Throughput" in done.stdout
+    assert not [line for line in done.stdout.splitlines() if "failed" in line or "error" in line.lower()]
