@@ -124,7 +124,7 @@ class HandleTable:
         return found
 
     def is_open_for_both(self, node: int) -> bool:
-        """Whether somebody has the node open for reading and writing, as a shared mapping that is stored to needs it."""
+        """Whether somebody has it open for reading and writing, as a shared mapping that is stored to needs it."""
         with self._lock:
             return any(
                 file.flags & os.O_ACCMODE == os.O_RDWR for file in self._of_node.get(node, {}).values()

@@ -22,8 +22,8 @@ FIO = {
 STRESSORS = [
     "access", "aiol", "chattr", "chdir", "chmod", "chown", "dentry", "dir", "dirdeep", "dirmany", "dup",
     "fallocate", "fcntl", "filename", "flock", "fpunch", "getdent", "hdd", "inode-flags", "iomix", "lease", "link",
-    "locka", "lockf", "lockofd", "mknod", "open", "readahead", "rename", "revio", "seek", "sendfile", "splice", "symlink",
-    "sync-file", "touch", "utime", "xattr",
+    "locka", "lockf", "lockofd", "mknod", "open", "readahead", "rename", "revio", "seek", "sendfile", "splice",
+    "symlink", "sync-file", "touch", "utime", "xattr",
 ]  # fmt: skip
 
 
