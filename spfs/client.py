@@ -7,7 +7,7 @@ import glob
 import os
 import socket
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Dict, Iterable, List, Mapping, Optional, Sequence, Tuple, Type, Union
+from typing import TYPE_CHECKING, Any, Dict, List, Mapping, Optional, Sequence, Tuple, Type, Union
 
 from spfs import replies
 from spfs.errors import SpfsError, reason
@@ -221,34 +221,17 @@ class ManagerClient:
         flags: int = 0,
         options: str = "",
         *,
-        bindmounts: Iterable[str] = (),
-        freeze_cgroup: Optional[str] = None,
         begin: Optional[str] = None,
-        strict: bool = False,
-        missing: str = "leave",
-        timeout: Optional[float] = None,
-        remove: Iterable[str] = (),
+        **more: Any,
     ) -> str:
         """Ask for the real file system to take the mount's place. Returns when that is accepted; see wait().
 
-        ``remove``: names of files on the real one, from its root, that are removed when all have been moved.
-
         ``begin``: "hold" until begin() is called, "release" to begin at once, None: when restore mode is over.
+        ``more``: other keys of the request, as ``spfs.requests.Replace`` has them: bindmounts, freeze_cgroup, strict,
+        missing, timeout, remove.
         """
         answer = self.request(
-            "replace",
-            id=id,
-            source=source,
-            type=fstype,
-            flags=flags,
-            options=options or None,
-            bindmounts=list(bindmounts) or None,
-            freeze_cgroup=freeze_cgroup,
-            mode=begin,
-            strict=strict or None,
-            missing=missing if missing != "leave" else None,
-            timeout=timeout,
-            remove=list(remove) or None,
+            "replace", id=id, source=source, type=fstype, flags=flags, options=options, mode=begin, **more
         )
         return str(answer["replace"])
 

@@ -17,8 +17,8 @@ from typing import Any, Callable, Deque, Dict, List, Optional, Sequence, Tuple
 from spfs import protocol, replies
 from spfs.errors import SpfsError, UsageError, reason
 from spfs.eventloop import EventLoop
-from spfs.protocol import Request
 from spfs.replies import Reply
+from spfs.requests import Request
 from stubfs import wire
 
 log = logging.getLogger(__name__)

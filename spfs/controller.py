@@ -12,7 +12,7 @@ import socket
 import time
 from typing import Any, Callable, Dict, List, Optional, Sequence, Set, Type
 
-from spfs import __version__, protocol, replies
+from spfs import __version__, replies, requests
 from spfs.connection import Answer, Connection
 from spfs.counters import Counters
 from spfs.description import describe, in_short, outcome
@@ -21,9 +21,9 @@ from spfs.eventloop import EventLoop
 from spfs.events import Events
 from spfs.jobs import Context, Outcome
 from spfs.linux.prctl import set_child_subreaper
-from spfs.protocol import Request
 from spfs.registry import Managed, Phase, State
 from spfs.replies import Reply
+from spfs.requests import Request
 from spfs.state import WorkDirectory
 from spfs.supervisor import Supervisor
 from stubfs import wire
@@ -35,6 +35,7 @@ ACCEPT_PAUSE = 0.1  # seconds without accepting when descriptors ran out
 PRELOAD_AFTER = 1.0  # seconds: whoever starts a manager has a first request, which must not wait for this
 UNUSED_AFTER = 30.0  # seconds without mount and client, after which --exit-with-spfs ends one that was never used
 LINGER = 1.0  # seconds from the end of the last mount to ours, with --exit-with-spfs
+LOGGED = 1000  # characters of a request; one to create files may have millions
 DRAIN = 5.0  # seconds for clients to take their last answers
 
 
@@ -53,6 +54,7 @@ class Controller:
         self._work = work
         self._listener = listener
         self._socket_path = socket_path
+        self._socket_made = os.stat(socket_path)
         self._exit_with_spfs = exit_with_spfs
         self._started = time.time()
         self._ending = False
@@ -69,22 +71,22 @@ class Controller:
         self._supervisor = Supervisor(self._loop, work, log_dir, log_options, self._changed, self._events)
         self._registry = self._supervisor.registry
         self._handlers: Dict[Type[Any], Callable[[Any, Answer, Connection], None]] = {
-            protocol.Mount: self._mount,
-            protocol.Mode: self._mode,
-            protocol.Rules: self._rules,
-            protocol.Replace: self._replace,
-            protocol.Begin: self._begin,
-            protocol.Switch: self._switch,
-            protocol.Status: self._status,
-            protocol.Held: self._held,
-            protocol.Wait: self._wait,
-            protocol.Changes: self._changes,
-            protocol.Metrics: self._metrics,
-            protocol.Abort: self._abort,
-            protocol.Unmount: self._unmount,
-            protocol.Create: self._create,
-            protocol.Staging: self._staging,
-            protocol.Shutdown: self._shutdown,
+            requests.Mount: self._mount,
+            requests.Mode: self._mode,
+            requests.Rules: self._rules,
+            requests.Replace: self._replace,
+            requests.Begin: self._begin,
+            requests.Switch: self._switch,
+            requests.Status: self._status,
+            requests.Held: self._held,
+            requests.Wait: self._wait,
+            requests.Changes: self._changes,
+            requests.Metrics: self._metrics,
+            requests.Abort: self._abort,
+            requests.Unmount: self._unmount,
+            requests.Create: self._create,
+            requests.Staging: self._staging,
+            requests.Shutdown: self._shutdown,
         }
 
     def run(self) -> None:
@@ -165,15 +167,16 @@ class Controller:
             self._end()
 
     def _handle(self, connection: Connection, request: Request, answer: Answer) -> None:
-        log.debug("request: %s", _without_options(request))
+        if log.isEnabledFor(logging.DEBUG):
+            log.debug("request: %.*s", LOGGED, _without_options(request))
         self._handlers[type(request)](request, answer, connection)
 
     # Requests. Each answers once, now or later; SpfsError raised here becomes the answer.
 
-    def _mount(self, request: protocol.Mount, answer: Answer, connection: Connection) -> None:
+    def _mount(self, request: requests.Mount, answer: Answer, connection: Connection) -> None:
         self._supervisor.mount(request, _answering(answer))
 
-    def _mode(self, request: protocol.Mode, answer: Answer, connection: Connection) -> None:
+    def _mode(self, request: requests.Mode, answer: Answer, connection: Connection) -> None:
         self._supervisor.change_mode(self._mounted(request.id), request, _answering(answer))
 
     def _mounted(self, id: Optional[str]) -> List[Managed]:
@@ -181,7 +184,7 @@ class Controller:
             return [self._registry.get(id)]
         return [managed for managed in self._registry if managed.state is State.MOUNTED]
 
-    def _rules(self, request: protocol.Rules, answer: Answer, connection: Connection) -> None:
+    def _rules(self, request: requests.Rules, answer: Answer, connection: Connection) -> None:
         chosen = self._mounted(request.id)
         if request.rules is not None:
             return self._supervisor.set_rules(chosen, request.rules, _answering(answer))
@@ -197,21 +200,21 @@ class Controller:
             chosen, "rules", add, lambda: answer(Reply(0, {"mounts": found, "not_answering": silent}), ())
         )
 
-    def _replace(self, request: protocol.Replace, answer: Answer, connection: Connection) -> None:
+    def _replace(self, request: requests.Replace, answer: Answer, connection: Connection) -> None:
         managed = self._supervisor.ask_replace(request)
         answer(Reply(0, {"id": managed.id, "replace": _phase(managed)}), ())
 
-    def _begin(self, request: protocol.Begin, answer: Answer, connection: Connection) -> None:
+    def _begin(self, request: requests.Begin, answer: Answer, connection: Connection) -> None:
         chosen = self._supervisor.begin(request.id, request.mode)
         answer(Reply(0, {"mounts": [managed.id for managed in chosen]}), ())
 
-    def _switch(self, request: protocol.Switch, answer: Answer, connection: Connection) -> None:
+    def _switch(self, request: requests.Switch, answer: Answer, connection: Connection) -> None:
         self._supervisor.switch(request, _answering(answer))
 
-    def _abort(self, request: protocol.Abort, answer: Answer, connection: Connection) -> None:
+    def _abort(self, request: requests.Abort, answer: Answer, connection: Connection) -> None:
         self._supervisor.abort(request.id, _answering(answer))
 
-    def _unmount(self, request: protocol.Unmount, answer: Answer, connection: Connection) -> None:
+    def _unmount(self, request: requests.Unmount, answer: Answer, connection: Connection) -> None:
         if request.id is not None:
             return self._supervisor.unmount(self._registry.get(request.id), request.force, _answering(answer))
         self._unmount_all(request.force, _answering(answer))
@@ -236,7 +239,7 @@ class Controller:
         if not chosen:
             done(None, {"mounts": []})
 
-    def _status(self, request: protocol.Status, answer: Answer, connection: Connection) -> None:
+    def _status(self, request: requests.Status, answer: Answer, connection: Connection) -> None:
         if request.id is not None:
             latest = self._registry.last(request.id)
             chosen = [latest] if latest.live else []
@@ -275,7 +278,7 @@ class Controller:
             "changes": self._events.number,
         }
 
-    def _held(self, request: protocol.Held, answer: Answer, connection: Connection) -> None:
+    def _held(self, request: requests.Held, answer: Answer, connection: Connection) -> None:
         chosen = self._registry.select(request.id)
         held: List[Dict[str, Any]] = []
         silent: List[str] = []
@@ -311,7 +314,7 @@ class Controller:
             if managed.number in waiting:
                 self._supervisor.ask(managed, {"command": command}, functools.partial(one_done, managed))
 
-    def _staging(self, request: protocol.Staging, answer: Answer, connection: Connection) -> None:
+    def _staging(self, request: requests.Staging, answer: Answer, connection: Connection) -> None:
         managed = self._registry.usable(request.id)
 
         def done(reply: Reply, fds: wire.Descriptors) -> None:
@@ -327,7 +330,7 @@ class Controller:
 
         self._supervisor.ask(managed, {"command": "staging"}, done)
 
-    def _create(self, request: protocol.Create, answer: Answer, connection: Connection) -> None:
+    def _create(self, request: requests.Create, answer: Answer, connection: Connection) -> None:
         managed = self._registry.usable(request.id)
         control = managed.control
 
@@ -346,7 +349,7 @@ class Controller:
 
         self._supervisor.start_job("creation of files", work, ended)
 
-    def _wait(self, request: protocol.Wait, answer: Answer, connection: Connection) -> None:
+    def _wait(self, request: requests.Wait, answer: Answer, connection: Connection) -> None:
         managed = self._registry.last(request.id)
 
         def finish(reply: Reply) -> None:
@@ -376,7 +379,7 @@ class Controller:
         connection.on_gone = stop
         self._waiting.add(finish)
 
-    def _changes(self, request: protocol.Changes, answer: Answer, connection: Connection) -> None:
+    def _changes(self, request: requests.Changes, answer: Answer, connection: Connection) -> None:
         def finish(reply: Optional[Reply] = None) -> None:
             stop()
             answer(reply or Reply(0, {"changes": self._events.number}), ())
@@ -394,7 +397,7 @@ class Controller:
         connection.on_gone = stop
         self._waiting.add(finish)
 
-    def _metrics(self, request: protocol.Metrics, answer: Answer, connection: Connection) -> None:
+    def _metrics(self, request: requests.Metrics, answer: Answer, connection: Connection) -> None:
         chosen = list(self._registry)
         held: Dict[int, int] = {}
 
@@ -408,7 +411,7 @@ class Controller:
 
         self._ask_all(chosen, "status", add, finish)
 
-    def _shutdown(self, request: protocol.Shutdown, answer: Answer, connection: Connection) -> None:
+    def _shutdown(self, request: requests.Shutdown, answer: Answer, connection: Connection) -> None:
         there = [managed.id for managed in self._registry]
         if there and not request.unmount and not request.force:
             raise SpfsError(
@@ -448,10 +451,7 @@ class Controller:
         if self._listener.fileno() >= 0:
             self._loop.unwatch(self._listener.fileno())
             # First the name, so that nobody can connect to what will never be accepted.
-            try:
-                os.unlink(self._socket_path)
-            except FileNotFoundError:
-                pass
+            wire.remove(self._socket_path, self._socket_made)
             self._listener.close()
 
     def _stop_waiting_for_clients(self) -> None:

@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Dict, List, Optional, Tuple
 
-from spfs import fsprocess, protocol
+from spfs import fsprocess, requests
 from spfs.errors import SpfsError, reason
 from spfs.jobs import Context
 from spfs.processes import has_ended, is_frozen, open_process, start_time
@@ -31,35 +31,27 @@ LAST_USE_TIMEOUT = 0.5  # seconds for one to notice that nobody uses its mount a
 
 @dataclass(frozen=True)
 class Settings:
-    """What the mount job needs to know. ``log``: file that the process's log and error output go to; ``record``: the
-    one into which it writes who waited."""
+    """What else than the request the mount job needs to know. ``log``: file that the process's log and error output go
+    to; ``record``: the one into which it writes who waited."""
 
-    id: str
-    mode: str
-    mountpoint: str
     control: str
     log: str
     record: Optional[str] = None
-    ns_pid: Optional[int] = None
-    ns_list: Optional[Tuple[str, ...]] = None
-    root: Optional[str] = None
-    proxy_dir: Optional[str] = None
-    options: str = ""
     log_options: Tuple[str, ...] = ()
 
 
-def mount(context: Context, settings: Settings) -> None:
+def mount(context: Context, request: requests.Mount, settings: Settings) -> None:
     """Make the mount, start the process that serves it, attach it in the target. Delivers pid, start_time, device,
     source, identity and the pinned target (``pack_target``)."""
     with ExitStack() as undo:
-        target = Target.pin(settings.ns_pid, settings.ns_list, settings.root)
+        target = Target.pin(request.ns_pid, request.ns_list, request.root)
         undo.callback(target.close)
-        source = _unique_source(settings.id)
-        options = parse_options(settings.options)
+        source = _unique_source(request.id)
+        options = parse_options(request.options)
         device_fd, mount_fd = fuse_mount(options.subtype, source, options.attributes, extra=options.extra)
         undo.callback(os.close, mount_fd)
         try:
-            pid, ready = _start(settings, device_fd)
+            pid, ready = _start(request, settings, device_fd)
         finally:
             os.close(device_fd)
         try:
@@ -68,7 +60,7 @@ def mount(context: Context, settings: Settings) -> None:
             undo.callback(fsprocess.end, pid, pidfd)
             from spfs import mounts
 
-            fsprocess.wait_ready(settings.id, pidfd, ready, settings.log)
+            fsprocess.wait_ready(request.id, pidfd, ready, settings.log)
         finally:
             os.close(ready)
         device = os.fstat(mount_fd).st_dev
@@ -76,7 +68,7 @@ def mount(context: Context, settings: Settings) -> None:
         made = {"pid": pid, "start_time": started, "device": device, "source": source}
         context.progress("started", {**made, "identity": target.identity()})
         undo.callback(_detach, device, source, target)  # before: a cancel may come when it has just been attached
-        mounts.attach(mount_fd, target, settings.mountpoint)
+        mounts.attach(mount_fd, target, request.mountpoint)
         packed, fds = pack_target(target)
         context.deliver({**made, "target": packed}, fds)
         undo.pop_all()  # the rest is closed by the end of this process
@@ -88,15 +80,15 @@ def _unique_source(id: str) -> str:
     return os.fsdecode(b"spfs:%b:%b" % (os.fsencode(id)[:200], secrets.token_hex(4).encode()))
 
 
-def _start(settings: Settings, device_fd: int) -> Tuple[int, int]:
+def _start(request: requests.Mount, settings: Settings, device_fd: int) -> Tuple[int, int]:
     """Start the process that serves the open device; its pid, and the pipe on which it tells that it is ready."""
-    arguments = [f"/dev/fd/{device_fd}", "-f", "--mode", settings.mode, "--socket-path", settings.control]
+    arguments = [f"/dev/fd/{device_fd}", "-f", "--mode", request.mode, "--socket-path", settings.control]
     if settings.record is not None:
         arguments += ["--record", settings.record]
-    if settings.proxy_dir is not None:
-        arguments += ["--proxy-dir", settings.proxy_dir]
-    if settings.options:
-        arguments += ["-o", settings.options]
+    if request.proxy_dir is not None:
+        arguments += ["--proxy-dir", request.proxy_dir]
+    if request.options:
+        arguments += ["-o", request.options]
     return fsprocess.start([*arguments, *settings.log_options], device_fd, settings.log)
 
 
@@ -194,7 +186,7 @@ def look_after_end(context: Context, managed: Managed, target: Target) -> None:
     context.deliver({"instances": found, "by_real": by_real})
 
 
-def _is_on_path(path: str, wanted: protocol.Replace, target: Target) -> bool:
+def _is_on_path(path: str, wanted: requests.Replace, target: Target) -> bool:
     from spfs import mounts
     from spfs.linux import statx
     from spfs.linux.mountapi import MS

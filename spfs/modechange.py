@@ -8,7 +8,7 @@ import logging
 import os
 from typing import Any, Callable, Dict, List, Optional, Sequence
 
-from spfs import protocol
+from spfs import requests
 from spfs.connection import Call
 from spfs.errors import SpfsError
 from spfs.jobs import Context, Outcome
@@ -26,7 +26,7 @@ MODE_TIMEOUT = 60.0  # seconds; leaving restore mode writes back the dirty pages
 
 
 class ModeChanges(Replaces):
-    def change_mode(self, chosen: List[Managed], request: protocol.Mode, done: Done) -> None:
+    def change_mode(self, chosen: List[Managed], request: requests.Mode, done: Done) -> None:
         """``done`` when the change is in force everywhere."""
         for managed in chosen:
             self.registry.check_mode_change(managed)

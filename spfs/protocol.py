@@ -1,17 +1,18 @@
-"""The requests that the manager's socket takes, as text and as JSON; no I/O.
+"""How the requests that the manager's socket takes are read, as text and as JSON; no I/O.
 
 Text (``COMMAND;key=value;...``) is what existing clients send and stays as it is, quirks included. JSON has the same
-keys, values of any content, and more commands. Both become the same frozen dataclasses.
+keys, values of any content, and more commands. Both become the dataclasses of ``spfs.requests``.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from dataclasses import MISSING, dataclass, fields
-from typing import Any, Callable, Dict, List, Mapping, Optional, Tuple, Type, Union
+from dataclasses import MISSING, fields
+from typing import Any, Callable, Dict, List, Mapping, Optional, Tuple, Type
 
 from spfs.errors import UsageError
+from spfs.requests import COMMANDS, Abort, Begin, Mode, Mount, Replace, Request, Rules, Switch, Unmount
 from stubfs.errors import StubfsError
 from stubfs.rules import Rule, errno_number, pids_tuple
 
@@ -22,161 +23,12 @@ MAX_ID = 128  # characters
 NULL = "(null)"  # what printf("%s") of C clients sends for a value that they do not have
 
 
-@dataclass(frozen=True)
-class Mount:
-    id: str
-    mode: str
-    mountpoint: str
-    proxy_dir: Optional[str] = None
-    ns_pid: Optional[int] = None
-    ns_list: Optional[Tuple[str, ...]] = None
-    root: Optional[str] = None
-    ns_mountpoint: Optional[str] = None
-    options: str = ""
-
-
-@dataclass(frozen=True)
-class Mode:
-    """``id`` None: of all file systems. ``timeout``, ``errno``, ``exempt``: options of stub mode."""
-
-    mode: str
-    id: Optional[str] = None
-    proxy_dir: Optional[str] = None
-    ns_pid: Optional[int] = None
-    timeout: Optional[float] = None
-    errno: Optional[int] = None
-    exempt: Tuple[int, ...] = ()
-
-
-@dataclass(frozen=True)
-class Rules:
-    """``rules``: as objects, see ``stubfs.rules``; None asks for those that are in force. ``id`` None: all of them."""
-
-    id: Optional[str] = None
-    rules: Optional[Tuple[Rule, ...]] = None
-
-
-@dataclass(frozen=True)
-class Replace:
-    """``mode``: hold, release, or None for clients that never say when."""
-
-    id: str
-    source: str
-    type: str
-    flags: int
-    bindmounts: Tuple[str, ...] = ()
-    freeze_cgroup: Optional[str] = None
-    mode: Optional[str] = None
-    options: str = ""
-    strict: bool = False
-    missing: str = "leave"
-    timeout: Optional[float] = None
-    remove: Tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Begin:
-    """``replace`` without a source: hold or let go what was asked before; ``id`` None: all of it."""
-
-    mode: str
-    id: Optional[str] = None
-
-
-@dataclass(frozen=True)
-class Switch:
-    target: str
-    freeze_cgroup: Optional[str] = None
-    source: Optional[str] = None
-    device: Optional[int] = None
-    ns_pid: Optional[int] = None
-
-
-@dataclass(frozen=True)
-class Status:
-    id: Optional[str] = None
-
-
-@dataclass(frozen=True)
-class Held:
-    id: Optional[str] = None
-
-
-@dataclass(frozen=True)
-class Wait:
-    """``timeout`` in seconds; None: as long as it takes."""
-
-    id: str
-    timeout: Optional[float] = None
-
-
-@dataclass(frozen=True)
-class Changes:
-    """Wait until the manager's count of events is not ``since`` any more, ``timeout`` seconds at most."""
-
-    since: int
-    timeout: Optional[float] = None
-
-
-@dataclass(frozen=True)
-class Metrics:
-    pass
-
-
-@dataclass(frozen=True)
-class Abort:
-    id: Optional[str] = None
-
-
-@dataclass(frozen=True)
-class Unmount:
-    id: Optional[str] = None
-    force: bool = False
-
-
-@dataclass(frozen=True)
-class Create:
-    """``files``: mappings with path, mode and perhaps size or target, as ``spfs.restore.FileSpec`` takes them."""
-
-    id: str
-    files: Tuple[Dict[str, Any], ...]
-
-
-@dataclass(frozen=True)
-class Staging:
-    id: str
-
-
-@dataclass(frozen=True)
-class Shutdown:
-    unmount: bool = False
-    force: bool = False
-
-
-Request = Union[
-    Mount, Mode, Rules, Replace, Begin, Switch, Status, Held, Wait, Changes, Metrics, Abort, Unmount, Create, Staging,
-    Shutdown,
-]  # fmt: skip
-COMMANDS: Dict[str, Type[Any]] = {
-    "mount": Mount,
-    "mode": Mode,
-    "rules": Rules,
-    "replace": Replace,
-    "switch": Switch,
-    "status": Status,
-    "held": Held,
-    "wait": Wait,
-    "changes": Changes,
-    "metrics": Metrics,
-    "abort": Abort,
-    "unmount": Unmount,
-    "create": Create,
-    "staging": Staging,
-    "shutdown": Shutdown,
-}
+# What existing clients know; all that has come since is for JSON alone.
 TEXT_COMMANDS = ("mount", "mode", "replace", "switch")
-JSON_ONLY_KEYS = ("strict", "timeout", "errno", "exempt", "missing", "options", "remove")
-# options: the second string of a text request
-OPTIONS_FOR = (Mount, Replace)
+TEXT_KEYS = (
+    "id", "mode", "mountpoint", "proxy_dir", "ns_pid", "ns_list", "root", "ns_mountpoint",
+    "source", "type", "flags", "bindmounts", "freeze_cgroup", "target", "device",
+)  # fmt: skip
 ALL_FOR = (Mode, Rules, Begin, Abort, Unmount)
 """Commands that take ``all`` in place of an id; their ``id`` is then None."""
 
@@ -207,7 +59,7 @@ def _parse_text(packet: bytes) -> Request:
             key, value = "all", "all"
         elif not equals:
             raise BadRequest(f"cannot read the {command} request: {_shorten(item)} is not key=value")
-        elif key in JSON_ONLY_KEYS or key == "all":
+        elif key not in TEXT_KEYS:
             raise BadRequest(f"cannot read the {command} request: unknown key {_shorten(key)}")
         if key in values:
             raise BadRequest(f"cannot read the {command} request: key {_shorten(key)} is given twice")

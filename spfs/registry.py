@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional
 
-from spfs import protocol
+from spfs import requests
 from spfs.errors import SpfsError
 
 MAX_ATTEMPTS = 20  # attempts of the real mount that are remembered, the latest ones
@@ -45,7 +45,7 @@ ENDED = (Phase.DONE, Phase.FAILED, Phase.ABORTED)
 class Replacement:
     """A replace that was asked for, and how far it is. Times: seconds since the epoch."""
 
-    request: protocol.Replace
+    request: requests.Replace
     phase: Phase
     stage: str = ""
     since: float = 0.0
@@ -109,9 +109,8 @@ class Managed:
         if values["replacement"] is not None:
             inner = dict(values["replacement"])
             request = dict(inner["request"])
-            request["bindmounts"] = tuple(request["bindmounts"])
-            request["remove"] = tuple(request.get("remove", ()))
-            inner["request"] = protocol.Replace(**request)
+            lists = {key: tuple(value) for key, value in request.items() if isinstance(value, list)}
+            inner["request"] = requests.Replace(**{**request, **lists})
             inner["phase"] = Phase(inner["phase"])
             values["replacement"] = Replacement(**inner)
         return cls(**values)
@@ -168,7 +167,7 @@ class Registry:
         check_usable(managed)
         return managed
 
-    def add(self, request: protocol.Mount) -> Managed:
+    def add(self, request: requests.Mount) -> Managed:
         if request.id in self._live:
             held = self._live[request.id]
             raise SpfsError(
@@ -228,7 +227,7 @@ class Registry:
         self._tell(managed, "gone", {"why": why}, None)
         return self.finished.pop(0) if len(self.finished) > MAX_FINISHED else None
 
-    def ask_replace(self, request: protocol.Replace) -> Managed:
+    def ask_replace(self, request: requests.Replace) -> Managed:
         """A replace was asked for; see ready_to_replace for whether to start it."""
         managed = self.usable(request.id)
         old = managed.replacement

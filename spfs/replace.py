@@ -24,6 +24,7 @@ from spfs.mountswitch import PreparedSwitch, SwitchOutcome, prepare_switch
 from spfs.processes import has_ended
 from spfs.realmount import Attempt, Retry, RetryPolicy, not_yet
 from spfs.references import MountRoot, Remains
+from spfs.requests import Replace
 from spfs.surgery.census import users_of
 from spfs.switch import Refused, Switch, SwitchReport
 from spfs.target import Target
@@ -44,30 +45,6 @@ DONE_BEFORE = "an earlier replace had done it, and was killed before it could sa
 
 
 @dataclass(frozen=True)
-class ReplaceRequest:
-    """What to mount in the file system's place: ``source``, ``fstype``, ``flags``, ``options`` as in mount(2).
-
-    ``wait_for_tracers``: begin when no process of the cgroup is traced any more, as a restorer does until it is done.
-    ``missing``: files of restore mode that the real file system lacks are left, or carried over ("carry").
-    ``helper_directory``: see ``realmount.make``.
-    ``remove``: names on the real file system that only served those who have been moved; kept if anything is left.
-    """
-
-    source: str
-    fstype: str
-    flags: int = 0
-    options: str = ""
-    bindmounts: Tuple[str, ...] = ()
-    freeze_cgroup: Optional[str] = None
-    strict: bool = False
-    missing: str = "leave"
-    timeout: Optional[float] = None  # seconds to go on trying the real mount; None: until it is there
-    wait_for_tracers: bool = False
-    helper_directory: Optional[str] = None
-    remove: Tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
 class MountedFilesystem:
     """A file system process and where its mount is. ``device`` is its st_dev; the target stays the caller's.
 
@@ -83,8 +60,18 @@ class MountedFilesystem:
     source: str = ""
 
 
-def replace(request: ReplaceRequest, filesystem: MountedFilesystem, progress: Progress) -> Dict[str, object]:
+def replace(
+    request: Replace,
+    filesystem: MountedFilesystem,
+    progress: Progress,
+    *,
+    wait_for_tracers: bool = False,
+    helper_directory: Optional[str] = None,
+) -> Dict[str, object]:
     """Replace the file system's mount by the real one and move the processes; the report.
+
+    ``wait_for_tracers``: begin when no process of the cgroup is traced any more, as a restorer does until it is done.
+    ``helper_directory``: see ``realmount.make``.
 
     SpfsError on failure. Up to the progress "proxy" nothing has then been changed: the file system still is in the
     mode it was in. After it the processes go on through the file system, and the replace can be asked for again.
@@ -94,9 +81,9 @@ def replace(request: ReplaceRequest, filesystem: MountedFilesystem, progress: Pr
         freezer = stack.enter_context(open_freezer(request.freeze_cgroup, protect))
         ended = _Ended(filesystem)
         stack.callback(ended.close)
-        if request.wait_for_tracers:
+        if wait_for_tracers:
             _wait_for_tracers(freezer, progress)
-        real_fd = _real_mount(request, filesystem.target, progress)
+        real_fd = _real_mount(request, filesystem.target, helper_directory, progress)
         stack.callback(os.close, real_fd)
         progress("mounted", {})
         try:
@@ -134,7 +121,7 @@ class _Step:
 
     def __init__(
         self,
-        request: ReplaceRequest,
+        request: Replace,
         filesystem: MountedFilesystem,
         freezer: Freezer,
         client: FilesystemClient,
@@ -439,7 +426,7 @@ def _tracer(pid: int) -> int:
         return 0
 
 
-def _real_mount(request: ReplaceRequest, target: Target, progress: Progress) -> int:
+def _real_mount(request: Replace, target: Target, helper_directory: Optional[str], progress: Progress) -> int:
     """The detached real mount's fd, the caller's; tried until it is there."""
 
     def report(failed: Attempt) -> None:
@@ -449,18 +436,18 @@ def _real_mount(request: ReplaceRequest, target: Target, progress: Progress) -> 
     def attempt(timeout: Optional[float]) -> int:
         return realmount.make(
             request.source,
-            request.fstype,
+            request.type,
             request.flags,
             request.options,
             target,
             timeout,
-            helper_directory=request.helper_directory,
+            helper_directory=helper_directory,
         )
 
     # A directory that is to be bound there can be late, too: it is not there yet, as a server that does not answer yet.
     bind = request.flags & MS.BIND
-    policy = RetryPolicy(not_yet=frozenset([errno.ENOENT]) if bind else not_yet(request.fstype))
-    what = f"{request.source} ({request.fstype})"
+    policy = RetryPolicy(not_yet=frozenset([errno.ENOENT]) if bind else not_yet(request.type))
+    what = f"{request.source} ({request.type})"
     real_fd = Retry(policy, timeout=request.timeout, report=report).run(attempt, what)
     if not stat.S_ISDIR(os.fstat(real_fd).st_mode):
         os.close(real_fd)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import functools
 import logging
 import os
 from typing import Any, Dict, List, Optional, Set
 
-from spfs import jobs, protocol
+from spfs import jobs, requests
 from spfs.errors import SpfsError
 from spfs.jobs import Context, Outcome
 from spfs.mountwork import Done, MountWork
@@ -20,7 +21,7 @@ log = logging.getLogger(__name__)
 
 
 class Replaces(MountWork):
-    def ask_replace(self, request: protocol.Replace) -> Managed:
+    def ask_replace(self, request: requests.Replace) -> Managed:
         former = self.registry.usable(request.id).replacement
         managed = self.registry.ask_replace(request)
         try:
@@ -61,20 +62,7 @@ class Replaces(MountWork):
 
             context.progress("begun", {"frozen_before": is_frozen(request.freeze_cgroup)})
             report = step.replace(
-                step.ReplaceRequest(
-                    source=request.source,
-                    fstype=request.type,
-                    flags=request.flags,
-                    options=request.options,
-                    bindmounts=request.bindmounts,
-                    freeze_cgroup=request.freeze_cgroup,
-                    strict=request.strict,
-                    missing=request.missing,
-                    timeout=request.timeout,
-                    wait_for_tracers=not wanted.released,
-                    helper_directory=self._work.file(helper_directory(managed)),
-                    remove=request.remove,
-                ),
+                request,
                 step.MountedFilesystem(
                     id=managed.id,
                     control=managed.control,
@@ -85,6 +73,8 @@ class Replaces(MountWork):
                     target=target,
                 ),
                 context.progress,
+                wait_for_tracers=not wanted.released,
+                helper_directory=self._work.file(helper_directory(managed)),
             )
             context.deliver(report)
 
@@ -149,7 +139,7 @@ class Replaces(MountWork):
         except SpfsError as error:
             log.error("cannot let go %s: %s", cgroup, error)
 
-    def switch(self, request: protocol.Switch, done: Done) -> None:
+    def switch(self, request: requests.Switch, done: Done) -> None:
         begun: Dict[str, Any] = {}
 
         def work(context: Context) -> None:
@@ -157,9 +147,7 @@ class Replaces(MountWork):
 
             # Not by the manager itself: who names a cgroup may name any path, also one on a file system that hangs.
             context.progress("begun", {"frozen_before": is_frozen(request.freeze_cgroup)})
-            step_request = step.SwitchRequest(
-                request.target, request.freeze_cgroup, request.source, request.device, request.ns_pid
-            )
+            step_request = step.SwitchRequest(**dataclasses.asdict(request))
             context.deliver(step.switch(step_request, context.progress, (os.getppid(),)))
 
         def progress(stage: str, details: Dict[str, Any], when: float) -> None:

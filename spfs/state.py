@@ -25,7 +25,7 @@ _LOG = re.compile(r"(spfs-manager|stubfs-\d+)\.log")
 def write_atomically(path: str, data: bytes, mode: int = 0o600) -> None:
     """Whoever reads ``path`` sees the old contents or the new, also after a crash. ``mode``: whatever the umask is."""
     temporary = f"{path}.new"
-    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     try:
         try:
             os.fchmod(fd, mode)

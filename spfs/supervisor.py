@@ -13,7 +13,7 @@ import os
 import time
 from typing import Any, Callable, Dict, Optional
 
-from spfs import jobs, protocol
+from spfs import jobs, requests
 from spfs.errors import SpfsError, reason
 from spfs.events import introduction
 from spfs.jobs import Context, Outcome
@@ -38,7 +38,7 @@ _WATCH_AGAIN = 1.0  # seconds
 class Supervisor(ModeChanges):
     """All work on mounts, as the controller asks for it."""
 
-    def mount(self, request: protocol.Mount, done: Done) -> None:
+    def mount(self, request: requests.Mount, done: Done) -> None:
         managed = self.registry.add(request)
         try:
             self._refuse_second_mount(request)
@@ -54,23 +54,8 @@ class Supervisor(ModeChanges):
         def work(context: Context) -> None:
             from spfs import filesystem
 
-            filesystem.mount(
-                context,
-                filesystem.Settings(
-                    id=request.id,
-                    mode=request.mode,
-                    mountpoint=request.mountpoint,
-                    control=managed.control,
-                    log=log_file,
-                    record=managed.record,
-                    ns_pid=request.ns_pid,
-                    ns_list=request.ns_list,
-                    root=request.root,
-                    proxy_dir=request.proxy_dir,
-                    options=request.options,
-                    log_options=self._log_options,
-                ),
-            )
+            settings = filesystem.Settings(managed.control, log_file, managed.record, self._log_options)
+            filesystem.mount(context, request, settings)
 
         def progress(stage: str, details: Dict[str, Any], when: float) -> None:
             # Saved before the mount is attached: a manager started later can then undo what was half done.
@@ -107,7 +92,7 @@ class Supervisor(ModeChanges):
             self._drop(managed)
             raise
 
-    def _refuse_second_mount(self, request: protocol.Mount) -> None:
+    def _refuse_second_mount(self, request: requests.Mount) -> None:
         try:
             namespace = os.stat(f"/proc/{request.ns_pid or 'self'}/ns/mnt").st_ino
         except OSError:

@@ -269,7 +269,7 @@ def _wait(fd: int, client: socket.socket, limit: Optional[float]) -> None:
     """Until ``fd`` can be read, the client has hung up, or ``limit`` seconds are over."""
     poll = select.poll()
     poll.register(fd, select.POLLIN)
-    poll.register(client, select.POLLRDHUP)
+    poll.register(client, 0)  # a hang-up is always told; who only sends no more still waits for the answer
     deadline = None if limit is None else time.monotonic() + limit
     while True:
         # poll(2) takes an int of milliseconds.

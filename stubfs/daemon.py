@@ -127,7 +127,7 @@ class Daemon:
         sock = _listen(socket_path) if socket_path is not None else None
         if sock is not None:
             self._cleanups.append(sock.close)
-            self._cleanups.append(partial(_remove, str(socket_path), os.stat(str(socket_path))))
+            self._cleanups.append(partial(wire.remove, str(socket_path), os.stat(str(socket_path))))
         device = fusemount.device_fd_of(mountpoint)
         if device is None:
             own = OwnMount(mountpoint, options)
@@ -257,12 +257,3 @@ def _listen(path: str) -> socket.socket:
         raise UsageError(
             f"cannot listen on {path}: {reason(error)}", hint.get(error.errno or 0, ""), error.errno or errno.EIO
         ) from error
-
-
-def _remove(path: str, made: os.stat_result) -> None:
-    """Remove the socket's file if it still is the one that was ``made``."""
-    try:
-        if os.path.samestat(os.stat(path), made):
-            os.unlink(path)
-    except FileNotFoundError:
-        pass

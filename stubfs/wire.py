@@ -82,6 +82,15 @@ def listen(path: str) -> socket.socket:
     return sock
 
 
+def remove(path: str, made: os.stat_result) -> None:
+    """Remove the socket's file if it still is the one that was ``made``: who found it gone may have bound another."""
+    try:
+        if os.path.samestat(os.lstat(path), made):
+            os.unlink(path)
+    except FileNotFoundError:
+        pass
+
+
 def connect(path: str, timeout: Optional[float] = None) -> socket.socket:
     """A socket connected to the listener at ``path``; ``timeout`` in seconds is kept for later calls.
 

@@ -113,19 +113,23 @@ def parser() -> argparse.ArgumentParser:
     replace.add_argument("--type", metavar="FSTYPE", help="its type, e.g. nfs4")
     replace.add_argument("--options", metavar="OPTIONS", default="", help="its mount options")
     replace.add_argument("--flags", type=int, default=0, help="mount(2) flags as a number (default: 0)")
-    replace.add_argument(
-        "--bind", action="append", default=[], metavar="DIR", help="a bind mount of it; may be repeated"
-    )
-    replace.add_argument("--freeze", metavar="CGROUP", help="freezer cgroup of the processes, v1 or v2")
+    # Those whose destination is the request's key, and passed on as it is.
+    more = [
+        replace.add_argument("--bind", dest="bindmounts", action="append", default=[], metavar="DIR",
+                             help="a bind mount of it; may be repeated"),
+        replace.add_argument("--freeze", dest="freeze_cgroup", metavar="CGROUP",
+                             help="freezer cgroup of the processes, v1 or v2"),
+        replace.add_argument("--strict", action="store_true", help="change nothing if anything could not be moved"),
+        replace.add_argument("--missing", choices=("leave", "carry"), default="leave",
+                             help="what was made in restore mode and the real side lacks is left behind or copied "
+                             "there (default: leave)"),
+        replace.add_argument("--timeout", type=float, metavar="SECONDS",
+                             help="try to mount for so long (default: ever)"),
+    ]  # fmt: skip
+    replace.set_defaults(keys=[action.dest for action in more])
     when = replace.add_mutually_exclusive_group()
     when.add_argument("--hold", action="store_const", const="hold", dest="begin", help="not before --release")
     when.add_argument("--release", action="store_const", const="release", dest="begin", help="begin at once")
-    replace.add_argument("--strict", action="store_true", help="change nothing if anything could not be moved")
-    replace.add_argument(
-        "--missing", choices=("leave", "carry"), default="leave",
-        help="what was made in restore mode and the real side lacks is left behind or copied there (default: leave)",
-    )  # fmt: skip
-    replace.add_argument("--timeout", type=float, metavar="SECONDS", help="try to mount for so long (default: ever)")
     replace.add_argument("--wait", action="store_true", help="return when it is done, with its report")
 
     wait = add("wait", _wait, "wait until the replace or mode change of a mount has ended, and show its report")
@@ -270,12 +274,8 @@ def _replace(options: argparse.Namespace, client: ManagerClient) -> None:
             options.type,
             options.flags,
             options.options,
-            bindmounts=options.bind,
-            freeze_cgroup=options.freeze,
             begin=options.begin,
-            strict=options.strict,
-            missing=options.missing,
-            timeout=options.timeout,
+            **{key: getattr(options, key) for key in options.keys},
         )
         if not options.wait:
             _print(options, {"id": id, "replace": phase})

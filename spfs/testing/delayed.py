@@ -372,7 +372,7 @@ class DelayedMount:
         report = replacing.replace(
             control=self.socket_path, pid=status.pid, mountpoint=str(self.path), strict=strict, timeout=timeout,
             source=os.path.abspath(directory) if directory is not None else source or "",
-            fstype="none" if directory is not None else type or "", options=options,
+            type="none" if directory is not None else type or "", options=options,
             flags=replacing.BIND if directory is not None else flags,
         )  # fmt: skip
         self._mode, self._real = "replaced", os.path.abspath(directory) if directory is not None else source

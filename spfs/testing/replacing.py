@@ -6,8 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import asdict, dataclass
-from typing import Any, Dict, Optional
+from typing import Any, Dict
 
 import spfs
 from spfs.errors import SpfsError
@@ -15,34 +14,23 @@ from spfs.errors import SpfsError
 BIND = 4096  # MS_BIND, mount(2)
 
 
-@dataclass(frozen=True)
-class Order:
-    """``control``, ``pid``, ``mountpoint``: of the file system that is replaced. The rest as in ReplaceRequest."""
+def replace(control: str, pid: int, mountpoint: str, **request: Any) -> Dict[str, Any]:
+    """The report of the replace. SpfsError if it failed.
 
-    control: str
-    pid: int
-    mountpoint: str
-    source: str
-    fstype: str
-    options: str = ""
-    flags: int = 0
-    strict: bool = False
-    timeout: Optional[float] = None
-
-
-def replace(**order: Any) -> Dict[str, Any]:
-    """The report of the replace. SpfsError if it failed."""
+    ``control``, ``pid``, ``mountpoint``: of the file system that is replaced; ``request`` as in ``requests.Replace``.
+    """
+    order = [control, pid, mountpoint, request]
     package = os.path.dirname(os.path.dirname(os.path.abspath(spfs.__file__)))
     path = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
     done = subprocess.run(
-        [sys.executable, "-m", "spfs.testing.replacing"], input=json.dumps(asdict(Order(**order))),
+        [sys.executable, "-m", "spfs.testing.replacing"], input=json.dumps(order),
         capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path},
     )  # fmt: skip
     try:
         answer: Dict[str, Any] = json.loads(done.stdout)
     except ValueError as error:
         said = done.stderr.strip().splitlines()
-        raise SpfsError(f"cannot replace {order['mountpoint']}: {said[-1] if said else done.returncode}") from error
+        raise SpfsError(f"cannot replace {mountpoint}: {said[-1] if said else done.returncode}") from error
     if "error" in answer:
         raise SpfsError(*answer["error"])
     report: Dict[str, Any] = answer["report"]
@@ -53,10 +41,10 @@ def main() -> None:
     from spfs import jobs
     from spfs.jobs import Context
 
-    order = Order(**json.load(sys.stdin))
+    control, pid, mountpoint, request = json.load(sys.stdin)
 
     def work(context: Context) -> None:
-        context.deliver(_replace(order))
+        context.deliver(_replace(control, pid, mountpoint, request))
 
     # In a child: the step touches neither its parent nor the file system, and whoever asked is our parent.
     job = jobs.start("replace", work)
@@ -70,22 +58,21 @@ def main() -> None:
         print(json.dumps({"report": outcome.value}))
 
 
-def _replace(order: Order) -> Dict[str, Any]:
+def _replace(control: str, pid: int, mountpoint: str, request: Dict[str, Any]) -> Dict[str, Any]:
     from spfs import replace as step
     from spfs.jobs import ignore_progress
+    from spfs.requests import Replace
     from spfs.target import Target
     from stubfs.syscalls import device_without_sync
 
     target = Target.pin()
     try:
         filesystem = step.MountedFilesystem(
-            order.mountpoint, order.control, order.pid, device_without_sync(os.fsencode(order.mountpoint)),
-            order.mountpoint, target, os.path.dirname(order.control),
+            mountpoint, control, pid, device_without_sync(os.fsencode(mountpoint)), mountpoint, target,
+            os.path.dirname(control),
         )  # fmt: skip
-        request = step.ReplaceRequest(
-            order.source, order.fstype, order.flags, order.options, strict=order.strict, timeout=order.timeout
-        )
-        return step.replace(request, filesystem, lambda stage, details: ignore_progress(stage, details, 0.0))
+        wanted = Replace(id=mountpoint, **request)
+        return step.replace(wanted, filesystem, lambda stage, details: ignore_progress(stage, details, 0.0))
     finally:
         target.close()
 

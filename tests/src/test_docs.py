@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import re
+from dataclasses import fields
 from pathlib import Path
+
+from spfs.connection import MAX_REQUEST
+from spfs.protocol import MAX_ID, TEXT_KEYS
+from spfs.requests import COMMANDS
 
 TOP = Path(__file__).parents[2]
 
@@ -20,3 +25,16 @@ def test_files_that_are_named_exist() -> None:
             assert (TOP / name).exists(), (page.name, name)
         for link in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
             assert (page.parent / link).exists(), (page.name, link)
+
+
+def test_the_reference_of_the_socket_has_every_command_with_its_keys() -> None:
+    page = (TOP / "docs" / "reference" / "socket.md").read_text()
+    rows = re.findall(r"^\| `(\w+)` \|([^|]*)\|", page, re.MULTILINE)
+    assert {name for name, _ in rows} >= COMMANDS.keys()
+    for name, kind in COMMANDS.items():
+        documented = set(re.findall(r"`(\w+)`", next(keys for found, keys in rows if found == name)))
+        assert documented - {"all"} == {field.name for field in fields(kind)}, name
+    new = re.search(r"C implementation: not ([^.]*)\.", page)
+    assert new is not None and len(new[1]) > 20
+    assert set(re.findall(r"`(\w+)`", new[1])).isdisjoint(TEXT_KEYS)
+    assert f"{MAX_REQUEST >> 20} MiB" in page and f"{MAX_ID} printable" in page

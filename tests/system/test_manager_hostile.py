@@ -10,15 +10,16 @@ import socket
 import struct
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Optional
 
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from manager_kit import ENVIRONMENT, TIMEOUT, Manager, manager_in, run
+from manager_kit import ENVIRONMENT, TIMEOUT, Manager, manager_in, reading, run
 
-from spfs import connection, protocol
+from spfs import connection, requests
 from spfs.client import ManagerClient
 from spfs.testing import wait_until
 from stubfs import wire
@@ -177,7 +178,7 @@ VALUES = st.one_of(
 )  # fmt: skip
 # "a" is the mount of the test; what would really do something to it, or wait for ever, is left out.
 HARMFUL = {"shutdown", "unmount", "wait", "changes", "replace", "mode", "rules", "switch"}
-HARMLESS = sorted(set(protocol.COMMANDS) - HARMFUL)
+HARMLESS = sorted(set(requests.COMMANDS) - HARMFUL)
 KEYS = st.sampled_from(
     ["id", "all", "mode", "mountpoint", "proxy_dir", "ns_pid", "ns_list", "root", "ns_mountpoint", "options", "files",
      "since", "timeout", "nonesuch"]
@@ -232,6 +233,37 @@ def fuzzed(manager: Manager, mnt: Path) -> Iterator[Manager]:
     before = descriptors(manager)
     yield manager
     wait_until(lambda: descriptors(manager) == before)
+
+
+def test_a_file_systems_clients(manager: Manager, mnt: Path) -> None:
+    """On its own socket: who will send no more waits on, who is gone does not, and nonsense is answered."""
+    client = manager.client()
+    pid = client.mount("a", str(mnt))["pid"]
+    client.mode("stub")
+    path = str(manager.work / "fs-1.sock")
+
+    def sockets() -> int:
+        found = 0
+        for fd in Path(f"/proc/{pid}/fd").iterdir():
+            with suppress(FileNotFoundError):  # closed meanwhile
+                found += os.readlink(fd).startswith("socket:")
+        return found
+
+    before = sockets()
+    with wire.connect(path, TIMEOUT) as waits, wire.connect(path, TIMEOUT) as talks:
+        waits.send(b'{"command": "wait_held"}')
+        waits.shutdown(socket.SHUT_WR)
+        for packet in (b"\0", b"{", b"[]", b'{"command": []}', b'{"memfd": ' + b"[" * 50_000, b'{"command": "mode"}',
+                       b'{"command": "wait_held", "count": -1}', b'{"command": "nodes", "nodes": [1.5]}'):  # fmt: skip
+            socket.send_fds(talks, [packet], [0, 0])
+            assert (answer(talks) or 0) < 0, packet
+        assert client.status("a")["mounts"][0]["mode"] == "stub"
+        with reading(mnt / "file"):
+            assert answer(waits) == 0
+    with wire.connect(path, TIMEOUT) as gone:
+        gone.send(b'{"command": "wait_held", "count": 1000}')
+        wait_until(lambda: sockets() == before + 1)
+    wait_until(lambda: sockets() == before)
 
 
 def test_what_a_terminal_would_obey_is_not_printed(manager: Manager, mnt: Path) -> None:
@@ -294,3 +326,17 @@ def test_what_else_is_in_the_work_directory_stays(tmp_path: Path) -> None:
         assert "cannot" not in manager.log()
         (manager.work / "spfs-manager.log").unlink()
         assert {path.name: path.read_text() for path in manager.work.iterdir()} == foreign
+
+
+def test_a_socket_that_another_manager_has_made_meanwhile_stays(tmp_path: Path) -> None:
+    """As when a cleaner of temporary files has removed the first one's."""
+    with manager_in(tmp_path) as manager:
+        manager.start()
+        manager.socket.unlink()
+        other = wire.listen(str(manager.socket))
+        try:
+            manager.stop()
+            assert manager.socket.is_socket()
+        finally:
+            other.close()
+            manager.socket.unlink()

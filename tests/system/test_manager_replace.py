@@ -30,7 +30,7 @@ import errno, os, time
 from spfs import mounts, replace as step
 from spfs.errors import SpfsError
 
-def replace(request, filesystem, progress):
+def replace(request, filesystem, progress, **how):
     what, _, where = request.source.partition(":")
     if what == "refuse":
         raise SpfsError("cannot mount refuse: no such device", "plug it in", errno.ENODEV)

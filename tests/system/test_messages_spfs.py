@@ -23,6 +23,7 @@ from spfs.instances import Instance
 from spfs.linux import machine, mountapi, mountinfo
 from spfs.managerstart import ManagerStart
 from spfs.references import MountRoot
+from spfs.requests import Mount
 from spfs.surgery.theatre import in_own_thread
 from spfs.switch import Switch
 from spfs.target import Target
@@ -136,13 +137,11 @@ class TestTheManager:
     ) -> None:
         """It waits for the directory that it is to serve; whatever was begun is undone."""
         monkeypatch.setattr(fsprocess, "START_TIMEOUT", 0.5)
-        settings = filesystem.Settings(
-            id="a", mountpoint=directory(tmp_path / "mnt"), mode="proxy", proxy_dir=hung,
-            control=str(tmp_path / "sock"), log=str(tmp_path / "log"),
-        )  # fmt: skip
+        request = Mount("a", "proxy", directory(tmp_path / "mnt"), proxy_dir=hung)
+        settings = filesystem.Settings(control=str(tmp_path / "sock"), log=str(tmp_path / "log"))
         with pytest.raises(SpfsError, match=f"cannot start the file system: a: not ready .*see {tmp_path}/log"):
-            filesystem.mount(Context(), settings)  # type: ignore[arg-type]
-        assert not os.path.ismount(settings.mountpoint)
+            filesystem.mount(Context(), request, settings)  # type: ignore[arg-type]
+        assert not os.path.ismount(request.mountpoint)
 
     def test_a_manager_that_cannot_be_started(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         def start(work_dir: str) -> str:

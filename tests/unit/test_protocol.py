@@ -13,8 +13,9 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from spfs import protocol, replies
-from spfs.protocol import BadRequest, Begin, Mode, Mount, Replace, Rules, Switch, parse
+from spfs import protocol, replies, requests
+from spfs.protocol import BadRequest, parse
+from spfs.requests import COMMANDS, Begin, Mode, Mount, Replace, Rules, Switch
 from stubfs.rules import Rule
 
 # What existing clients send: the packet, and what it means.
@@ -163,7 +164,7 @@ def test_values_in_json_may_hold_what_text_cannot() -> None:
 
 
 def test_json_may_end_like_a_c_string() -> None:
-    assert parse(b'{"command": "status"}\0') == protocol.Status()
+    assert parse(b'{"command": "status"}\0') == requests.Status()
 
 
 def test_paths_that_are_not_utf8_survive() -> None:
@@ -173,7 +174,7 @@ def test_paths_that_are_not_utf8_survive() -> None:
     assert parse(message) == text
 
 
-keys = st.sampled_from(sorted({key for kind in protocol.COMMANDS.values() for key in kind.__dataclass_fields__}))
+keys = st.sampled_from(sorted({key for kind in COMMANDS.values() for key in kind.__dataclass_fields__}))
 words = st.one_of(st.sampled_from(["stub", "hold", "/data", "7", "(null)", ""]), st.text(max_size=8))
 items = st.one_of(st.builds("{}={}".format, keys, words), st.just("all"), st.text(max_size=12))
 
@@ -217,7 +218,7 @@ def strings(value: Any) -> List[str]:
     return [value] if isinstance(value, str) else []
 
 
-@given(st.sampled_from(sorted(protocol.COMMANDS)), st.dictionaries(keys, json_values, max_size=6))
+@given(st.sampled_from(sorted(COMMANDS)), st.dictionaries(keys, json_values, max_size=6))
 def test_any_json_is_either_understood_or_refused(command: str, values: Dict[str, Any]) -> None:
     try:
         request = parse(json.dumps({"command": command, **values}).encode())

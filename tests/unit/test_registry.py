@@ -9,8 +9,8 @@ from typing import Callable, List, Optional
 import pytest
 
 from spfs.errors import SpfsError
-from spfs.protocol import Mount, Replace
 from spfs.registry import MAX_ATTEMPTS, MAX_FINISHED, Managed, Phase, Registry, State, check_usable
+from spfs.requests import Mount, Replace
 
 
 def registry_with(*ids: str, mode: str = "restore") -> Registry:
