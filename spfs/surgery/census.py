@@ -15,7 +15,7 @@ from spfs.errors import SpfsError, reason
 from spfs.freezer import Freezer, NoFreezer
 from spfs.linux import procfs
 from spfs.references import MountRoot, Remains, Resolver
-from spfs.surgery import maps, selection
+from spfs.surgery import headroom, maps, selection
 from spfs.surgery.compare import Comparison, take_offsets_over
 from spfs.surgery.counterparts import Counterparts
 from spfs.surgery.examine import Examiner
@@ -141,6 +141,7 @@ class Census:
         everybody = [*self.processes.values(), *self._others]
         self.kinds.judge(everybody)
         selection.judge(list(self.processes.values()), self._others)
+        headroom.apportion(self.processes.values())
 
     def _provide(self, processes: Iterable[Process]) -> None:
         processes = list(processes)

@@ -3,8 +3,8 @@
 A mapping without pages of the process's own is mapped anew over itself, in one call. One with such pages (a private
 one that was written to) is mapped aside first; the tracee copies its pages there with process_vm_readv(2), which
 reports what a copying instruction would be killed for; then it is moved over the old one, which frees that one's
-pages: piece by piece, so that no more than ``COPIED`` bytes are there twice. Copy-on-write sharing with a forked child
-ends there.
+pages: piece by piece, so that no more than ``COPIED`` bytes are there twice, and fewer where a cgroup's limit is near.
+Copy-on-write sharing with a forked child ends there.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ import logging
 import os
 import struct
 from dataclasses import dataclass
-from typing import Dict, Iterable, Iterator, List, NamedTuple, Tuple
+from typing import Callable, Dict, Iterable, Iterator, List, NamedTuple, Tuple
 
 from spfs.linux.arch import LOAD_ARGUMENT_0, LOAD_ARGUMENT_4
 from spfs.linux.calls import ENTRY, CallTable, result_address
 from spfs.linux.pagemap import PageMap, Pages, Range
-from spfs.surgery import message
+from spfs.surgery import headroom, message
 from spfs.surgery.records import Memory, Process, Region
 from spfs.surgery.tables import run_table
 from spfs.tracee import PAGE, USER, Script, Tracee
@@ -27,6 +27,7 @@ from spfs.tracee import PAGE, USER, Script, Tracee
 _log = logging.getLogger(__name__)
 
 COPIED = 8 << 20  # bytes copied before the old pages are freed
+LEAST = 64 << 10  # bytes; with less to spare nothing is copied
 _RUNS = 1024  # UIO_MAXIOV of process_vm_readv(2)
 _POPULATED = 16 * PAGE  # a run that is worth a call of its own to have its pages made at once
 
@@ -138,6 +139,7 @@ class Exchange:
     """The exchange of all mappings of an address space whose users stand still; the records tell what was."""
 
     def __init__(self, memory: Memory) -> None:
+        self._memory = memory
         self._mappings: List[_Mapping] = []
         with PageMap(memory.tid) as page_map:
             for region in memory.regions:
@@ -172,9 +174,12 @@ class Exchange:
                     fds += [mapping.region.new] if mapping.region.new not in fds else []
             waiting = [mapping for mapping in waiting if mapping not in now]
             yield from self._map(tracee, now, fds)
-            for batch in _batches([mapping for mapping in now if mapping.aside]):
+            for batch in _batches([mapping for mapping in now if mapping.aside], self._allowance):
                 yield from self._copy(tracee, batch)
                 yield from self._move(tracee, batch)
+
+    def _allowance(self) -> int:
+        return headroom.allowance(self._memory, COPIED)
 
     def _write_back(self, tracee: Tracee) -> Script:
         calls = CallTable()
@@ -287,20 +292,29 @@ class Exchange:
         yield from run_table(tracee, failed)
 
 
-def _batches(mappings: List[_Mapping]) -> Iterator[List[_Piece]]:
-    """All of the mappings in pieces, with at most COPIED bytes and _RUNS runs to be copied at once."""
+def _batches(mappings: List[_Mapping], allowance: Callable[[], int]) -> Iterator[List[_Piece]]:
+    """All of the mappings in pieces, with at most ``allowance`` bytes and _RUNS runs to be copied at once.
+
+    One that failed, or for which there are not LEAST bytes, is not copied any further.
+    """
     batch: List[_Piece] = []
     size = count = 0
+    most = allowance()
     for mapping in mappings:
         start = mapping.start
         runs: List[Range] = []
         for own in mapping.pages.own:
             first = own.start
-            while first < own.end:
-                if size == COPIED or count == _RUNS:
+            while first < own.end and mapping.region.problem is None:
+                if size and size == most or count == _RUNS:
                     yield batch + [_Piece(mapping, start, first, runs)]
                     batch, start, runs, size, count = [], first, [], 0, 0
-                run = Range(first, min(own.end, first + COPIED - size))
+                    most = allowance()
+                if most < LEAST:
+                    why = f"its pages cannot be copied: its memory cgroup is {most >> 10} KiB from its limit"
+                    _fail(_Piece(mapping, start, first, []), why)
+                    break
+                run = Range(first, min(own.end, first + most - size))
                 runs.append(run)
                 size, count, first = size + run.end - run.start, count + 1, run.end
         batch.append(_Piece(mapping, start, mapping.start + mapping.length, runs))

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Dict, FrozenSet, List, NamedTuple, Optional, Set, Tuple
 
 from spfs.linux import procfs, statx
+from spfs.linux.memcg import MemoryCgroup
 from spfs.linux.procfs import Lock
 from spfs.references import Kind
 
@@ -201,7 +202,10 @@ class Region:
 
 @dataclass(eq=False)
 class Memory:
-    """An address space: ``lines`` are the lines of maps that are on the device."""
+    """An address space: ``lines`` are the lines of maps that are on the device.
+
+    ``cgroups`` limit what it can have of memory (None: not looked up), with ``sharers`` that are to be moved.
+    """
 
     tid: int
     lines: List[bytes] = field(default_factory=list)
@@ -209,6 +213,8 @@ class Memory:
     exe: Optional[Place] = None
     maps: bytes = b""
     owner: Optional["Memory"] = None
+    cgroups: Optional[List[MemoryCgroup]] = None
+    sharers: int = 1
 
 
 @dataclass(eq=False)

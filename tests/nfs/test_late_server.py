@@ -5,7 +5,10 @@ from __future__ import annotations
 import os
 import stat
 import subprocess
+import sys
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Iterator
 
 import psutil
 import pytest
@@ -189,6 +192,78 @@ def locked(path: Path, kind: str, start: int = 0, length: int = 0) -> bool:
 
 
 @versions
+def test_a_lock_that_somebody_else_has_on_the_server(scene: NfsScene) -> None:
+    """On the stand-in locks were this machine's alone: the file stays there, locked as it was, until it can be had."""
+    standard(scene)
+    victim = scene.victim(cwd=scene.mnt)
+    victim.run("import fcntl, os\nfile = os.open('plain', os.O_RDWR)\nfcntl.lockf(file, fcntl.LOCK_EX, 10, 100)")
+    with scene.elsewhere() as other, holding(other / "plain", 105) as holder:
+        scene.client.mode("stub")
+        report = scene.replace()
+        (left,) = report["left"]
+        assert left["path"] == "plain" and "lock" in left["reason"]
+        assert victim.run("os.pread(file, 4, 0)") == CONTENTS[:4]
+        assert "POSIX" in victim.run("open(f'/proc/self/fdinfo/{file}').read()")
+        holder.communicate("\n", timeout=PATIENCE)
+        assert scene.replace()["left"] == []
+        scene.replaced()
+        assert locked(other / "plain", "lockf", 105, 1)
+
+
+@versions
+def test_a_lock_that_another_client_tries_to_get_all_the_time(scene: NfsScene) -> None:
+    """It gets it in the gap between two calls, and that is said; or it does not get it."""
+    standard(scene)
+    victim = scene.victim(cwd=scene.mnt)
+    victim.run("import fcntl, os\nfile = os.open('plain', os.O_RDWR)\nfcntl.lockf(file, fcntl.LOCK_EX, 10, 100)")
+    scene.client.mode("stub")
+    for_it = victim.run("open(f'/proc/self/fdinfo/{file}').read().count('POSIX')")
+    with scene.elsewhere() as other, holding(other / "plain", 200) as rival:
+        # What it has tells nothing yet; from here on it wants the victim's bytes, too.
+        assert rival.stdin is not None and rival.stdout is not None
+        rival.stdin.write("105\n")
+        rival.stdin.flush()
+        report = scene.replace()
+        lost = [left for left in report["left"] if "lock" in left["reason"]]
+        held = victim.run("open(f'/proc/self/fdinfo/{file}').read().count('POSIX')")
+        rival.kill()
+        rival.wait()
+        if lost:
+            assert lost[0]["path"] == "plain"
+        else:
+            assert report["left"] == [] and held == for_it == 1
+            assert locked(other / "plain", "lockf", 105, 1)
+            scene.replaced()
+
+
+HOLDER = """
+import fcntl, sys
+file = open(sys.argv[1], "r+")
+fcntl.lockf(file, fcntl.LOCK_EX, 1, int(sys.argv[2]))
+print("held", flush=True)
+wanted = sys.stdin.readline().strip()
+while wanted:
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, int(wanted))
+        wanted = sys.stdin.readline()
+    except OSError:
+        pass
+"""
+
+
+@contextmanager
+def holding(path: Path, start: int) -> "Iterator[subprocess.Popen[str]]":
+    """A process that has locked a byte of the file; told a number, it tries to get that byte until it has it."""
+    command = [sys.executable, "-c", HOLDER, str(path), str(start)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None and process.stdout.readline() == "held\n"
+            yield process
+        finally:
+            process.kill()
+
+
+@versions
 def test_unlinked_after_the_replace(scene: NfsScene) -> None:
     """A file that was opened on the stand-in is unlinked on NFS: renamed silly while it is open, and then gone."""
     standard(scene)
@@ -222,6 +297,43 @@ def test_unlinked_before_the_replace(scene: NfsScene) -> None:
     expected = ["dir", "dir/inner", "log", "plain", "queue"]
     wait_until(lambda: scene.names() == expected, PATIENCE, "nothing but the files that were there")
     wait_until(lambda: not scene.users(), PATIENCE, "nobody to hold anything of the stand-in")
+
+
+@versions
+def test_unlinked_and_shared_before_the_replace(scene: NfsScene) -> None:
+    """Two processes with one description and a mapping of it: what one writes the other one sees, wherever it is."""
+    standard(scene)
+    victim = scene.victim(cwd=scene.mnt)
+    victim.run(
+        statements(
+            """
+            import mmap, os
+            file = os.open("gone", os.O_CREAT | os.O_RDWR)
+            os.write(file, b"kept" * 1024)
+            shared = mmap.mmap(file, 4096)
+            os.unlink("gone")
+            down, up = os.pipe(), os.pipe()
+            if not os.fork():
+                os.close(down[1])
+                while os.read(down[0], 1):
+                    os.write(up[1], os.pread(file, 4, 0) + shared[:4] + b"%d" % os.lseek(file, 1, os.SEEK_CUR))
+            def ask():
+                os.write(down[1], b"x")
+                return os.read(up[0], 100)
+            """
+        )
+    )
+    assert victim.run("ask()") == b"keptkept4097"
+    scene.client.mode("stub")
+    report = scene.replace()
+    assert len({left["reason"] for left in report["left"]}) <= 1
+    if not report["left"]:
+        scene.replaced()
+    victim.run("os.pwrite(file, b'KEPT', 0)\nshared.flush()")
+    assert victim.run("ask(), os.lseek(file, 0, os.SEEK_CUR)") == (b"KEPTKEPT4098", 4098)
+    victim.close()
+    expected = ["dir", "dir/inner", "log", "plain", "queue"]
+    wait_until(lambda: scene.names() == expected, PATIENCE, "nothing but the files that were there")
 
 
 def test_a_target_in_its_own_namespaces(scene: NfsScene) -> None:

@@ -6,6 +6,7 @@ import mmap
 import os
 import random
 import signal
+import stat
 import threading
 import time
 from typing import Callable, List
@@ -26,7 +27,8 @@ pytestmark = [pytest.mark.needs_root, pytest.mark.needs_fuse, pytest.mark.needs_
 CONTENTS = bytes(range(256)) * (mmap.PAGESIZE // 256)
 MOMENTS = 50
 
-# Two threads: one does what it is told, the other one reads all the time, and notes whatever is not as it should be.
+# Two threads: one does what it is told, the other one reads all the time, also by a path to what is mounted on the
+# mount, and notes whatever is not as it should be.
 USER = """
 import mmap, os, threading
 file, other = os.open("file", os.O_RDWR), os.open("other", os.O_RDONLY)
@@ -37,6 +39,7 @@ def read():
     while not stop.wait(0.001):
         try:
             data = os.pread(file, 256, 0) + os.pread(other, 5, 0)
+            with open(nested + "/own"): pass
             reads.append(len(data))
             if data != bytes(range(256)) + b"other":
                 wrong.append(data)
@@ -60,8 +63,11 @@ def begin(scene: Scene, users: List[Victim]) -> None:
     scene.delay()
     scene.file("file", CONTENTS)
     scene.file("other", b"other")
+    scene.both("nested", stat.S_IFDIR)
+    (scene.mount("-t", "tmpfs", "nested", str(scene.mnt / "nested")) / "own").touch()
     for user in users:
         user.run(f"import os; os.chdir({str(scene.mnt)!r})")
+        user.run(f"nested = {str(scene.mnt / 'nested')!r}")
         user.run(USER)
     scene.client.mode("stub")
     for user in users:
@@ -75,14 +81,18 @@ def end(scene: Scene, users: List[Victim]) -> None:
     for user in users:
         count = user.run("len(reads)")
         wait_until(lambda: user.run("len(reads)") > count)
-        assert user.run("wrong") == []
+        assert user.run("[repr(one) for one in wrong]") == []
         assert user.run("os.read(file, 4)") == CONTENTS[100:104] and user.run("shared[:8]") == CONTENTS[:8]
-        assert user.run("sorted(os.listdir('.'))") == ["file", "other"]
+        assert user.run("sorted(os.listdir('.'))") == ["file", "nested", "other"]
         assert user.run("os.stat('file').st_ino == os.fstat(file).st_ino")
         user.run(OVER)
     wait_until(lambda: not scene.client.status()["mounts"])
+    while scene.types(scene.mnt / "nested"):
+        mountapi.umount2(str(scene.mnt / "nested"), 0)  # nobody uses what is mounted there, copies and all
     mountapi.umount2(str(scene.mnt), mountapi.MNT_DETACH)
     assert scene.types() == []
+    for name in os.listdir(scene.export):
+        (scene.export / name).rmdir() if name == "nested" else (scene.export / name).unlink()
 
 
 def go_on(scene: Scene, until: Callable[[], bool]) -> None:

@@ -292,6 +292,53 @@ def test_at_its_memory_limit(mounts: Mounts, memory_limit: Callable[[int, int], 
         victim.close()
 
 
+@pytest.mark.parametrize("spare", [6 << 20, 2 << 20])
+def test_close_to_its_memory_limit(mounts: Mounts, memory_limit: Callable[[int, int], None], spare: int) -> None:
+    """The kernel would kill it for what is copied at once elsewhere: less is. A second one shares what there is."""
+    size = 32 << 20
+    path = mounts.file("f", b"o" * size, b"n" * size)
+    victims = [Victim(), Victim()]
+    try:
+        for victim in victims:
+            victim.run(HELPERS)
+            memory_limit(victim.pid, 2 * size + spare)
+        for victim in victims:
+            victim.run(f"at = mapped({path!r}, {size}, READ | WRITE, PRIVATE); ctypes.memset(at, ord('a'), {size})")
+        assert mounts.switch().moved == {"private mapping": 2} and mounts.users() == []
+        for victim in victims:
+            assert victim.run(f"{whole(size)}, len(lines())") == (True, 1)
+    finally:
+        for victim in victims:
+            victim.close()
+
+
+def test_at_its_memory_limit_with_nothing_to_spare(
+    mounts: Mounts, memory_limit: Callable[[int, int], None]
+) -> None:
+    """Left, said why, and moved when there is more."""
+    size = 16 << 20
+    path = mounts.file("f", b"o" * size, b"n" * size)
+    victim = Victim()
+    try:
+        victim.run(HELPERS)
+        memory_limit(victim.pid, size + (512 << 10))
+        victim.run(f"at = mapped({path!r}, {size}, READ | WRITE, PRIVATE); ctypes.memset(at, ord('a'), {size})")
+        report = mounts.switch()
+        (left,) = report.left
+        assert left.kind == "private mapping" and "KiB from its limit" in left.reason and report.moved == {}
+        assert victim.run(f"{whole(size)}, len(lines())") == (True, 1)
+        memory_limit(victim.pid, 2 * size)
+        assert mounts.switch().moved == {"private mapping": 1} and mounts.users() == []
+        assert victim.run(f"{whole(size)}, len(lines())") == (True, 1)
+    finally:
+        victim.close()
+
+
+def whole(size: int) -> str:
+    """Says whether all of the mapping is still what was written to it; takes no memory for it."""
+    return f"all(ctypes.string_at(at + place, 65536) == b'a' * 65536 for place in range(0, {size}, 65536))"
+
+
 @pytest.mark.needs_fuse
 def test_not_yet_written_back(tmp_path: Path, victim: Victim) -> None:
     """Pages that the old file system has not got yet reach the file, and the new mapping shows them."""
