@@ -165,7 +165,7 @@ class Answers:
 
         if valid & _FH:
             file = self._objects.by_handle(worker, request, fh)
-            worker.identity.assume(worker.identity.of(request.uid, request.gid, request.tid))
+            worker.act_for(request)
             status = change(file.fd)
         else:
             status = self._objects.by_fd(request, change)
@@ -187,7 +187,7 @@ class Answers:
             if error.errno not in (errno.ESTALE, errno.EACCES):
                 raise
             fd = self._objects.by_fd(request, lambda own: os.open(fd_link(own), allowed))
-        credentials = worker.identity.of(request.uid, request.gid, request.tid)
+        credentials = worker.identity.current
         file = self._handles.add(request.node, is_directory, flags, backing, fd, credentials, request.tid)
         if not request.answer(protocol.OPEN_OUT.pack(file.fh, self._objects.open_flags(request, file), 0)):
             self._handles.release(file.fh)
@@ -217,7 +217,7 @@ class Answers:
         file = self._objects.by_handle(worker, request, fh)
         self._has_pages(request.node)
         # In the caller's name: it decides whether the file keeps its set-id bits.
-        worker.identity.assume(worker.identity.of(request.uid, request.gid, request.tid))
+        worker.act_for(request)
         fd = file.appending(bool(flags & os.O_APPEND) and not write_flags & protocol.WRITE_CACHE)
         request.answer(protocol.WRITE_OUT.pack(os.pwrite(fd, data, offset), 0))
 
@@ -253,7 +253,7 @@ class Answers:
     def fallocate(self, worker: Worker, request: Request) -> None:
         fh, offset, length, mode, _ = protocol.FALLOCATE_IN.unpack_from(request.buffer, BODY)
         fd = self._objects.by_handle(worker, request, fh).fd
-        worker.identity.assume(worker.identity.of(request.uid, request.gid, request.tid))
+        worker.act_for(request)
         syscalls.fallocate(fd, mode, offset, length)
         request.answer()
 
@@ -263,7 +263,7 @@ class Answers:
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
         from_fd = self._objects.by_handle(worker, request, source).fd
         to_fd = self._objects.by_handle(worker, request, target).appending(False)
-        worker.identity.assume(worker.identity.of(request.uid, request.gid, request.tid))
+        worker.act_for(request)
         # Not all of it at once: nothing but the end of this call ends it.
         copied = os.copy_file_range(from_fd, to_fd, min(length, _COPIED_AT_ONCE), start, to)
         wide = request.opcode == Opcode.COPY_FILE_RANGE_64
@@ -293,7 +293,7 @@ class Answers:
         fh, _, command, _, in_size, _ = protocol.IOCTL_IN.unpack_from(request.buffer, BODY)
         start = BODY + protocol.IOCTL_IN.size
         fd = self._objects.by_handle(worker, request, fh).fd
-        worker.identity.assume(worker.identity.of(request.uid, request.gid, request.tid))
+        worker.act_for(request)
         answer = ioctls.perform(fd, command, bytes(request.buffer[start : start + in_size]))
         # It may have changed the time of change, of which the kernel knows nothing, either.
         request.device.invalidate_attributes(request.node)

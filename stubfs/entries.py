@@ -87,10 +87,10 @@ class Entries:
         """The handle of a new file, which has no node yet; takes ``fd`` over."""
         try:
             status = os.fstat(fd)
-            credentials = worker.identity.of(request.uid, request.gid, request.tid)
         except BaseException:
             os.close(fd)
             raise
+        credentials = worker.identity.current
         return self._handles.add(0, False, flags, backing_of(request), fd, credentials, request.tid), status
 
     def _answer_open(self, request: Request, node: Node, status: os.stat_result, file: OpenFile) -> None:

@@ -43,6 +43,12 @@ class Worker:
         self.busy = False
         self.wake = threading.Semaphore(0)
 
+    def act_for(self, request: Request) -> None:
+        """Take on the credentials of who has made the request. OSError as setgroups(2)."""
+        known = request.credentials
+        identity = self.identity
+        identity.assume(known if known is not None else identity.of(request.uid, request.gid, request.tid))
+
     def sleeps(self) -> bool:
         """Whether its thread waits for something else than a CPU (the state in /proc/PID/stat, proc(5))."""
         try:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Optional, Tuple, Union
 from stubfs.protocol import BODY, HEADER_FIELDS, INVAL_INODE_OUT, NOTIFY_INVAL_INODE, OUT_HEADER, text_at
 
 if TYPE_CHECKING:
+    from stubfs.credentials import Credentials
     from stubfs.held import Wait
     from stubfs.modes import State
 
@@ -73,7 +74,7 @@ class Request:
     """
 
     __slots__ = (
-        "device", "opcode", "unique", "node", "uid", "gid", "tid", "buffer", "length", "state", "wait",
+        "device", "opcode", "unique", "node", "uid", "gid", "tid", "buffer", "length", "state", "wait", "credentials",
     )  # fmt: skip
 
     def __init__(self, device: Device, buffer: Union[bytes, memoryview]) -> None:
@@ -82,7 +83,9 @@ class Request:
         self.length = 0
         self.opcode = self.unique = self.node = self.uid = self.gid = self.tid = 0
         self.state: Optional["State"] = None
-        self.wait: Optional["Wait"] = None  # of a copy that is, or was, held
+        # Of a copy that is, or was, held:
+        self.wait: Optional["Wait"] = None
+        self.credentials: Optional["Credentials"] = None  # the caller's, which cannot change while it waits
 
     def parse(self, length: int) -> None:
         """Take the header over from the buffer, of which ``length`` bytes are valid."""

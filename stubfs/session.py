@@ -208,7 +208,7 @@ class Session:
             elif state.serves_all or self._is_let_through(worker, request, state):
                 handler = self._by_handle.get(opcode)
                 if handler is None:
-                    worker.identity.assume(worker.identity.of(request.uid, request.gid, request.tid))
+                    worker.act_for(request)
                     handler = self._by_caller.get(opcode, self._unknown)
                 handler(worker, request)
         except OSError as error:
@@ -235,7 +235,11 @@ class Session:
             assert treatment.rule is not None
             request.fail(treatment.rule.errno)
         else:
-            self.held.add(request if request.wait is not None else request.copy(), state, treatment)
+            kept = request if request.wait is not None else request.copy()
+            if kept.credentials is None and kept.opcode in self._by_caller:
+                # Now, not when thousands are let go at once: it takes a look into /proc.
+                kept.credentials = worker.identity.of(kept.uid, kept.gid, kept.tid)
+            self.held.add(kept, state, treatment)
             if request.opcode == Opcode.READ:
                 self._interrupts.look_after_reads()
         return False
