@@ -102,6 +102,11 @@ class Counterparts:
             for region in process.memory.regions if process.memory else ():
                 self._attempt(region, partial(self._region, process.status, region))
 
+    def provide_one(self, status: procfs.Status, description: Description) -> None:
+        """For a description that is in no process's table; what could not be opened has the reason as its problem."""
+        self._learn({description.object.inode})
+        self._description(status, description)
+
     def open_path(self, status: procfs.Status, inode: int) -> int:
         """The counterpart of what is not known to be on any one of the old mounts, as O_PATH; the caller's. OSError."""
         return self._open_beneath(status, inode, lambda relative: relative, os.O_PATH | os.O_NOFOLLOW)
@@ -141,7 +146,10 @@ class Counterparts:
             wanted.update(h.inode for t in process.tables for h in t.holdings if h.inode)
             if process.memory:
                 wanted.update(region.object.inode for region in process.memory.regions)
-        wanted -= self._paths.keys()
+        self._learn(wanted)
+
+    def _learn(self, wanted: Set[int]) -> None:
+        wanted = wanted - self._paths.keys()
         if wanted:
             found = self._resolver.paths(wanted)
             self._paths.update(found)

@@ -14,27 +14,14 @@ from typing import Callable, Container, Dict, Iterator, List, Optional, Tuple, T
 
 from spfs.linux import process, procfs, statx
 from spfs.linux.calls import CallTable, run_local
-from spfs.references import Kind
 from spfs.surgery.bulk import objects
 from spfs.surgery.kinds.base import Found
 from spfs.surgery.kinds.registry import Kinds
-from spfs.surgery.records import Description, FdTable, Process
+from spfs.surgery.records import Description, FdTable, Process, kind_of
 
 OUT_OF_REACH = "a thread has it in a table of its own, which cannot be reached before Linux 6.9"
 
 T = TypeVar("T")
-
-
-def kind_of(mode: int, flags: int) -> Kind:
-    if flags & os.O_PATH:
-        return Kind.PATH
-    return {
-        stat.S_IFREG: Kind.FILE,
-        stat.S_IFDIR: Kind.DIRECTORY,
-        stat.S_IFIFO: Kind.FIFO,
-        stat.S_IFSOCK: Kind.SOCKET,
-        stat.S_IFLNK: Kind.SYMLINK,
-    }.get(stat.S_IFMT(mode), Kind.DEVICE)
 
 
 class Descriptors:

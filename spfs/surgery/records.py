@@ -7,6 +7,7 @@ that stands for all its users.
 from __future__ import annotations
 
 import os
+import stat
 from dataclasses import dataclass, field
 from typing import Dict, FrozenSet, List, NamedTuple, Optional, Set, Tuple
 
@@ -269,3 +270,15 @@ class Process:
 
 def _is_attached(record: "Description | Place | Region | Holding") -> bool:
     return isinstance(record, Holding) and record.attached
+
+
+def kind_of(mode: int, flags: int) -> Kind:
+    if flags & os.O_PATH:
+        return Kind.PATH
+    return {
+        stat.S_IFREG: Kind.FILE,
+        stat.S_IFDIR: Kind.DIRECTORY,
+        stat.S_IFIFO: Kind.FIFO,
+        stat.S_IFSOCK: Kind.SOCKET,
+        stat.S_IFLNK: Kind.SYMLINK,
+    }.get(stat.S_IFMT(mode), Kind.DEVICE)

@@ -117,6 +117,13 @@ def widen(made: int) -> None:
         new.setsockopt(socket.SOL_SOCKET, _SO_SNDBUFFORCE, 1 << 29)
 
 
+def set_room(fd: int, size: int) -> None:
+    """SO_SNDBUF as it was read."""
+    with borrowed(fd) as one:
+        # What is read is twice what was set: the kernel adds as much for its own use (socket(7)).
+        one.setsockopt(socket.SOL_SOCKET, _SO_SNDBUFFORCE, size // 2)
+
+
 def passes(fd: int) -> Tuple[bool, bool]:
     """Whether it shows a sender's credentials, and whether anything else of them (SO_PASSPIDFD, SO_PASSSEC)."""
     with borrowed(fd) as one:

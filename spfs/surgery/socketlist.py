@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import array
 import logging
 import os
+import socket
 import stat
 import threading
-from typing import Callable, Dict, Iterable, List, Sequence, Set, Tuple, TypeVar
+from typing import Callable, Dict, Iterable, List, NamedTuple, Sequence, Set, Tuple, TypeVar
 
-from spfs.linux import namespaces, procfs, sockdiag
+from spfs.linux import namespaces, process, procfs, sockdiag, statx
 from spfs.linux.sockdiag import UnixSocket
-from spfs.surgery.bulk import objects
+from spfs.surgery import bulk
+from stubfs.wire import MAX_FDS
 
 T = TypeVar("T")
 
@@ -77,12 +80,57 @@ def in_thread(work: Callable[[], T], places: Sequence[Tuple[int, int]]) -> T:
 def holders(numbers: Iterable[int]) -> Dict[int, Set[Tuple[int, int]]]:
     """Who has the sockets of these numbers open: (process, descriptor) for each of them."""
     found: Dict[int, Set[Tuple[int, int]]] = {number: set() for number in numbers}
-    for pid in procfs.processes():
+    for pid in procfs.processes() if found else ():
         try:
             names = os.listdir(f"/proc/{pid}/fd")
         except OSError:
             continue  # it has ended, or is none of ours to look at
-        for name, thing in zip(names, objects([f"/proc/{pid}/fd/{name}" for name in names])):
+        for name, thing in zip(names, bulk.objects([f"/proc/{pid}/fd/{name}" for name in names])):
             if thing is not None and stat.S_ISSOCK(thing.mode) and thing.inode in found and pid != os.getpid():
                 found[thing.inode].add((pid, int(name)))
     return found
+
+
+class Flight(NamedTuple):
+    """Descriptors in the queue of a socket: what the first message carries, and whether that is all."""
+
+    objects: List[statx.Object]
+    is_complete: bool
+
+
+def in_flight(sockets: Iterable[UnixSocket]) -> Dict[int, Flight]:
+    """For each of ``sockets`` in whose queue there are descriptors, what can be seen of them while others read it."""
+    found: Dict[int, Flight] = {}
+    queued = [one.number for one in sockets if one.queued and one.state != sockdiag.LISTENING]
+    for number, users in holders(queued).items():
+        for pid, fd in sorted(users)[:1]:
+            try:
+                lines = procfs.parse_fdinfo(procfs.read(f"/proc/{pid}/fdinfo/{fd}")).lines
+                count = sum(int(line.split()[1]) for line in lines if line.startswith("scm_fds:"))
+                if count:
+                    objects = _peeked(pid, fd)
+                    found[number] = Flight(objects, len(objects) == count)
+            except OSError:
+                continue  # it has ended, or the descriptor is another one by now
+    return found
+
+
+def _peeked(pid: int, fd: int) -> List[statx.Object]:
+    pidfd = process.pidfd_open(pid)
+    try:
+        # Not a copy that lasts: to others who look at the same time it would be one more socket with the descriptor.
+        with socket.socket(fileno=process.pidfd_getfd(pidfd, fd, 0)) as wrapped:
+            flags = socket.MSG_PEEK | socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
+            _, ancillary, _, _ = wrapped.recvmsg(1, socket.CMSG_SPACE(4 * MAX_FDS), flags)
+    finally:
+        os.close(pidfd)
+    objects: List[statx.Object] = []
+    for level, kind, data in ancillary:
+        if (level, kind) != (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+            continue
+        numbers = array.array("i")
+        numbers.frombytes(data[: len(data) - len(data) % numbers.itemsize])
+        for number in numbers:
+            objects.append(statx.examine("", number, statx.AT_EMPTY_PATH))
+            os.close(number)
+    return objects

@@ -329,6 +329,8 @@ def _complete(one: Connection) -> None:
         socketcopy.widen(new)
     _fill(one.named.copy, one.other.copy, one.named_shutdown, one.connecting)
     _fill(one.other.copy, one.named.copy, one.other_shutdown, one.accepted)
+    socketqueue.refuse_skipped(one.other.copy, one.connecting)
+    socketqueue.refuse_skipped(one.named.copy, one.accepted)
     socketcopy.shut(one.accepted, one.named_shutdown)
     for side, new in ((one.named, one.accepted), (one.other, one.connecting)):
         socketcopy.assimilate(side.copy, new)
@@ -348,14 +350,7 @@ def _fill(reader: int, writer: int, shutdown: int, new_writer: int) -> None:
     """Have in the queue of the new connection what lies in that of ``reader``."""
     messages = socketqueue.peek(reader, bool(shutdown & 1))
     try:
-        if messages:
-            shown, more = socketcopy.passes(reader)
-            if more:
-                raise OSError(errno.EBUSY, "what lies in it tells more of who wrote it than can be told again")
-            if any(stat.S_ISSOCK(os.fstat(fd).st_mode) for message in messages for fd in message.files):
-                raise OSError(errno.EBUSY, "another socket is in flight in it")
-            if not shown and any(socketcopy.passes(writer)):
-                raise OSError(errno.EBUSY, "what lies in it carries credentials that nobody is shown")
+        socketqueue.refuse_hidden(reader, writer, messages)
         socketqueue.put(new_writer, messages)
     finally:
         for message in messages:

@@ -8,6 +8,8 @@ import os
 import pytest
 from surgery_kit import Mounts, Victim, mounts, victim
 
+from spfs.testing import process_state, wait_until
+
 __all__ = ["mounts", "victim"]
 
 pytestmark = [pytest.mark.needs_root, pytest.mark.needs_ptrace]
@@ -99,21 +101,86 @@ with mmap.mmap(ring, 4096) as queues, mmap.mmap(ring, 256, offset=0x10000000) as
     assert "an io_uring of its process" in left.reason
 
 
+SENT = """
+a, b = socket.socketpair(socket.AF_UNIX, socket.SOCK_{0})
+fd, again = os.open({1!r}, os.O_RDWR), os.open({1!r}, os.O_RDWR | os.O_APPEND)
+null = os.open('/dev/null', 0); os.lseek(fd, 2, 0); os.lseek(again, 1, 0)
+a.send(b'before'); socket.send_fds(a, [b'take it'], [null, fd]); a.send(b'after'); socket.send_fds(a, [b'too'], [again])
+a.send(b'end')
+"""
+TAKEN = """
+def receive():
+    data, fds, _, _ = socket.recv_fds(b, 6, 5)
+    return data, fds
+"""
+
+
 @pytest.mark.parametrize("kind", ["STREAM", "DGRAM", "SEQPACKET"])
 def test_descriptors_in_flight(mounts: Mounts, victim: Victim, kind: str) -> None:
-    """Reported, received undamaged, and moved afterwards."""
+    """Those of the mount are exchanged, in their messages, with their offsets and flags, and still shared."""
+    path = mounts.file("f", b"0123456789", b"abcdefghij")
+    victim.run(SENT.format(kind, path) + TAKEN + "os.close(fd); sizes = a.getsockopt(1, 7), b.getsockopt(1, 42)")
+    report = mounts.switch()
+    assert (report.moved, report.left, mounts.users()) == ({"file": 1, "descriptor in flight": 2}, [], [])
+    assert victim.run("(a.getsockopt(1, 7), b.getsockopt(1, 42)) == sizes")
+    assert victim.run("receive()") == (b"before", [])
+    data, fds = victim.run("receive()")
+    assert data == b"take i" and len(fds) == 2
+    assert victim.run(f"os.read({fds[1]}, 3), os.readlink('/proc/self/fd/{fds[0]}')") == (b"cde", "/dev/null")
+    assert victim.run("receive()") == (b"tafter" if kind == "STREAM" else b"after", [])
+    data, (shared,) = victim.run("receive()")
+    assert data == b"too" and victim.run(f"os.read({shared}, 2), os.read(again, 2)") == (b"bc", b"de")
+    assert victim.run(f"os.write({shared}, b'!'); os.pread({shared}, 20, 0)") == b"abcdefghij!"
+    assert victim.run("receive()") == (b"end", [])
+    victim.run("a.send(b'more')")
+    assert victim.run("receive()") == (b"more", []) and victim.run("b.setblocking(False)") is None
+
+
+def test_descriptors_in_flight_between_processes(mounts: Mounts, victim: Victim) -> None:
+    """With the credentials of who sent them, while the other one sleeps for room; only if both ends are reached."""
     path = mounts.file("f")
     victim.run(
         f"""
-a, b = socket.socketpair(socket.AF_UNIX, socket.SOCK_{kind})
-fd, null = os.open({path!r}, 0), os.open('/dev/null', 0); socket.send_fds(a, [b'take it'], [null, fd]); os.close(fd)
+a, b = socket.socketpair(); b.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+r, w = os.pipe(); child = os.fork()
+if not child:
+    b.close(); a.setsockopt(1, 7, 5000)
+    fd = os.open({path!r}, 0); socket.send_fds(a, [b'take it'], [fd]); os.close(fd)
+    os.close(w); a.sendall(bytes(100000)); os._exit(0)
+os.close(w); os.read(r, 1); a.close()
 """
     )
-    # Whoever else moves something just now may have a copy of the socket.
-    (left,) = [left for left in mounts.switch().left if left.pid == victim.pid]
-    assert (left.kind, left.path) == ("descriptor in flight", "f")
-    assert left.what.startswith(f"fd {victim.run('b.fileno()')} ")
-    victim.run("message, fds, _, _ = socket.recv_fds(b, 20, 5)")
-    assert victim.run("message, os.pread(fds[1], 3, 0)") == (b"take it", b"old")
-    assert mounts.switch().moved == {"file": 1} and mounts.users() == []
-    assert victim.run("os.pread(fds[1], 3, 0)") == b"new"
+    child = victim.run("child")
+    wait_until(lambda: process_state(child) == "S")
+    report = mounts.switch(chosen={victim.pid})
+    reasons = [one.reason for one in report.left]
+    assert len(reasons) == 1 and f"process {child} (" in reasons[0] and "is not among" in reasons[0], report
+    report = mounts.switch()
+    assert (report.moved, report.left) == ({"descriptor in flight": 1}, [])
+    victim.run("data, more, _, _ = b.recvmsg(99, 99)")
+    kinds = victim.run("sorted((kind, len(content)) for _, kind, content in more)")
+    assert kinds == [(1, 4), (2, 12)] and victim.run("data") == b"take it"
+    rights = "struct.unpack('i', [c for _, kind, c in more if kind == 1][0])[0]"
+    assert victim.run(f"os.read({rights}, 3), struct.unpack('iII', [c for _, k, c in more if k == 2][0])") == (
+        b"new",
+        (child, 0, 0),
+    )
+    assert victim.run("sum(iter(lambda: len(b.recv(9999)), 0)); os.waitpid(child, 0)[1]") == 0
+
+
+def test_descriptors_in_flight_that_stay(mounts: Mounts, victim: Victim) -> None:
+    """Where the writer is gone, or the file cannot go; received undamaged, and moved afterwards."""
+    path = mounts.file("f")
+    victim.run("a, b = socket.socketpair(); c, d = socket.socketpair()")
+    victim.run(f"fd = os.open({path!r}, 0); socket.send_fds(a, [b'closed'], [fd]); a.close(); os.close(fd)")
+    victim.run(f"fd = os.open({mounts.file('only here', new=None)!r}, 0); socket.send_fds(c, [b'missing'], [fd])")
+    report = mounts.switch()
+    reasons = {one.path: one.reason for one in report.left if one.kind == "descriptor in flight"}
+    assert "other end is closed" in reasons["f"] and "no such file on the new mount" in reasons["only here"]
+    assert report.moved == {} and victim.run("socket.recv_fds(d, 20, 5)[0]") == b"missing"
+    assert victim.run("message, fds, _, _ = socket.recv_fds(b, 20, 5); message, os.pread(fds[0], 3, 0)") == (
+        b"closed",
+        b"old",
+    )
+    assert mounts.switch().moved == {"file": 1}
+    assert victim.run("os.pread(fds[0], 3, 0)") == b"new"

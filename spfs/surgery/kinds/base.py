@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import os
-from typing import TYPE_CHECKING, Callable, Iterable, Iterator, List, NamedTuple, Tuple
+from typing import TYPE_CHECKING, Callable, Dict, Iterable, Iterator, List, NamedTuple, Tuple
 
 from spfs.linux import statx
 from spfs.linux.procfs import FdInfo
@@ -67,6 +67,11 @@ class Survey:
     def sockets(self) -> List[UnixSocket]:
         """Of all their network namespaces."""
         return socketlist.of_processes(self.pids)
+
+    @functools.cached_property
+    def in_flight(self) -> Dict[int, socketlist.Flight]:
+        """The descriptors in the queues of these sockets, by their numbers."""
+        return socketlist.in_flight(self.sockets)
 
 
 class Found(NamedTuple):

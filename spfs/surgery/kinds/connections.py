@@ -24,7 +24,7 @@ from spfs.references import Kind
 from spfs.surgery import socketcopy, socketlist
 from spfs.surgery.counterparts import Counterparts
 from spfs.surgery.errands import Errand
-from spfs.surgery.kinds import epolls, inflight
+from spfs.surgery.kinds import epolls
 from spfs.surgery.kinds.base import Found, Handler, Scene, Survey
 from spfs.surgery.kinds.sockets import BoundSocket
 from spfs.surgery.records import FdTable, Process
@@ -44,7 +44,6 @@ class Connections(Handler):
         self._pids: List[int] = []
         self._sockets: Dict[int, UnixSocket] = {}  # all there are, by their numbers
         self._named: Dict[int, UnixSocket] = {}  # of each end of a connection in question, the one with the name
-        self._queued: Set[int] = set()  # those in whose queues something lies
         self._sent: Set[int] = set()  # those that are in flight themselves
         self._holders: Optional[Dict[int, Set[Tuple[int, int]]]] = None  # process and descriptor, while nobody runs
         self._seen = False
@@ -53,14 +52,14 @@ class Connections(Handler):
 
     def survey(self, survey: Survey) -> None:
         self._pids = survey.pids
-        self._sent.clear()
+        flights = survey.in_flight.values()
+        self._sent = {one.inode for flight in flights for one in flight.objects if stat.S_ISSOCK(one.mode)}
         self._holders = None
         self._seen = False
         self._list(survey.sockets)
 
     def _list(self, sockets: Iterable[UnixSocket]) -> None:
         self._sockets = {one.number: one for one in sockets}
-        self._queued = {one.number for one in self._sockets.values() if one.queued}
         self._named.clear()
         for one in self._sockets.values():
             if one.device == self.device and one.state == sockdiag.ESTABLISHED and one.type != socket.SOCK_DGRAM:
@@ -70,8 +69,6 @@ class Connections(Handler):
 
     def look(self, found: Found) -> None:
         number = found.object.inode
-        if number in self._queued and inflight.carries(found):
-            self._sent.update(one.inode for one in inflight.first(found) if stat.S_ISSOCK(one.mode))
         if number in self._named:
             self._seen = True
             end = End(found.number, Kind.SOCKET, self._named[number].inode, found.object, exchanged=True)

@@ -27,7 +27,7 @@ if TYPE_CHECKING:  # imports this module
 
 # In this order they judge and act.
 KINDS: Tuple[Type[Handler], ...] = (
-    Inotify, Unlinked, Directories, Locks, Fifos, Senders, Sockets, Connections, Epolls, Rings, Fanotify, InFlight,
+    Inotify, Unlinked, Directories, Locks, Fifos, InFlight, Senders, Sockets, Connections, Epolls, Rings, Fanotify,
 )  # fmt: skip
 
 
