@@ -226,7 +226,8 @@ class _Step:
                             raise
                         self._progress("frozen", {"attempt": attempt, "error": error.message})
             self._ended.expected = True
-            self._progress("switched", {"blackout": report.blackout, "moved": dict(report.moved)})
+            known = {"blackout": report.blackout, "blackout_began": report.began, "moved": dict(report.moved)}
+            self._progress("switched", known)
             prepared.verify()
             # Still within: what is prepared keeps the old file system, and nobody else's gets its device number. If
             # nothing was mounted, no namespace can have been cloned with it.

@@ -53,7 +53,8 @@ class Preparation:
 
 @dataclass(frozen=True)
 class SwitchReport:
-    """What ``execute`` did. ``blackout``: seconds from the freeze to the last detach, of all rounds together."""
+    """What ``execute`` did. ``blackout``: seconds from the freeze to the last detach, all rounds together; ``began``:
+    when the first one did, in seconds of the epoch."""
 
     processes: Dict[int, str]
     moved: Dict[str, int]
@@ -61,11 +62,13 @@ class SwitchReport:
     blackout: float
     stages: Dict[str, float] = field(default_factory=dict)  # seconds
     rounds: int = 1
+    began: float = 0.0
 
     def data(self) -> Dict[str, object]:
         """For JSON."""
         return {
             "blackout": self.blackout,
+            "blackout_began": self.began,
             "stages": self.stages,
             "rounds": self.rounds,
             "processes": [{"pid": pid, "command": command} for pid, command in self.processes.items()],
@@ -120,6 +123,7 @@ class Switch:
         self._account = Account()
         self._stages: Dict[str, float] = {}
         self._blackout = 0.0
+        self._began = 0.0
 
     def __enter__(self) -> "Switch":
         return self
@@ -180,7 +184,9 @@ class Switch:
             if not self._account.has_untried(census.processes.values()) and not self._came_loose(stuck):
                 break
         left = self._account.left(census.processes.values())
-        return SwitchReport(everybody, dict(self._account.moved), left, self._blackout, dict(self._stages), number)
+        return SwitchReport(
+            everybody, dict(self._account.moved), left, self._blackout, dict(self._stages), number, self._began
+        )
 
     def _round(self, when_stopped: Callable[[], None], cancelled: threading.Event) -> None:
         census = self._census
@@ -197,6 +203,7 @@ class Switch:
         guarded = ExitStack()
         guarded.enter_context(self._guard.armed())
         begin = time.perf_counter()
+        self._began = self._began or time.time()
         try:
             attention = guarded.enter_context(locks.Attention(self._device))
             self._stop(theatre)

@@ -50,8 +50,8 @@ def _replace(replace: Replace) -> Iterator[Tuple[float, str]]:
     for attempt in replace.attempts:
         if attempt.error:
             yield attempt.time, f"attempt {attempt.number}: {attempt.error}"
-    if replace.switched is not None and replace.blackout is not None:
+    if replace.blackout_began is not None and replace.blackout is not None:
         stages: List[str] = [f"{name} {seconds(share)}" for name, share in replace.blackout_stages]
-        yield replace.switched, f"blackout of {seconds(replace.blackout)}: {', '.join(stages)}"
+        yield replace.blackout_began, f"blackout of {seconds(replace.blackout)}: {', '.join(stages)}"
     if replace.end is not None:
         yield replace.end, f"replace {replace.phase}{': ' + replace.error if replace.error else ''}"

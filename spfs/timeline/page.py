@@ -16,16 +16,19 @@ _STYLE = """\
 body { margin: 0 auto; padding: 24px 28px 48px; max-width: 1180px; background: var(--paper); color: var(--ink);
   font: 15px/1.5 system-ui, "DejaVu Sans", sans-serif; }
 h1 { font-size: 22px; margin: 0; } h2 { font-size: 16px; margin: 28px 0 8px; }
-header p { margin: 2px 0 0; color: var(--soft); } code { font: 13px ui-monospace, "DejaVu Sans Mono", monospace; }
+header { overflow-wrap: anywhere; } header p { margin: 2px 0 0; color: var(--soft); }
+code { font: 13px ui-monospace, "DejaVu Sans Mono", monospace; }
 section + section { border-top: 2px solid var(--line); margin-top: 48px; padding-top: 24px; }
 .good { color: var(--good); } .bad { color: var(--bad); }
 .cards { display: flex; flex-wrap: wrap; gap: 12px; margin: 20px 0; }
 .cards div { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: 10px 16px;
   min-width: 120px; }
 .cards b { display: block; font-size: 20px; } .cards span { color: var(--soft); font-size: 13px; }
-figure { margin: 0; overflow-x: auto; } svg { display: block; max-width: 100%; height: auto; }
-table { border-collapse: collapse; width: 100%; font-size: 13px; } th { text-align: left; color: var(--soft);
-  font-weight: 600; } th, td { padding: 4px 14px 4px 0; border-bottom: 1px solid var(--line); vertical-align: top; }
+figure, .table { margin: 0; overflow-x: auto; }
+svg { display: block; width: 100%; min-width: 860px; height: auto; }
+table { border-collapse: collapse; width: 100%; min-width: 640px; font-size: 13px; }
+th { text-align: left; color: var(--soft); font-weight: 600; }
+th, td { padding: 4px 14px 4px 0; border-bottom: 1px solid var(--line); vertical-align: top; }
 td { overflow-wrap: anywhere; } td.n, th.n { text-align: right; } th, td.n { white-space: nowrap; }
 .none { color: var(--soft); }
 """
@@ -68,9 +71,11 @@ def _outcome(story: Story) -> str:
         return text(f"Gone: {story.why}" if story.why else "There; no replace was asked for")
     what = f"by {replace.fstype} {replace.source}"
     if replace.phase == "done":
-        left = len(replace.report.get("left", ())) + len(replace.report.get("mounts_left", ()))
+        names = {"left": "reference", "mounts_left": "mount"}
+        counts = {name: len(replace.report.get(key, ())) for key, name in names.items()}
+        left = " and ".join(f"{count} {name}{'s' * (count > 1)}" for name, count in counts.items() if count)
         if left:
-            return f'<b class="bad">Replaced {text(what)}; {left} references left on the stand-in</b>'
+            return f'<b class="bad">Replaced {text(what)}; {left} left on the stand-in</b>'
         return f'<b class="good">Replaced {text(what)}</b>'
     if replace.end is not None:
         return f'<b class="bad">Replace {text(what)} {text(replace.phase)}: {text(replace.error)}</b>'
@@ -88,7 +93,7 @@ def _cards(story: Story) -> Iterable[Tuple[str, str]]:
     replace = story.replace
     if replace is None:
         return
-    yield str(len(replace.attempts)), "attempts to mount"
+    yield str(sum(len(one.attempts) for one in story.replaces)), "attempts to mount"
     if replace.blackout is not None:
         yield seconds(replace.blackout), "blackout"
     moved = replace.report.get("moved")
@@ -117,7 +122,7 @@ def _waits(story: Story) -> List[str]:
     for operation, one in sorted(story.sums.items()):
         longest_of_all = seconds(one["longest"])
         rows.append(["others, not listed one by one", "", str(int(one["count"])), operation, longest_of_all, ""])
-    columns = ["Process", "#Stood still", "#Requests", "Longest wait for", "#It took", "#They ended"]
+    columns = ["Process", "#Stood still", "#Requests", "Longest wait for", "#It took", "They ended"]
     return [f"<h2>Who waited, and for what</h2>{_table(columns, rows)}"]
 
 
@@ -159,4 +164,4 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         for row in rows[:_LISTED]
     )
     more = f'<p class="none">And {len(rows) - _LISTED} more.</p>' if len(rows) > _LISTED else ""
-    return f"<table><thead><tr>{head}</tr></thead><tbody>\n{body}\n</tbody></table>{more}"
+    return f'<div class="table"><table><thead><tr>{head}</tr></thead><tbody>\n{body}\n</tbody></table></div>{more}'

@@ -17,6 +17,7 @@ MAX_ROWS = 40  # processes, those that waited longest
 MAX_BARS = 400  # requests of one process
 _CHARACTER = 6.4  # pixels of the small font, about
 _LETTER = 7.2  # of the ordinary one
+_QUIET = 0.1  # of what is before the last event is drawn after it, if nothing happens any more
 MAX_LANES = 4  # requests of one process at the same time that are drawn beside each other
 _TICKS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600,
           7200, 14400, 28800, 86400, 172800, 604800)  # fmt: skip  # seconds
@@ -116,7 +117,9 @@ class _Canvas:
 
 def draw(story: Story) -> str:
     """The picture of one mount."""
-    canvas = _Canvas(story.begin, story.end)
+    # A mount that is left as it is would have all that happened on the first pixels, some days later.
+    quiet = max(1.0, _QUIET * (story.last - story.begin))
+    canvas = _Canvas(story.begin, min(story.end, story.last + quiet))
     canvas.y = 26
     _modes(canvas, story)
     for number, replace in enumerate(story.replaces, 1):
@@ -156,8 +159,14 @@ def _modes(canvas: _Canvas, story: Story) -> None:
         canvas.swatch(x, canvas.y + 15, MODE_CLASSES[mode], mode)
         x += 20 + _CHARACTER * len(mode)
     for span in story.modes:
-        canvas.bar(span, MODE_CLASSES.get(span.name, "m0"), f"{span.name}: {seconds(span.seconds)}", span.name)
+        lasted = f"{span.name}: {seconds(span.seconds)}"
+        canvas.bar(span, MODE_CLASSES.get(span.name, "m0"), lasted, span.name)
     canvas.next()
+    if story.end > canvas.begin + canvas.span:
+        canvas.y -= GAP
+        quiet = f"and so for {seconds(story.end - story.last)} more, in which nothing happened"
+        canvas.write(WIDTH - RIGHT, canvas.y + 11, quiet, "soft small end")
+        canvas.next(0)
     taken_over = story.managers[1:]
     if taken_over:
         canvas.row("manager")
@@ -241,8 +250,8 @@ def describe(wait: Wait) -> str:
 
 def _cuts(canvas: _Canvas, story: Story, bottom: float) -> None:
     for replace in story.replaces:
-        if replace.switched is not None:
-            x = canvas.x(replace.switched)
+        if replace.blackout_began is not None:
+            x = canvas.x(replace.blackout_began)
             canvas.add(f'<line x1="{x:.1f}" x2="{x:.1f}" y1="18" y2="{bottom:.1f}" class="cut"/>')
 
 
@@ -251,8 +260,9 @@ def _blackout(canvas: _Canvas, replace: Replace, top: float) -> None:
     assert replace.blackout is not None
     canvas.y = top + 34
     left, right = float(LABEL), float(WIDTH - RIGHT)
-    if replace.switched is not None:
-        x = canvas.x(replace.switched)
+    began = replace.blackout_began
+    if began is not None:
+        x = canvas.x(began)
         canvas.add(f'<path d="M{x:.1f} {top:.1f} L{left:.1f} {canvas.y:.1f} H{right:.1f} Z" class="lens"/>')
     canvas.row("blackout", "from the first process's stop to the last one's going on", seconds(replace.blackout))
     legend: List[Tuple[str, str]] = []
@@ -278,8 +288,13 @@ def _blackout(canvas: _Canvas, replace: Replace, top: float) -> None:
         canvas.swatch(x, canvas.y + 9, style, label)
         x += width
     canvas.y += 18
+    if began is not None:
+        canvas.write(left, canvas.y + 9, f"began {clock(began, 3)}, {began - canvas.begin:.3f} s after 0", "soft small")
+        canvas.y += 18
 
 
-def clock(when: float) -> str:
-    """Local time."""
-    return time.strftime("%Y-%m-%d %H:%M:%S %z", time.localtime(when))
+def clock(when: float, digits: int = 0) -> str:
+    """Local time, with so many digits of the second."""
+    rounded = round(when, digits) if digits else float(int(when))
+    fraction = f"{rounded % 1:.{digits}f}"[1:] if digits else ""
+    return time.strftime(f"%Y-%m-%d %H:%M:%S{fraction} %z", time.localtime(rounded))

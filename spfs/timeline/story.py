@@ -71,6 +71,14 @@ class Replace:
         return float(value) if value is not None else None
 
     @property
+    def blackout_began(self) -> Optional[float]:
+        """The clock's time; of a record that does not have it, about."""
+        told = self.report.get("blackout_began")
+        if told is not None:
+            return float(told)
+        return self.switched - self.blackout if self.switched is not None and self.blackout is not None else None
+
+    @property
     def blackout_stages(self) -> List[Tuple[str, float]]:
         """In their order, with what was spent between them as the last one."""
         stages = [(str(name), float(seconds)) for name, seconds in self.report.get("stages", {}).items()]
@@ -80,12 +88,14 @@ class Replace:
 
 @dataclass
 class Story:
-    """One mount's. ``end``: when it was gone, or the moment of looking; ``why`` it is gone, or ""."""
+    """One mount's. ``end``: when it was gone, or the moment of looking; ``why`` it is gone, or "". ``last``: when
+    something happened for the last time, or somebody still waits."""
 
     id: str
     mountpoint: str
     begin: float
     end: float
+    last: float
     why: str = ""
     dead: str = ""
     modes: List[Span] = field(default_factory=list)
@@ -132,7 +142,7 @@ def tell(entries: Sequence[Mapping[str, Any]], now: float, held: Iterable[Mappin
     first = next((entry for entry in entries if entry["event"] in ("mount", "taken-over")), None)
     if first is None:
         raise ValueError("it does not say which mount it is about")
-    story = Story(str(first["id"]), str(first["mountpoint"]), float(first["time"]), now)
+    story = Story(str(first["id"]), str(first["mountpoint"]), float(first["time"]), now, now)
     story.begin = min([story.begin, *(float(entry.get("since", story.begin)) for entry in entries)])
     mode = Span(story.begin, story.begin, "mounting")
     for entry in entries:
@@ -152,10 +162,14 @@ def tell(entries: Sequence[Mapping[str, Any]], now: float, held: Iterable[Mappin
             _add_sums(story.sums, entry["operations"])
         else:
             _replace(story.replaces, when, event, entry)
-    story.end = max([story.end, *(float(entry["time"]) for entry in entries)])
+    story.last = max(float(entry["time"]) for entry in entries)
+    story.end = max(story.end, story.last)
     story.modes.append(Span(mode.begin, story.end, mode.name))
     if not story.why:
-        story.waits += [_wait(entry, now - float(entry["age"]), now, "waiting") for entry in held]
+        waiting = [_wait(entry, now - float(entry["age"]), now, "waiting") for entry in held]
+        story.waits += waiting
+        going_on = story.replace is not None and story.replace.end is None
+        story.last = story.end if waiting or going_on else story.last
     return story
 
 
@@ -204,7 +218,7 @@ def _replace(replaces: List[Replace], when: float, event: str, entry: Mapping[st
             last.attempts.append(Attempt(when, len(last.attempts) + 1, ""))
         elif stage == "switched":
             last.switched = when
-            last.report.setdefault("blackout", entry.get("blackout"))
+            last.report.update({key: entry[key] for key in ("blackout", "blackout_began") if key in entry})
     elif event == "replace-ended":
         last.end, last.phase = when, str(entry["phase"])
         last.error = str((entry["error"] or {}).get("message", ""))

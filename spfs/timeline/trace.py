@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Dict, Iterator, List, Sequence
 
-from spfs.timeline.picture import describe
+from spfs.timeline.picture import clock, describe
 from spfs.timeline.story import Story, steps
 
 _MODES, _REPLACE, _BLACKOUT = 1, 2, 3  # "threads" of a mount, which is a "process" with a number no process has
@@ -51,9 +51,9 @@ def _mount(story: Story, pid: int) -> Iterator[Dict[str, Any]]:
                 "ph": "i", "s": "t", "name": f"attempt {attempt.number}: {attempt.error or 'mounted'}",
                 "cat": "attempt", "pid": pid, "tid": _REPLACE, "ts": _micro(attempt.time),
             }  # fmt: skip
-        if replace.blackout is not None and replace.switched is not None:
-            begin = replace.switched - replace.blackout
-            yield _span("blackout", "blackout", pid, _BLACKOUT, begin, replace.switched)
+        begin = replace.blackout_began
+        if replace.blackout is not None and begin is not None:
+            yield _span("blackout", "blackout", pid, _BLACKOUT, begin, begin + replace.blackout, began=clock(begin, 6))
             for name, share in replace.blackout_stages:
                 yield _span(name, "blackout", pid, _BLACKOUT, begin, begin + share)
                 begin += share

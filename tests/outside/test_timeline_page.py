@@ -79,15 +79,51 @@ def entries() -> List[Dict[str, Any]]:
     return told
 
 
+def long_story() -> List[Dict[str, Any]]:
+    """Two replaces, the first of which has failed; hundreds of waits; much that is left, and days of quiet after it."""
+    left = [{"pid": 3000 + number, "command": "java -jar application.jar", "kind": "socket", "what": f"fd {number}",
+             "path": f"run/sock{number}", "reason": "connections cannot be moved"} for number in range(30)]  # fmt: skip
+    stages = {"stop": 0.01, "compare": 0.004, "mounts": 0.006, "transfer": 0.003, "operate": 0.04, "detach": 0.006}
+    report = {"blackout": 0.0731, "blackout_began": 422.042, "stages": stages, "moved": {"file": 812, "cwd": 60},
+              "left": left, "mounts_left": [{"mount": "/srv/other", "reason": "locked"}], "notes": []}  # fmt: skip
+    told: List[Dict[str, Any]] = [
+        {"time": 0.0, "event": "mount", "version": 1, "id": "projects", "mountpoint": "/srv/" + "long/" * 30,
+         "manager": 7},
+        {"time": 0.2, "event": "mounted", "mode": "restore"},
+        {"time": 20.0, "event": "mode", "mode": "stub", "former": "restore"},
+        {"time": 25.0, "event": "replace-asked", "source": "//files.example.org/share", "type": "cifs", "mode": None},
+        *({"time": 26.0 + 5 * number, "event": "attempt", "attempt": number + 1, "error": "Connection refused"}
+          for number in range(60)),
+        {"time": 330.0, "event": "replace-ended", "phase": "failed", "report": None, "error": {"message": "no share"}},
+        {"time": 340.0, "event": "taken-over", "id": "projects", "mountpoint": "/srv", "manager": 8},
+        {"time": 400.0, "event": "replace-asked", "source": "//files.example.org/share", "type": "cifs", "mode": None},
+        {"time": 410.0, "event": "stage", "stage": "begun"},
+        {"time": 420.0, "event": "stage", "stage": "mounted"},
+        {"time": 421.5, "event": "stage", "stage": "proxy"},
+        {"time": 421.5, "event": "mode", "mode": "proxy", "former": "stub"},
+        {"time": 422.2, "event": "stage", "stage": "switched", "blackout": 0.0731},
+        {"time": 422.5, "event": "replace-ended", "phase": "done", "report": report, "error": None},
+    ]  # fmt: skip
+    for number in range(600):
+        told.append({
+            "event": "wait", "time": 421.5 - number % 50, "since": 20.0 + number / 2, "operation": "read",
+            "path": "a/deep/directory", "name": f"file-{number}", "pid": 1000 + number % 90, "tid": 1000 + number % 90,
+            "uid": 0, "command": "worker", "command_line": "/usr/bin/worker " + "--option " * 30, "how": "answered",
+        })  # fmt: skip
+    return told
+
+
 @pytest.fixture(scope="module")
 def measured(browser: str, tmp_path_factory: pytest.TempPathFactory) -> Dict[str, Any]:
-    home = tmp_path_factory.mktemp("browser")
-    document = page.draw([tell(entries(), 15.0)])
+    return measure(browser, tmp_path_factory.mktemp("browser"), page.draw([tell(entries(), 15.0)]))
+
+
+def measure(browser: str, home: Path, document: str, width: int = 1280, *settings: str) -> Dict[str, Any]:
     # The page runs nothing. What measures it does, so the measured copy is without that rule.
     document = re.sub(r"<meta http-equiv=[^>]*>", "", document).replace("</body>", MEASURE + "</body>")
     path = home / "measured.html"
     path.write_text(document, encoding="utf-8")
-    dom = run(browser, home, "--window-size=1280,1600", "--dump-dom", f"file://{path}")
+    dom = run(browser, home, *settings, f"--window-size={width},1600", "--dump-dom", f"file://{path}")
     title = re.search(r"<title>(\{.*?\})</title>", dom, re.DOTALL)
     assert title is not None, dom[:2000]
     found: Dict[str, Any] = json.loads(unescape(title.group(1)))
@@ -109,6 +145,28 @@ def test_no_text_is_outside_the_picture_or_over_another(measured: Dict[str, Any]
         for other, b in texts[number + 1 :]:
             width, height = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
             assert width <= 1 or height <= 3, (shown, other)
+
+
+@pytest.mark.parametrize("width", [1280, 500])
+def test_a_long_story(browser: str, tmp_path: Path, width: int) -> None:
+    document = page.draw([tell(long_story(), 1e6)])
+    found = measure(browser, tmp_path, document, width)
+    assert found["window"] == width and found["width"] <= width  # what is wider scrolls within the page
+    assert found["svg"][2] - found["svg"][0] >= 860  # and can still be read
+    test_no_text_is_outside_the_picture_or_over_another(found)
+    texts = dict(found["texts"])
+    assert any(shown.startswith("and so for 277 h") for shown in texts) and "and 50 more processes" in texts
+    # The days in which nothing happened take a tenth of what is before them.
+    waits = [place for shown, place in found["bars"] if "file-" in shown]
+    begin, end = min(place[0] for place in waits), max(place[2] for place in waits)
+    assert end - begin > 0.6 * (found["svg"][2] - found["svg"][0])
+    assert "30 references and 1 mount left" in document and "<b>61</b>" in document
+
+
+def test_on_a_dark_screen(browser: str, tmp_path: Path) -> None:
+    dark = "--blink-settings=preferredColorScheme=0"
+    found = measure(browser, tmp_path, page.draw([tell(entries(), 15.0)]), 1280, dark)
+    assert found["paper"] == "rgb(15, 23, 42)" and found["bar"] == "rgb(161, 98, 7)"
 
 
 def test_bars_are_where_their_times_are(measured: Dict[str, Any]) -> None:

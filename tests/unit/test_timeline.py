@@ -51,7 +51,8 @@ def entries() -> List[Dict[str, Any]]:
         wait(101.2, 105.2, 30, 30, "two"),
         wait(104.0, 105.2, 0, 0, "", command="", command_line="", operation="read"),
         {"time": 105.3, "event": "waits", "operations": {"read": {"count": 9, "seconds": 4.5, "longest": 1.5}}},
-        {"time": 105.4, "event": "stage", "stage": "switched", "blackout": 0.005, "moved": {"file": 3}},
+        {"time": 105.4, "event": "stage", "stage": "switched", "blackout": 0.005, "blackout_began": 105.29125,
+         "moved": {"file": 3}},
         {"time": 105.5, "event": "stage", "stage": "verified"},
         {"time": 105.6, "event": "replace-ended", "phase": "done", "report": report, "error": None},
         {"time": 105.7, "event": "gone", "why": "replaced"},
@@ -137,7 +138,7 @@ def test_the_page_fetches_nothing_and_runs_nothing() -> None:
     assert drawn.count("<svg") == 2 and "default-src 'none'" in drawn
     assert "<script" not in drawn and not re.search(r"(href|src)\s*=|url\(|@import", drawn)
     assert "&lt;script&gt;" in drawn and "\\udce9" in drawn
-    assert "Replaced by nfs4 srv:/x; 1 references left on the stand-in" in drawn
+    assert "Replaced by nfs4 srv:/x; 1 reference left on the stand-in" in drawn
     assert "Connection refused" in drawn and "a note" in drawn
     drawn.encode()  # no lone surrogates
 
@@ -159,7 +160,10 @@ def test_the_trace_is_what_chrome_reads() -> None:
         assert {"name", "ph", "pid", "tid"} <= event.keys()
         assert event["ph"] == "M" or (isinstance(event["ts"], int) and event.get("dur", 1) >= 1)
     (blackout,) = [event for event in events if event["name"] == "blackout" and event["ph"] == "X"]
-    assert (blackout["ts"], blackout["dur"]) == (105_395_000, 5000)
+    assert (blackout["ts"], blackout["dur"]) == (105_291_250, 5000)
+    assert re.fullmatch(r"1970-01-0[12] \d\d:\d\d:45\.291250 [+-]\d{4}", blackout["args"]["began"])
+    stop = next(event for event in events if event["name"] == "stop")
+    assert (stop["ts"], stop["dur"]) == (105_291_250, 1000)
     # Spans of one thread lie one after the other, or within each other.
     for pid, tid in {(event["pid"], event["tid"]) for event in events if event["ph"] == "X"}:
         spans = sorted((event["ts"], -event["dur"]) for event in events
@@ -170,6 +174,16 @@ def test_the_trace_is_what_chrome_reads() -> None:
                 open_until.pop()
             assert not open_until or begin - length <= open_until[-1] + 1
             open_until.append(begin - length)
+
+
+def test_when_the_blackout_began() -> None:
+    """By the clock; a record of an earlier version has its end alone."""
+    drawn = picture.draw(story())
+    assert re.search(r"began 1970-01-0[12] \d\d:\d\d:45\.291 [+-]\d{4}, 5\.291 s after 0<", drawn)
+    assert re.search(r"\+5\.29\d* s +.*blackout of 5 ms", lines.draw(story()))
+    older = [{key: value for key, value in entry.items() if key != "blackout_began"} for entry in entries()]
+    replace = tell(older, 200.0).replace
+    assert replace is not None and replace.blackout_began == pytest.approx(105.395)
 
 
 def test_the_text_is_in_order() -> None:
