@@ -181,6 +181,7 @@ class Answers:
     def _open(self, worker: Worker, request: Request, flags: int, is_directory: bool) -> None:
         backing = backing_of(request)
         allowed = allowed_flags(flags)
+        self._handles.check_room()
         try:
             fd = self._objects.by_path(request, lambda backing, path: self._open_checked(request, path, allowed))
         except OSError as error:

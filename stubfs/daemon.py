@@ -26,6 +26,7 @@ from stubfs.session import Session
 _log = logging.getLogger(__name__)
 _INIT_LIMIT = 10.0  # seconds for the kernel's first request, which it sends when the mount is made
 _OOM_SCORE = "-500"
+_OPEN_FILES = 1 << 20  # as many as fs.nr_open allows where nobody has changed it
 _ACCEPT_PAUSE = 0.1  # seconds without accepting control clients when descriptors or threads ran out
 
 
@@ -51,8 +52,14 @@ def make_independent() -> None:
         pass  # needs CAP_SYS_RESOURCE
     import resource
 
+    # A descriptor or two for every file that any process has open: more than one process has a use for.
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    for limit in (max(hard, _OPEN_FILES), hard):
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
+            break
+        except (OSError, ValueError):
+            pass  # more than the hard limit needs CAP_SYS_RESOURCE, and fs.nr_open allows it
 
 
 def go_background() -> Optional[Callable[[int], None]]:

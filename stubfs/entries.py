@@ -63,6 +63,7 @@ class Entries:
 
     def create(self, worker: Worker, request: Request) -> None:
         flags, mode, umask, _ = protocol.CREATE_IN.unpack_from(request.buffer, BODY)
+        self._handles.check_room()
         worker.identity.mask(umask)
         name = request.name(BODY + protocol.CREATE_IN.size)
         self._nodes.change()
@@ -77,6 +78,7 @@ class Entries:
 
     def tmpfile(self, worker: Worker, request: Request) -> None:
         flags, mode, umask, _ = protocol.CREATE_IN.unpack_from(request.buffer, BODY)
+        self._handles.check_room()
         worker.identity.mask(umask)
         allowed = allowed_flags(flags) & ~os.O_TRUNC | flags & os.O_EXCL | os.O_TMPFILE
         fd = self._objects.by_fd(request, lambda directory: os.open(fd_link(directory), allowed, mode & 0o7777))

@@ -7,7 +7,9 @@ because an operation on them may still be under way. All of them close with the 
 from __future__ import annotations
 
 import errno
+import logging
 import os
+import resource
 import threading
 from typing import Dict, List, Optional, Tuple
 
@@ -15,6 +17,8 @@ from stubfs import protocol
 from stubfs.backing import Backing, allowed_flags, reopen_flags
 from stubfs.credentials import Credentials, ThreadIdentity, ourselves
 from stubfs.nodes import NodeTable
+
+_log = logging.getLogger(__name__)
 
 
 class OpenFile:
@@ -78,6 +82,10 @@ class OpenFile:
 class HandleTable:
     def __init__(self, nodes: NodeTable) -> None:
         self._nodes = nodes
+        # After a change of the backing directory each file is opened a second time.
+        self._most = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2
+        self._newest = 0  # number of a recent descriptor: the kernel gives the lowest one that is free
+        self._is_full = False
         self._lock = threading.Lock()
         self._files: Dict[int, OpenFile] = {}
         self._of_node: Dict[int, Dict[int, OpenFile]] = {}
@@ -97,9 +105,23 @@ class HandleTable:
                 fh, node, is_directory, flags, backing.number, fd, credentials, tid, backing.is_staging
             )
             self._files[fh] = file
+            self._newest = fd
             if node:
                 self._of_node.setdefault(node, {})[fh] = file
             return file
+
+    def check_room(self) -> None:
+        """To be called before a file is opened or made. OSError ENFILE if open files would leave too few descriptors for
+        what must go on: paths, the control socket, the change to another directory."""
+        if self._newest < self._most:
+            return
+        self._newest = os.open("/", os.O_PATH | os.O_CLOEXEC)
+        os.close(self._newest)
+        is_full, self._is_full = self._is_full, self._newest >= self._most
+        if self._is_full:
+            if not is_full:
+                _log.warning("%d files are open: no more can be (raise RLIMIT_NOFILE of the file system)", len(self))
+            raise OSError(errno.ENFILE, os.strerror(errno.ENFILE))
 
     def created(self, file: OpenFile, node: int) -> None:
         """The node of a file that was opened before it had one."""

@@ -94,11 +94,14 @@ class Process:
 
 
 class Filesystem:
-    """A mounted stubfs in the foreground, with ``path``, ``client`` and a directory ``real`` beside it."""
+    """A mounted stubfs in the foreground, with ``path``, ``client`` and a directory ``real`` beside it.
+
+    ``under``: a command that executes it.
+    """
 
     def __init__(
         self, base: Path, mode: str = "restore", name: str = "fs", real: Optional[Path] = None,
-        options: Sequence[str] = (),
+        options: Sequence[str] = (), under: Sequence[str] = (),
     ) -> None:  # fmt: skip
         self.base = base / name
         self.path = self.base / "mnt"
@@ -114,7 +117,7 @@ class Filesystem:
         if mode == "proxy":
             arguments += ["--proxy-dir", str(self.real)]
         self.daemon = subprocess.Popen(
-            command(str(self.path), *arguments, "--ready-fd", str(write)),
+            [*under, *command(str(self.path), *arguments, "--ready-fd", str(write))],
             env=environment(), pass_fds=[write], stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
         os.close(write)

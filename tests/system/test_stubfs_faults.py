@@ -347,6 +347,36 @@ class TestControlSocket:
         assert caught.value.errno == errno.ENAMETOOLONG
 
 
+def test_more_open_files_than_it_can_have(tmp_path: Path) -> None:
+    """Who opens one too many gets an error; all else goes on, and no open file is lost in a change of mode."""
+    limit = ["setpriv", "--bounding-set=-sys_resource", "prlimit", "--nofile=300:300"]
+    with mounted(tmp_path, "restore", under=limit) as fs:
+        for top in (fs.path, fs.real):
+            (top / "a" / "b").mkdir(parents=True)
+            (top / "file").write_text(top.name)
+        opened: List[int] = []
+        try:
+            with pytest.raises(OSError) as caught:
+                while len(opened) < 300:
+                    opened.append(os.open(fs.path / "file", os.O_RDONLY))
+            assert caught.value.errno == errno.ENFILE and len(opened) > 100
+            with pytest.raises(OSError) as caught:
+                os.open(fs.path / "new", os.O_RDWR | os.O_CREAT)
+            assert caught.value.errno == errno.ENFILE and not (fs.path / "new").exists()
+            (fs.path / "a" / "b" / "c").mkdir()
+            fs.client.mode("stub")
+            fs.proxy()
+            assert {os.pread(fd, 10, 0) for fd in opened} == {b"real"}
+            while len(opened) > 10:
+                os.close(opened.pop())
+            wait_until(lambda: len(fs.client.handles()) == len(opened), LIMIT)
+            opened.append(os.open(fs.path / "file", os.O_RDONLY))
+            assert fs.log.read_text().count("RLIMIT_NOFILE") == 1
+        finally:
+            for fd in opened:
+                os.close(fd)
+
+
 def test_thousands_of_held_requests_cost_next_to_nothing(fs: Filesystem) -> None:
     fs.client.mode("stub")
 
