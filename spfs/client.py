@@ -191,14 +191,15 @@ class ManagerClient:
         timeout: Optional[float] = None,
         errno: Union[None, int, str] = None,
         exempt: Sequence[int] = (),
+        missing: str = "leave",
     ) -> List[str]:
         """Change the mode of ``id``, or of all. In force on return; the ids of the mounts that it concerned.
 
-        ``timeout``, ``errno``, ``exempt``: options of stub mode, as in FilesystemClient.mode().
+        ``timeout``, ``errno``, ``exempt``: options of stub mode, ``missing``: of proxy, as in FilesystemClient.mode().
         """
         answer = self.request(
             "mode", **_whom(id), mode=mode, proxy_dir=proxy_dir, ns_pid=ns_pid, timeout=timeout, errno=errno,
-            exempt=list(exempt) or None,
+            exempt=list(exempt) or None, missing=missing if missing != "leave" else None,
         )  # fmt: skip
         return list(answer["mounts"])
 
@@ -260,6 +261,20 @@ class ManagerClient:
     def held(self, id: Optional[str] = None) -> List[Dict[str, Any]]:
         """The requests that wait in stub mode, with the id of their mount."""
         return list(self.request("held", id=id)["held"])
+
+    def wait_held(
+        self, id: str, count: int = 1, timeout: Optional[float] = None,
+        operations: Sequence[str] = (), path: Optional[str] = None, pids: Sequence[int] = (),
+    ) -> int:  # fmt: skip
+        """Until so many requests are held on the mount at once; returns how many. As FilesystemClient.wait_held(): asks
+        its file system, by whose control socket the manager goes, too."""
+        from stubfs.client import FilesystemClient
+
+        mounts = self.status(id)["mounts"]
+        if not mounts:
+            raise SpfsError(f"cannot wait for requests on mount {id!r}: it is gone", "see status", errno.ENOENT)
+        with FilesystemClient(mounts[0]["control"]) as filesystem:
+            return filesystem.wait_held(count, timeout, operations, path, pids)
 
     def wait(self, id: str, timeout: Optional[float] = None) -> Dict[str, Any]:
         """Until the replace (or mode change) of ``id`` has ended; the mount's status with the report. An error that

@@ -34,6 +34,7 @@ class ModeChanges(Replaces):
         if request.mode != "proxy":
             change.update(timeout=request.timeout, errno=request.errno, exempt=list(request.exempt) or None)
             return self._change_all(chosen, change, -1, done)
+        change["missing"] = request.missing
         assert request.proxy_dir is not None
         path = request.proxy_dir
 

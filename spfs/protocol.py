@@ -171,6 +171,8 @@ def _check(command: str, request: Request) -> None:
         for key in ("timeout", "errno", "exempt"):
             if getattr(request, key) not in (None, ()) and request.mode != "stub":
                 raise BadRequest(f"cannot read the mode request: key {key} is for mode=stub alone")
+        if request.missing != "leave" and request.mode != "proxy":
+            raise BadRequest("cannot read the mode request: key missing is for mode=proxy alone")
         if request.errno is not None and request.timeout is None:
             raise BadRequest("cannot read the mode request: key errno is for a timeout", "give both")
     if isinstance(request, Mount) and request.ns_pid is None and request.ns_list is not None:

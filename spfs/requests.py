@@ -27,7 +27,8 @@ class Mount:
 
 @dataclass(frozen=True)
 class Mode:
-    """``id`` None: of all file systems. ``timeout``, ``errno``, ``exempt``: options of stub mode."""
+    """``id`` None: of all file systems. ``timeout``, ``errno``, ``exempt``: options of stub mode; ``missing``: of proxy.
+    """
 
     mode: str
     id: Optional[str] = None
@@ -36,6 +37,7 @@ class Mode:
     timeout: Optional[float] = None
     errno: Optional[int] = None
     exempt: Tuple[int, ...] = ()
+    missing: str = "leave"
 
 
 @dataclass(frozen=True)

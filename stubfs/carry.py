@@ -1,8 +1,9 @@
 """What restore mode's files come to that the real side lacks: carried over there, or left behind.
 
-What the real side has stays as it is there, whatever was written in restore mode. Sockets are not carried: one that
-nobody is bound to is of no use. Works beneath two directory descriptors; no link is followed on either side. Files
-are made by their owners where these may, so that it also works where a server squashes root. Raises OSError.
+What the real side has stays as it is there, whatever was written in restore mode. A socket's name is carried, too: who
+listens on it is found by it, as long as the mount is there. Works beneath two directory descriptors; no link is
+followed on either side. Files are made by their owners where these may, so that it also works where a server squashes
+root. Raises OSError.
 """
 
 from __future__ import annotations
@@ -32,7 +33,6 @@ class Carrying:
         self._identity = ThreadIdentity()
         self._made: List[Tuple[bytes, bool]] = []  # path, whether it is a directory; in the order of making
         self._linked: Dict[int, bytes] = {}  # inode number in the staging directory -> path of its copy
-        self.left: List[bytes] = []  # paths of sockets
 
     @property
     def carried(self) -> List[bytes]:
@@ -104,9 +104,6 @@ class Carrying:
 
     def _copy(self, source: int, target: int, name: bytes, path: bytes, status: os.stat_result) -> None:
         kind = stat.S_IFMT(status.st_mode)
-        if kind == stat.S_IFSOCK:
-            self.left.append(path)
-            return
         copy = self._linked.get(status.st_ino) if status.st_nlink > 1 and kind != stat.S_IFDIR else None
         if copy is not None:
             self._as_root(status, lambda: self._link(copy, target, name))

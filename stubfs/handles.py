@@ -111,8 +111,8 @@ class HandleTable:
             return file
 
     def check_room(self) -> None:
-        """To be called before a file is opened or made. OSError ENFILE if open files would leave too few descriptors for
-        what must go on: paths, the control socket, the change to another directory."""
+        """To be called before a file is opened or made. OSError ENFILE if open files would leave too few descriptors
+        for what must go on: paths, the control socket, the change to another directory."""
         if self._newest < self._most:
             return
         self._newest = os.open("/", os.O_PATH | os.O_CLOEXEC)

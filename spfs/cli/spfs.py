@@ -92,6 +92,10 @@ def parser() -> argparse.ArgumentParser:
     mode.add_argument("--proxy-dir", metavar="DIR", help="with proxy: where requests go to")
     mode.add_argument("--ns-pid", type=int, metavar="PID", help="look --proxy-dir up in this process's mount namespace")
 
+    mode.add_argument(
+        "--missing", choices=("leave", "carry"), default="leave",
+        help="proxy: what was made in restore mode and DIR lacks is left behind or copied there (default: leave)",
+    )  # fmt: skip
     mode.add_argument("--timeout", type=float, metavar="SECONDS", help="stub: an error for whoever waits so long")
     mode.add_argument("--errno", metavar="NAME", help="stub: which one (default: EIO)")
     mode.add_argument(
@@ -134,6 +138,7 @@ def parser() -> argparse.ArgumentParser:
 
     wait = add("wait", _wait, "wait until the replace or mode change of a mount has ended, and show its report")
     wait.add_argument("id")
+    wait.add_argument("--held", type=int, metavar="COUNT", help="wait until so many requests are held, and show them")
     wait.add_argument("--timeout", type=float, metavar="SECONDS", help="wait no longer (exit code 4)")
 
     abort = add("abort", _abort, "give up a replace or mount that is pending or running; nothing has then changed")
@@ -241,7 +246,7 @@ def _mount(options: argparse.Namespace, client: ManagerClient) -> None:
 def _mode(options: argparse.Namespace, client: ManagerClient) -> None:
     changed = client.mode(
         options.mode, _chosen(options), proxy_dir=options.proxy_dir, ns_pid=options.ns_pid,
-        timeout=options.timeout, errno=options.errno, exempt=options.exempt,
+        timeout=options.timeout, errno=options.errno, exempt=options.exempt, missing=options.missing,
     )  # fmt: skip
     _print(options, {"mode": options.mode, "mounts": changed})
 
@@ -284,7 +289,11 @@ def _replace(options: argparse.Namespace, client: ManagerClient) -> None:
 
 
 def _wait(options: argparse.Namespace, client: ManagerClient) -> None:
-    _print(options, live.wait(client, options.id, options.timeout), tables.report)
+    if options.held is not None:
+        client.wait_held(options.id, options.held, options.timeout)
+        _held(argparse.Namespace(**vars(options), pid=None), client)
+    else:
+        _print(options, live.wait(client, options.id, options.timeout), tables.report)
 
 
 def _abort(options: argparse.Namespace, client: ManagerClient) -> None:

@@ -94,6 +94,28 @@ def test_rules_and_options_of_stub_mode(manager: Manager, mnt: Path) -> None:
     assert "timeout is for mode=stub alone" in spfs(manager, "mode", "restore", "data", "--timeout", "5", code=1)
 
 
+def test_wait_until_somebody_waits(manager: Manager, mnt: Path) -> None:
+    spfs(manager, "mount", "data", str(mnt))
+    spfs(manager, "mode", "stub", "data")
+    assert "held" in spfs(manager, "wait", "data", "--held", "1", "--timeout", "0.05", code=4)
+    with reading(mnt / "file") as reader:
+        shown = spfs(manager, "wait", "data", "--held", "1", "--timeout", "20")
+        assert f"{reader.pid}" in shown and "lookup" in shown
+        (entry,) = json.loads(spfs(manager, "wait", "data", "--held", "1", "--json"))
+        assert entry["pid"] == reader.pid
+        spfs(manager, "unmount", "data", "--force")
+    assert "it is gone" in spfs(manager, "wait", "data", "--held", "1", code=1)
+
+
+def test_what_the_directory_lacks_is_carried_there(manager: Manager, mnt: Path, tmp_path: Path) -> None:
+    spfs(manager, "mount", "data", str(mnt))
+    (mnt / "made").write_text("in restore mode")
+    (tmp_path / "real").mkdir()
+    assert "missing is for mode=proxy alone" in spfs(manager, "mode", "stub", "data", "--missing", "carry", code=1)
+    spfs(manager, "mode", "proxy", "data", "--proxy-dir", str(tmp_path / "real"), "--missing", "carry")
+    assert (tmp_path / "real/made").read_text() == (mnt / "made").read_text() == "in restore mode"
+
+
 def test_everything_as_json(manager: Manager, mnt: Path) -> None:
     def answer(*arguments: str) -> Any:
         return json.loads(spfs(manager, *arguments, "--json"))

@@ -56,7 +56,7 @@ def tree(top: Path) -> Dict[str, Entry]:
 
 
 def build(top: Path) -> None:
-    """Of all kinds, but sockets."""
+    """Of all kinds."""
     (top / "d/e").mkdir(parents=True)
     (top / "d/e/file").write_bytes(b"contents" * 1000)
     os.setxattr(top / "d/e/file", "user.name", b"value")
@@ -66,6 +66,7 @@ def build(top: Path) -> None:
     os.symlink("d/e/file", top / "link")
     os.link(top / "link", top / "d/link too", follow_symlinks=False)
     os.mkfifo(top / "fifo", 0o640)
+    os.mknod(top / "socket", stat.S_IFSOCK | 0o660)
     os.mknod(top / "null", stat.S_IFCHR | 0o666, os.makedev(1, 3))
     (top / os.fsdecode(b"\xff name")).write_bytes(b"")
     with open(top / "sparse", "wb") as file:
@@ -136,12 +137,18 @@ def test_from_stub_mode_while_somebody_waits(fs: Filesystem) -> None:
     assert process.result() == "carried"
 
 
-def test_sockets_are_left(fs: Filesystem) -> None:
-    with socket.socket(socket.AF_UNIX) as listener:
+def test_who_listens_on_a_socket_is_found_by_its_name(fs: Filesystem) -> None:
+    with socket.socket(socket.AF_UNIX) as listener, socket.socket(socket.AF_UNIX) as client:
         listener.bind(str(fs.path / "socket"))
-        (fs.path / "f").write_text("x")
+        listener.listen()
+        os.chown(fs.path / "socket", 1000, 1001)
+        os.chmod(fs.path / "socket", 0o620)
         proxy(fs, "carry")
-    assert os.listdir(fs.real) == ["f"]
+        status = os.stat(fs.real / "socket")
+        assert (status.st_uid, status.st_gid, status.st_mode) == (1000, 1001, stat.S_IFSOCK | 0o620)
+        client.settimeout(5)
+        client.connect(str(fs.path / "socket"))
+        listener.accept()[0].close()
 
 
 @pytest.mark.parametrize("mode", ["restore", "stub"])
