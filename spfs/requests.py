@@ -27,8 +27,7 @@ class Mount:
 
 @dataclass(frozen=True)
 class Mode:
-    """``id`` None: of all file systems. ``timeout``, ``errno``, ``exempt``: options of stub mode; ``missing``: of proxy.
-    """
+    """``id`` None: of all file systems. ``timeout``, ``errno``, ``exempt`` are for stub mode, ``missing`` for proxy."""
 
     mode: str
     id: Optional[str] = None
