@@ -41,7 +41,7 @@ class Supervisor(ModeChanges):
     def mount(self, request: requests.Mount, done: Done) -> None:
         managed = self.registry.add(request)
         try:
-            self._refuse_second_mount(request)
+            self._claim_place(managed, request)
         except SpfsError:
             self.registry.discard(managed)
             raise
@@ -92,7 +92,8 @@ class Supervisor(ModeChanges):
             self._drop(managed)
             raise
 
-    def _refuse_second_mount(self, request: requests.Mount) -> None:
+    def _claim_place(self, new: Managed, request: requests.Mount) -> None:
+        """SpfsError EBUSY if one of our mounts is there, or is about to be."""
         try:
             namespace = os.stat(f"/proc/{request.ns_pid or 'self'}/ns/mnt").st_ino
         except OSError:
@@ -100,10 +101,13 @@ class Supervisor(ModeChanges):
         own = os.stat("/proc/self/ns/mnt").st_ino
         if request.ns_list is not None and "mnt" not in request.ns_list:
             namespace = own
+        new.identity = {"mnt": namespace}  # until the job has pinned all of it
         place = os.path.normpath(request.mountpoint)
         for managed in self.registry:
             same_root = (managed.root or "/") == (request.root or "/")
-            if managed.state is not State.MOUNTED or managed.identity.get("mnt", own) != namespace or not same_root:
+            if managed is new or managed.state not in (State.STARTING, State.MOUNTED) or not same_root:
+                continue
+            if managed.identity.get("mnt", own) != namespace:
                 continue
             if managed.replacement is not None and managed.replacement.phase is Phase.DONE:
                 continue  # what still serves somebody is on no path any more
@@ -389,7 +393,9 @@ class Supervisor(ModeChanges):
         def ended(outcome: Outcome) -> None:
             running.taken_over = True
             if outcome.error is not None:
-                log.error("mount %s: cannot take it over: %s", managed.id, outcome.error)
+                # One whose process has ended with its mount cannot be asked; what became of it is looked at next.
+                level = logging.ERROR if running.ended is None else logging.INFO
+                log.log(level, "mount %s: cannot take it over: %s", managed.id, outcome.error)
                 return
             self.registry.mode_changed(managed, outcome.value["mode"])
             if outcome.value["target"] is not None:

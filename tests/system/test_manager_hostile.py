@@ -21,6 +21,7 @@ from manager_kit import ENVIRONMENT, TIMEOUT, Manager, manager_in, reading, run
 
 from spfs import connection, requests
 from spfs.client import ManagerClient
+from spfs.errors import SpfsError
 from spfs.testing import wait_until
 from stubfs import wire
 from stubfs.rules import Rule
@@ -86,6 +87,22 @@ def test_who_waits_and_dies_with_a_request_unread_leaves_nothing(manager: Manage
             wait_until(lambda: clients_of(client) == 1)
         wait_until(lambda: clients_of(client) == 0)
     assert descriptors(manager) == before
+
+
+def test_two_who_want_the_same_place_at_the_same_time(manager: Manager, mnt: Path) -> None:
+    with manager.raw() as one, manager.raw() as other:
+        one.send(f"mount;id=a;mode=restore;mountpoint={mnt}\0".encode())
+        other.send(f"mount;id=b;mode=restore;mountpoint={mnt}/\0".encode())
+        assert [answer(one), answer(other)] == [0, -errno.EBUSY]
+    client = manager.client()
+    assert [row["id"] for row in client.status()["mounts"]] == ["a"]
+    client.unmount("a")
+    client.mount("b", str(mnt))
+    # Not in the way of one that could not be mounted.
+    with pytest.raises(SpfsError):
+        client.mount("c", f"{mnt}/nonesuch")
+    (mnt / "nonesuch").mkdir()
+    client.mount("c", f"{mnt}/nonesuch")
 
 
 def test_a_time_limit_of_years(manager: Manager, mnt: Path) -> None:
