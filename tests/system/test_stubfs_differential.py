@@ -78,6 +78,7 @@ SAID_FIRST = {
     ("mknod", "EPERM", "EACCES"),
     ("link_open", "ENOENT", "EPERM"),  # no links left
     ("open", "EPERM", "EACCES"),  # O_NOATIME
+    ("open", "EISDIR", "EACCES"),  # O_CREAT and a slash at the end
 }  # fmt: skip
 
 
