@@ -1,4 +1,7 @@
-"""Changes of mode while many use the file system: nothing lost, doubled, reordered or answered with an error."""
+"""Changes of mode while many use the file system: nothing lost, doubled, reordered or answered with an error.
+
+Longer, by hand: STUBFS_CHANGES=5000 python -m pytest tests/system/test_stubfs_switching.py -k under_load
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,7 @@ import pytest
 from stubfs_kit import Filesystem, mounted, wait_until
 
 pytestmark = [pytest.mark.needs_root, pytest.mark.needs_fuse]
+CHANGES = int(os.environ.get("STUBFS_CHANGES", "150"))
 
 
 @pytest.fixture
@@ -103,9 +107,10 @@ def actions(fs: Filesystem, logs: List[FileIO]) -> List[Callable[[int], None]]:
     return [*map(appends, logs), creates, directories, reads, reads]
 
 
+@pytest.mark.timeout(60 + CHANGES // 5)
 def test_proxy_and_stub_under_load(fs: Filesystem) -> None:
     with busy(fs) as load:
-        for _ in range(150):
+        for _ in range(CHANGES):
             fs.client.mode("stub")
             fs.proxy()
     assert min(load.rounds) > 5, load.rounds
@@ -113,6 +118,7 @@ def test_proxy_and_stub_under_load(fs: Filesystem) -> None:
     assert "ERROR" not in fs.log.read_text()
 
 
+@pytest.mark.timeout(60 + CHANGES // 5)
 def test_restore_stub_proxy_under_load(tmp_path: Path) -> None:
     with mounted(tmp_path, "restore") as fs:
         for top in (fs.path, fs.real):
@@ -126,7 +132,7 @@ def test_restore_stub_proxy_under_load(tmp_path: Path) -> None:
 
         load = Load(reads, reads, stats, stats)
         try:
-            for _ in range(30):
+            for _ in range(CHANGES // 5):
                 fs.client.mode("stub")
                 fs.proxy()
                 fs.client.mode("restore")
