@@ -17,7 +17,8 @@ from typing import Any, Dict, Iterator, List, Optional
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from manager_kit import ENVIRONMENT, TIMEOUT, Manager, manager_in, reading, run
+from manager_kit import ENVIRONMENT, TIMEOUT, TOP, Manager, manager_in, reading, run
+from mount_kit import Places, places, read_in  # noqa: F401
 
 from spfs import connection, requests
 from spfs.client import ManagerClient
@@ -299,6 +300,46 @@ def test_what_a_terminal_would_obey_is_not_printed(manager: Manager, mnt: Path) 
         assert text.replace("\n", "").isprintable() and "\nfake" not in text, text
         assert "fake line" in text
     assert r"\x1b[2J\x9b31m\r\nfake line" in shown[0]
+
+
+# Containers
+
+
+def test_nothing_that_a_container_has_prepared_is_run_or_believed(
+    manager: Manager, places: Places, tmp_path: Path  # noqa: F811
+) -> None:
+    """Its own Python library, our package, programs, /proc, and a link for a mountpoint."""
+    for name in ("evil", "mnt", "elsewhere", "proc"):
+        (tmp_path / name).mkdir()
+    ran = tmp_path / "ran"
+    library = Path(os.__file__).parent
+    for place in (library, TOP / "spfs", TOP / "stubfs"):
+        for path in [*place.glob("*.py"), *place.glob("*/__init__.py"), *place.glob("linux/*.py")]:
+            copy = tmp_path / "evil" / path.relative_to(place)
+            copy.parent.mkdir(exist_ok=True)
+            copy.write_text(f"open({str(ran)!r}, 'a').write(__file__)\n")
+    for name in ("mount.tmpfs", "mount.fuse", "fusermount", "umount", "mount"):
+        (tmp_path / "evil" / name).write_text(f"#!/bin/sh\necho $0 >> {ran}\n")
+        (tmp_path / "evil" / name).chmod(0o755)
+    pid = places.namespace("-m", "-p", "-f", "--mount-proc")
+    (tmp_path / "link").symlink_to(tmp_path / "mnt")
+    script = [f"mount -t tmpfs none {tmp_path}/proc", f"mkdir -p {tmp_path}/proc/self/ns",
+              f"echo '1 1 0:1 / / rw - fake fake rw' > {tmp_path}/proc/self/mountinfo",
+              *(f"mount --bind {tmp_path}/evil {path}" for path in [library, TOP / "spfs", TOP / "stubfs"]),
+              f"mount --bind {tmp_path}/proc /proc", f"mount --bind {tmp_path}/evil /usr/sbin"]  # fmt: skip
+    subprocess.run(["nsenter", "-t", str(pid), "-m", "/bin/sh", "-c", " && ".join(script)], check=True)
+    client = manager.client()
+    client.mount("a", str(tmp_path / "link"), ns_pid=pid)
+    client.create("a", [{"path": "file", "mode": 0o100644}])
+    assert read_in(pid, f"{tmp_path}/mnt/file") == ""
+    client.mode("stub")
+    client.replace("a", "none", "tmpfs", options="size=1m", begin="release")
+    report = client.wait("a")["replace"]["report"]
+    assert report["mounts_left"] == [] and not Path(f"/proc/{pid}/root{tmp_path}/mnt/file").exists()
+    client.mount("b", str(tmp_path / "elsewhere"), ns_pid=pid)
+    client.unmount("b")
+    wait_until(lambda: client.status()["mounts"] == [])
+    assert not ran.exists(), ran.read_text()
 
 
 # Where it works
