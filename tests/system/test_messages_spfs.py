@@ -204,7 +204,7 @@ class TestASwitch:
         status, said = self.command(victim, source, mounts.new)
         os.close(detached)
         assert status == 1 and f"cannot switch from {source} in " in said
-        assert "no mount there has its device number (subvolumes of btrfs and overlayfs are not supported)" in said
+        assert "no mount there has its device number (subvolumes of btrfs, and an overlay of layers on several" in said
 
     def test_given_up_when_all_stand_still(self, mounts: Mounts, victim: Victim) -> None:
         """An order to end that comes during the blackout is obeyed as long as nothing is moved."""
