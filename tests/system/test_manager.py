@@ -29,12 +29,6 @@ pytestmark = [pytest.mark.needs_root, pytest.mark.needs_fuse]
 
 
 @pytest.fixture
-def manager(tmp_path: Path) -> Iterator[Manager]:
-    with manager_in(tmp_path) as made:
-        yield made.start()
-
-
-@pytest.fixture
 def mnt(tmp_path: Path) -> Path:
     return directory(tmp_path, "mnt")
 

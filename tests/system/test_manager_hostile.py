@@ -30,19 +30,6 @@ from stubfs.rules import Rule
 pytestmark = [pytest.mark.needs_root, pytest.mark.needs_fuse]
 
 
-@pytest.fixture
-def manager(tmp_path: Path) -> Iterator[Manager]:
-    with manager_in(tmp_path) as made:
-        yield made.start()
-
-
-@pytest.fixture
-def mnt(tmp_path: Path) -> Path:
-    path = tmp_path / "mnt"
-    path.mkdir()
-    return path
-
-
 def descriptors(manager: Manager) -> int:
     return len(os.listdir(f"/proc/{manager.pid}/fd"))
 

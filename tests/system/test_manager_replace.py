@@ -93,13 +93,6 @@ def manager(tmp_path: Path) -> Iterator[FakedManager]:
         made.clean_up()
 
 
-@pytest.fixture
-def mnt(tmp_path: Path) -> Path:
-    path = tmp_path / "mnt"
-    path.mkdir()
-    return path
-
-
 def phase(manager: Manager, id: str = "a") -> str:
     return str(manager.row(id)["replace"]["phase"])
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Dict, Iterator, List
 
 import pytest
-from manager_kit import Manager, manager_in, run
+from manager_kit import Manager, run
 
 from spfs import protocol
 from spfs.cli import spfs as command
@@ -21,12 +21,6 @@ from spfs.client import ManagerClient
 from spfs.errors import SpfsError, UsageError
 from spfs.state import WorkDirectory
 from stubfs import wire
-
-
-@pytest.fixture
-def manager(tmp_path: Path) -> Iterator[Manager]:
-    with manager_in(tmp_path) as made:
-        yield made.start()
 
 
 @pytest.fixture

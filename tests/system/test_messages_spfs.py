@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Callable, Iterator, List, Tuple
 
 import pytest
-from manager_kit import TIMEOUT, Manager, alive, manager_in
+from manager_kit import TIMEOUT, Manager, alive
 from surgery_kit import Mounts, Tree, Victim, tasks_stopped
 
 from spfs import filesystem, fsprocess, mountclones, mountswitch, realmount
@@ -30,12 +30,6 @@ from spfs.target import Target
 from spfs.testing import wait_until
 
 pytestmark = [pytest.mark.needs_root, pytest.mark.needs_fuse]
-
-
-@pytest.fixture
-def manager(tmp_path: Path) -> Iterator[Manager]:
-    with manager_in(tmp_path) as made:
-        yield made.start()
 
 
 def directory(path: Path) -> str:

@@ -7,28 +7,15 @@ import json
 import os
 import subprocess
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Any
 
 import pytest
-from manager_kit import Manager, alive, manager_in, reading, run
+from manager_kit import Manager, alive, reading, run
 
 from spfs.restore import FileSpec, Restore
 from spfs.testing import wait_until
 
 pytestmark = [pytest.mark.needs_root, pytest.mark.needs_fuse]
-
-
-@pytest.fixture
-def manager(tmp_path: Path) -> Iterator[Manager]:
-    with manager_in(tmp_path) as made:
-        yield made.start()
-
-
-@pytest.fixture
-def mnt(tmp_path: Path) -> Path:
-    path = tmp_path / "mnt"
-    path.mkdir()
-    return path
 
 
 def spfs(manager: Manager, *arguments: str, code: int = 0) -> str:

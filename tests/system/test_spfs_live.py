@@ -32,12 +32,6 @@ BIND = 4096  # MS_BIND
 
 
 @pytest.fixture
-def manager(tmp_path: Path) -> Iterator[Manager]:
-    with manager_in(tmp_path) as made:
-        yield made.start()
-
-
-@pytest.fixture
 def mnt(tmp_path: Path) -> Iterator[Path]:
     path = tmp_path / "mnt"
     path.mkdir()

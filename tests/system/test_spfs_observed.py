@@ -11,7 +11,7 @@ import subprocess
 import sys
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Dict, Iterator, List, Tuple
+from typing import Dict, List, Tuple
 
 import pytest
 from manager_kit import ENVIRONMENT, Manager, alive, manager_in, reading, run
@@ -21,19 +21,6 @@ from spfs.testing import wait_until
 
 pytestmark = [pytest.mark.needs_root, pytest.mark.needs_fuse]
 BIND = 4096  # MS_BIND
-
-
-@pytest.fixture
-def manager(tmp_path: Path) -> Iterator[Manager]:
-    with manager_in(tmp_path) as made:
-        yield made.start()
-
-
-@pytest.fixture
-def mnt(tmp_path: Path) -> Path:
-    path = tmp_path / "mnt"
-    path.mkdir()
-    return path
 
 
 def samples(text: str) -> Dict[Tuple[str, ...], float]:
