@@ -12,8 +12,9 @@ import sys
 import tempfile
 import time
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Dict, Iterator, List
+from typing import Dict, Iterator, List, Optional
 
 from stubfs.client import FilesystemClient
 
@@ -25,8 +26,22 @@ _ROOT = Path(__file__).resolve().parent.parent
 _LOOPBACK = [sys.executable, "-W", "ignore", str(_ROOT / "benchmarks" / "loopback.py")]
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where one of the file systems is mounted, and the process behind it, if there is one."""
+
+    directory: str
+    pid: Optional[int]
+
+    def cpu_seconds(self) -> float:
+        """The CPU time of that process up to now."""
+        if self.pid is None:
+            return 0.0
+        return time.clock_gettime(~self.pid << 3 | 2)  # clock_getcpuclockid(3), which Python does not have
+
+
 @contextmanager
-def _stubfs(mode: str, real: str, mountpoint: str) -> Iterator[None]:
+def _stubfs(mode: str, real: str, mountpoint: str) -> Iterator[int]:
     socket_path = f"{mountpoint}.sock"
     command = [sys.executable, "-m", "stubfs", mountpoint, "--mode", mode, "--socket-path", socket_path]
     command += ["-o", "allow_other"]
@@ -34,14 +49,16 @@ def _stubfs(mode: str, real: str, mountpoint: str) -> Iterator[None]:
         command += ["--proxy-dir", real]
     subprocess.run(command, check=True, cwd=_ROOT, timeout=30)
     try:
-        yield
+        with FilesystemClient(socket_path, 10) as client:
+            pid = client.status().pid
+        yield pid
     finally:
         with FilesystemClient(socket_path, 10) as client:
             client.quit()
 
 
 @contextmanager
-def _command(arguments: List[str], mountpoint: str) -> Iterator[None]:
+def _command(arguments: List[str], mountpoint: str) -> Iterator[int]:
     device = os.stat(mountpoint).st_dev
     process = subprocess.Popen(arguments)
     try:
@@ -50,7 +67,7 @@ def _command(arguments: List[str], mountpoint: str) -> Iterator[None]:
             if process.poll() is not None or time.monotonic() > deadline:
                 raise RuntimeError(f"{arguments[0]} did not mount")
             time.sleep(0.01)
-        yield
+        yield process.pid
     finally:
         subprocess.run(["umount", "-l", mountpoint], check=False)
         process.terminate()
@@ -58,30 +75,31 @@ def _command(arguments: List[str], mountpoint: str) -> Iterator[None]:
 
 
 @contextmanager
-def mounted() -> Iterator[Dict[str, str]]:
-    """Name -> directory that anybody may use. bindfs only where it is installed. The servers inherit the CPUs."""
+def mounted() -> Iterator[Dict[str, Place]]:
+    """By name; anybody may use the directories. bindfs only where it is installed. The servers inherit the CPUs."""
     base = tempfile.mkdtemp(prefix="stubfs-bench-", dir="/dev/shm")
     try:
         os.chmod(base, 0o755)
         with ExitStack() as stack:
-            places: Dict[str, str] = {}
+            places: Dict[str, Place] = {}
             for name in (NATIVE, "stubfs restore", "stubfs proxy", PLAIN, UNCACHED, "bindfs"):
                 real, mountpoint = (f"{base}/{len(places)}-{part}" for part in ("real", "mnt"))
                 os.mkdir(real)
                 os.mkdir(mountpoint)
+                pid = None
                 if name == NATIVE:
                     mountpoint = real
                 elif name.startswith("stubfs"):
-                    stack.enter_context(_stubfs(name.split()[1], real, mountpoint))
+                    pid = stack.enter_context(_stubfs(name.split()[1], real, mountpoint))
                 elif name != "bindfs":
                     timeouts = [] if name == PLAIN else ["attr_timeout=0", "entry_timeout=0"]
-                    stack.enter_context(_command([*_LOOPBACK, real, mountpoint, *timeouts], mountpoint))
+                    pid = stack.enter_context(_command([*_LOOPBACK, real, mountpoint, *timeouts], mountpoint))
                 elif shutil.which("bindfs"):
-                    stack.enter_context(_command(["bindfs", "-f", real, mountpoint], mountpoint))
+                    pid = stack.enter_context(_command(["bindfs", "-f", real, mountpoint], mountpoint))
                 else:
                     continue
                 os.chmod(mountpoint, 0o777)
-                places[name] = mountpoint
+                places[name] = Place(mountpoint, pid)
             yield places
     finally:
         shutil.rmtree(base, ignore_errors=True)

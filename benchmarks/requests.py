@@ -2,7 +2,8 @@
 
 ``python -m benchmarks.requests [--json] [--count N] [--only TEXT]``. All in one run: as root and as another user,
 pinned to one CPU and not; the median of several rounds. A round takes the file systems in turn, so that a slow moment
-of the machine meets them all. The loopback comes twice, because the kernel remembers names and attributes for a
+of the machine meets them all. Beside the time that passes, the CPU time of caller and server together: it says more
+where the CPUs have other work. The loopback comes twice, because the kernel remembers names and attributes for a
 second on its behalf, and nothing on behalf of stubfs.
 """
 
@@ -191,18 +192,27 @@ def _acting_as(uid: int) -> Iterator[None]:
         os.setegid(0)
 
 
-def measure(count: int, uid: int, operations: Tuple[Operation, ...]) -> Figures:
+_Samples = Dict[str, Dict[str, List[float]]]
+
+
+def measure(count: int, uid: int, operations: Tuple[Operation, ...]) -> Tuple[Figures, Figures]:
+    """The time that passes, and the CPU time."""
+    passed: _Samples = {}
+    used: _Samples = {}
     with mounted() as places:
-        samples: Dict[str, Dict[str, List[float]]] = {
-            name: {operation.name: [] for operation in operations} for name in places
-        }
         with _acting_as(uid):
             for _ in range(_ROUNDS):
                 for operation in operations:
-                    for name, directory in places.items():
-                        start = time.perf_counter()
-                        done = operation.run(directory, count)
-                        samples[name][operation.name].append((time.perf_counter() - start) / done * 1e6)
+                    for name, place in places.items():
+                        start, cpu = time.perf_counter(), time.process_time() + place.cpu_seconds()
+                        done = operation.run(place.directory, count)
+                        seconds = time.perf_counter() - start, time.process_time() + place.cpu_seconds() - cpu
+                        for samples, value in zip((passed, used), seconds):
+                            samples.setdefault(name, {}).setdefault(operation.name, []).append(value / done * 1e6)
+    return _medians(passed, operations), _medians(used, operations)
+
+
+def _medians(samples: _Samples, operations: Tuple[Operation, ...]) -> Figures:
     figures = {
         name: {operation: statistics.median(values) for operation, values in of_place.items()}
         for name, of_place in samples.items()
@@ -246,7 +256,8 @@ def main() -> None:
     for caller, uid in _CALLERS.items():
         for pinning, affinity in (("pinned to one CPU", {min(cpus)}), ("not pinned", cpus)):
             os.sched_setaffinity(0, affinity)  # the servers inherit it
-            results[f"{caller}, {pinning}"] = measure(settings.count, uid, operations)
+            title = f"{caller}, {pinning}"
+            results[title], results[f"{title}, CPU time"] = measure(settings.count, uid, operations)
     os.sched_setaffinity(0, cpus)
     if settings.json:
         print(json.dumps(results, indent=2))
