@@ -8,7 +8,7 @@ import os
 import socket
 import stat
 import threading
-from typing import Callable, Dict, Iterable, List, NamedTuple, Sequence, Set, Tuple, TypeVar
+from typing import Callable, Dict, Iterable, Iterator, List, NamedTuple, Sequence, Set, Tuple, TypeVar
 
 from spfs.linux import namespaces, process, procfs, sockdiag, statx
 from spfs.linux.sockdiag import UnixSocket
@@ -81,14 +81,25 @@ def holders(numbers: Iterable[int]) -> Dict[int, Set[Tuple[int, int]]]:
     """Who has the sockets of these numbers open: (process, descriptor) for each of them."""
     found: Dict[int, Set[Tuple[int, int]]] = {number: set() for number in numbers}
     for pid in procfs.processes() if found else ():
-        try:
-            names = os.listdir(f"/proc/{pid}/fd")
-        except OSError:
-            continue  # it has ended, or is none of ours to look at
-        for name, thing in zip(names, bulk.objects([f"/proc/{pid}/fd/{name}" for name in names])):
-            if thing is not None and stat.S_ISSOCK(thing.mode) and thing.inode in found and pid != os.getpid():
-                found[thing.inode].add((pid, int(name)))
+        for fd, number in _sockets(pid):
+            if number in found and pid != os.getpid():
+                found[number].add((pid, fd))
     return found
+
+
+def has_socket(pid: int, number: int) -> bool:
+    return any(number == one for _, one in _sockets(pid))
+
+
+def _sockets(pid: int) -> Iterator[Tuple[int, int]]:
+    """Descriptor and number of each that the process has."""
+    try:
+        names = os.listdir(f"/proc/{pid}/fd")
+    except OSError:
+        return  # it has ended, or is none of ours to look at
+    for name, thing in zip(names, bulk.objects([f"/proc/{pid}/fd/{name}" for name in names])):
+        if thing is not None and stat.S_ISSOCK(thing.mode):
+            yield int(name), thing.inode
 
 
 class Flight(NamedTuple):

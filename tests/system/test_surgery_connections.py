@@ -5,16 +5,17 @@ from __future__ import annotations
 import os
 import socket
 import struct
-from typing import Iterator
+from typing import Iterator, List
 
 import pytest
+from replace_kit import Scene, scene
 from surgery_kit import Mounts, Victim, mounts, victim
 from test_surgery_sockets import can_be_listed, covered, over
 
 from spfs.switch import SwitchReport
 from spfs.testing import process_state, wait_until
 
-__all__ = ["can_be_listed", "covered", "mounts", "victim"]
+__all__ = ["can_be_listed", "covered", "mounts", "scene", "victim"]
 
 pytestmark = [pytest.mark.needs_root, pytest.mark.needs_ptrace]
 
@@ -95,7 +96,8 @@ def test_connection(covered: Mounts, server: Victim, client: Victim, kind: str) 
 
 
 def everywhere(report: SwitchReport, count: int) -> bool:
-    return (report.moved, report.left) == ({"socket": count}, [])
+    assert (report.moved, [(one.what, one.reason) for one in report.left]) == ({"socket": count}, [])
+    return True
 
 
 def test_forked_server_with_epoll(covered: Mounts, client: Victim, server: Victim) -> None:
@@ -447,3 +449,113 @@ def test_files_of_the_mount_in_the_queue(covered: Mounts, client: Victim, server
     server.run(RECEIVE + "got = [receive(3), receive(3), receive(5)]")
     assert server.run("[data for data, _ in got], got[1][1]") == ([b"one", b"two", b"three"], [str(covered.new / "f")])
     assert server.run("os.read(numbers_seen[0], 3)") == b"efg" and talks(server, client)
+
+
+NAMESPACES = [
+    ["unshare", "--mount"],
+    ["unshare", "--net"],
+    ["unshare", "--user", "--map-root-user", "--mount"],
+    ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child"],
+]
+
+
+@pytest.mark.parametrize("prefix", NAMESPACES, ids=lambda prefix: "".join(prefix[1:]))
+def test_client_in_other_namespaces(covered: Mounts, server: Victim, prefix: List[str]) -> None:
+    """It has connected before the mounts were switched, and does not see the name any more."""
+    path = str(covered.old / "bound")
+    client = Victim(prefix)
+    try:
+        client.run(IMPORTS)
+        server.run(f"listener = socket.socket(socket.AF_UNIX); listener.bind({path!r}); listener.listen(5)")
+        client.run(f"end = socket.socket(socket.AF_UNIX); end.connect({path!r}); end.send(b'kept')")
+        server.run("end = listener.accept()[0]")
+        for one in (server, client):
+            one.run(FACTS)
+        before = server.run("facts(end)"), client.run("facts(end)")
+        assert everywhere(covered.switch(when_stopped=over(covered)), 2) and covered.users() == []
+        assert (server.run("facts(end)"), client.run("facts(end)")) == before
+        assert server.run("end.recv(9)") == b"kept" and talks(server, client)
+    finally:
+        client.close()
+
+
+def test_listener_that_is_closed(covered: Mounts, client: Victim, server: Victim) -> None:
+    """Nobody accepts any more; the name is there as it was, and leads to nobody."""
+    meet(covered, server, client)
+    server.run("listener.close()")
+    client.run("end.send(b'kept')")
+    assert everywhere(covered.switch(when_stopped=over(covered)), 1) and covered.users() == []
+    assert server.run("end.recv(9)") == b"kept" and talks(server, client)
+    assert client.run("end.getpeername()") == str(covered.old / "bound") and os.listdir(covered.new) == ["bound"]
+    with socket.socket(socket.AF_UNIX) as other, pytest.raises(ConnectionRefusedError):
+        other.connect(str(covered.old / "bound"))
+
+
+def test_listener_with_a_backlog(covered: Mounts, client: Victim, server: Victim) -> None:
+    """Who waits to be accepted cannot be handed over: nor can a connection by that name be made; later both can."""
+    meet(covered, server, client)
+    with socket.socket(socket.AF_UNIX) as waiting:
+        waiting.connect(str(covered.old / "bound"))
+        reasons = sorted(one.reason for one in covered.switch(when_stopped=over(covered)).left)
+        assert "connections wait in it" in reasons[0] and "the socket that listens by its name" in reasons[1]
+        server.run("other = listener.accept()[0]; other.close()")
+    assert talks(server, client)
+    assert everywhere(covered.switch(), 2) and talks(server, client)
+
+
+def test_both_ends_have_names_there(covered: Mounts, client: Victim, server: Victim) -> None:
+    path, mine = str(covered.old / "bound"), str(covered.old / "client")
+    server.run(f"listener = socket.socket(socket.AF_UNIX); listener.bind({path!r}); listener.listen(5)")
+    client.run(f"end = socket.socket(socket.AF_UNIX); end.bind({mine!r}); end.connect({path!r})")
+    server.run("end, address = listener.accept()")
+    assert server.run("address") == mine
+    assert everywhere(covered.switch(when_stopped=over(covered)), 3) and covered.users() == []
+    assert server.run("end.getpeername(), end.getsockname()") == (mine, path)
+    assert client.run("end.getpeername(), end.getsockname()") == (path, mine) and talks(server, client)
+    assert sorted(os.listdir(covered.new)) == ["bound", "client"]
+
+
+def test_name_elsewhere(covered: Mounts, client: Victim, server: Victim) -> None:
+    path, mine = str(covered.old / "bound"), "\0spfs-test-%d" % client.pid
+    server.run(f"listener = socket.socket(socket.AF_UNIX); listener.bind({path!r}); listener.listen(5)")
+    client.run(f"end = socket.socket(socket.AF_UNIX); end.bind({mine!r}); end.connect({path!r})")
+    server.run("end = listener.accept()[0]")
+    report = covered.switch(when_stopped=over(covered))
+    assert report.moved == {"socket": 1} and "name of its own" in left(report) and talks(server, client)
+
+
+def test_other_connections_by_the_same_numbers(covered: Mounts, client: Victim, server: Victim) -> None:
+    """Between the examination and the standstill: closed and accepted again, passed on, forked."""
+    meet(covered, server, client)
+    path = str(covered.old / "bound")
+
+    def between() -> None:
+        number, other = server.run("end.fileno()"), client.run("end.fileno()")
+        server.run("end.close()")
+        client.run(f"end.close(); end = socket.socket(socket.AF_UNIX); end.connect({path!r})")
+        server.run("end = listener.accept()[0]; again = end.dup()")
+        assert (server.run("end.fileno()"), client.run("end.fileno()")) == (number, other)
+        client.run("r, w = os.pipe(); child = os.fork()\nif not child:\n    os.read(r, 1); os._exit(0)")
+
+    report = covered.prepared_switch(between=between, when_stopped=over(covered))[1]
+    assert everywhere(report, 3) and covered.users() == []
+    assert talks(server, client) and server.run("again.send(b'x')") == 1 and client.run("end.recv(9)") == b"x"
+    client.run("end.close(); os.write(w, b'x'); os.waitpid(child, 0)")
+    assert server.run("end.recv(9)") == b""
+
+
+@pytest.mark.needs_fuse
+def test_on_a_delayed_mount(scene: Scene, client: Victim) -> None:
+    """The client holds nothing of the mount; strict is content, and the file system's process ends."""
+    server = scene.victim()
+    server.run(IMPORTS)
+    scene.delay()
+    path = str(scene.mnt / "bound")
+    server.run(f"listener = socket.socket(socket.AF_UNIX); listener.bind({path!r}); listener.listen()")
+    client.run(f"end = socket.socket(socket.AF_UNIX); end.connect({path!r}); end.send(b'kept')")
+    server.run("end = listener.accept()[0]")
+    scene.client.mode("stub")
+    report = scene.replace(strict=True)
+    assert report["moved"] == {"socket": 2} and report["left"] == [] and report["ended"]
+    assert server.run("end.recv(9)") == b"kept" and talks(server, client)
+    assert os.listdir(scene.export) == ["bound"]

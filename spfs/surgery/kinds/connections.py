@@ -155,8 +155,10 @@ class Connections(Handler):
         junctions: Dict[int, Junction] = {}
         for number, side in sides.items():
             other = sides.get(self._peer(number))
-            # Where both have names, the one whose listener is known: or else either.
             if side.attached or side.problem is not None or other is None:
+                continue
+            # Where both have names, the one whose listener is known is accepted again: or else either.
+            if not other.attached and (_listener(scene, other), other.number) > (_listener(scene, side), number):
                 continue
             connection = Connection(side, other, self._sockets[number].shutdown, self._sockets[other.number].shutdown)
             try:

@@ -65,7 +65,8 @@ class Kinds:
             handler.rehearse(scene)
 
     def changed(self, processes: Iterable[Process]) -> List[Process]:
-        return [process for process in processes if any(handler.changed(process) for handler in self._handlers)]
+        # All are asked: some look again at what concerns everybody.
+        return [process for process in processes if any([handler.changed(process) for handler in self._handlers])]
 
     def judge(self, processes: Iterable[Process]) -> None:
         self._scene = scene = Scene(processes)

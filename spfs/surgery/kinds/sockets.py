@@ -19,7 +19,7 @@ from spfs.linux import process as syscalls
 from spfs.linux import sockdiag
 from spfs.linux.sockdiag import UnixSocket
 from spfs.references import Kind
-from spfs.surgery import socketbind, socketcopy
+from spfs.surgery import socketbind, socketcopy, socketlist
 from spfs.surgery.counterparts import Counterparts
 from spfs.surgery.kinds.base import Found, Handler, Scene, Survey
 from spfs.surgery.program import Program
@@ -79,6 +79,7 @@ class Sockets(Handler):
         for holding in _of(process):
             holding.path = counterparts.path(holding.inode)
             if holding.problem is None and holding.new < 0:
+                holding.listens = holding.is_listening and _should_listen(process, holding)
                 try:
                     holding.directory = counterparts.open_parent(process.status, holding.inode)
                     holding.new = socketcopy.like(holding.copy)
@@ -93,7 +94,6 @@ class Sockets(Handler):
             why = next(filter(None, (process.problem or one.problem for process, one in users)), None)
             for _, one in users if why is not None else ():
                 one.problem = one.problem or f"it is shared with somebody who cannot go: {why}"
-            _choose_listener(users)
 
     def changed(self, process: Process) -> bool:
         """Whether a descriptor is another socket's by now: a server's numbers come again soon."""
@@ -120,14 +120,11 @@ class Sockets(Handler):
                 program.add("listen", holding.number, holding.known.limit)
 
 
-def _choose_listener(users: List[Tuple[Process, BoundSocket]]) -> None:
+def _should_listen(process: Process, one: BoundSocket) -> bool:
     """Of those that share it, the one whose credentials those who connect have been shown so far; all, if it is none
     of them."""
-    if users[0][1].is_listening and users[0][1].copy >= 0:
-        pid, _, _ = struct.unpack("iII", socketcopy.peer_identity(users[0][1].copy)[0])
-        mine = [one for process, one in users if process.pid == pid]
-        for _, one in users:
-            one.listens = one in mine or not mine
+    pid, _, _ = struct.unpack("iII", socketcopy.peer_identity(one.copy)[0])
+    return pid == process.pid or not socketlist.has_socket(pid, one.holder.inode)
 
 
 def _of(process: Process) -> Iterator[BoundSocket]:
