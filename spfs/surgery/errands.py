@@ -77,4 +77,5 @@ class Errands:
     def run_with(self, tasks: Sequence[Tuple[Process, FdTable, Fill]]) -> None:
         """What a call returned is told to whoever expects it (``Program.expect``); what was not called, nobody."""
         bases = range(FIRST_BASE, FIRST_BASE + len(tasks) * BASE_STEP, BASE_STEP)
-        self._operate([Errand(process, table, base, fill) for base, (process, table, fill) in zip(bases, tasks)])
+        if tasks:
+            self._operate([Errand(process, table, base, fill) for base, (process, table, fill) in zip(bases, tasks)])

@@ -110,13 +110,13 @@ class Mounts:
         for path in (self.old, self.new):
             path.mkdir()
             subprocess.run(["mount", "-t", "tmpfs", "-o", "mode=777", "test", str(path)], check=True)
-        # By these they are also found when something is mounted over them.
-        self._roots = {path: os.open(path, os.O_PATH) for path in (self.old, self.new)}
+        self._roots: Dict[Path, int] = {}
         self.device = self.old.stat().st_dev
 
     def close(self) -> None:
-        for path, root in self._roots.items():
+        for root in self._roots.values():
             os.close(root)
+        for path in (self.old, self.new):
             subprocess.run(["umount", "-l", str(path)], check=True)
 
     def reverse(self) -> None:
@@ -148,6 +148,8 @@ class Mounts:
         **options: Any,
     ) -> "tuple[Preparation, SwitchReport]":
         """The whole switch; ``between`` is called after prepare, ``when_stopped`` while all stand still."""
+        # By these they are also found when something is mounted over them; not before, to be no user of them.
+        self._roots = self._roots or {path: os.open(path, os.O_PATH) for path in (self.old, self.new)}
         new, tree = MountRoot(self._roots[self.new]), Tree(Path(f"/proc/self/fd/{self._roots[self.old]}"))
         with Switch(self.device, tree, lambda mount: new, freezer or NoFreezer(), **options) as switch:
             preparation = switch.prepare()
