@@ -14,7 +14,7 @@ from stubfs.backing import Backing, allowed_flags
 from stubfs.handles import HandleTable
 from stubfs.lanes import Worker
 from stubfs.nodes import NodeTable
-from stubfs.objects import Objects, backing_if_any, backing_of, fd_link
+from stubfs.objects import Objects, as_far_as_may_be, backing_if_any, backing_of, fd_link
 from stubfs.protocol import BODY, Opcode, SetattrValid
 from stubfs.request import Request
 
@@ -166,7 +166,7 @@ class Answers:
         if valid & _FH:
             file = self._objects.by_handle(worker, request, fh)
             worker.act_for(request)
-            status = change(file.fd)
+            status = as_far_as_may_be(change, file.fd)
         else:
             status = self._objects.by_fd(request, change)
         request.answer(protocol.attr_out(request.node, status))

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import errno
 import os
-from typing import Dict, Tuple
+from typing import Callable, Dict, Tuple, TypeVar
 
 from stubfs import syscalls
-from stubfs.credentials import ourselves
+from stubfs.credentials import OVER_DIRECTORIES, insist, ourselves
 from stubfs.syscalls import Resolve
 
+_T = TypeVar("_T")
 _INSIDE = int(Resolve.BENEATH | Resolve.NO_SYMLINKS | Resolve.NO_MAGICLINKS)
 _PATH_MAX = 4096  # limits.h: of one path that a call takes, with its NUL; a tree may be deeper
 _PARENT = os.O_PATH | os.O_DIRECTORY
@@ -42,6 +43,10 @@ def reopen_flags(flags: int) -> int:
 
 LINK_REMAP = b"security.spfs.link_remap"
 """Extended attribute of a staging file: the name by which it is to be found on the real side, whatever it had here."""
+
+
+def _status(name: bytes, parent: int) -> os.stat_result:
+    return os.stat(name, dir_fd=parent, follow_symlinks=False)
 
 
 class Backing:
@@ -89,21 +94,31 @@ class Backing:
         if parent != self.fd:
             os.close(parent)
 
-    def stat(self, path: bytes) -> os.stat_result:
-        if b"/" not in path:
-            return os.stat(path or b".", dir_fd=self.fd, follow_symlinks=False)
+    def _in_parent(self, path: bytes, action: Callable[[bytes, int], _T]) -> _T:
+        """``action`` on the last component and an fd of its parent."""
         parent, name = self._parent(path)
         try:
-            return os.stat(name, dir_fd=parent, follow_symlinks=False)
+            try:
+                return action(name, parent)
+            except PermissionError:
+                return insist(lambda fd: action(name, fd), parent, OVER_DIRECTORIES)
         finally:
             self._done(parent)
 
+    def stat(self, path: bytes) -> os.stat_result:
+        if b"/" not in path:
+            try:
+                return os.stat(path or b".", dir_fd=self.fd, follow_symlinks=False)
+            except PermissionError:
+                pass
+        return self._in_parent(path, _status)
+
     def open(self, path: bytes, flags: int, mode: int = 0) -> int:
         """open(2) with these flags, following nothing; the caller closes the fd."""
-        if b"/" not in path:
-            # Nothing to resolve, and no link to follow: what os has does it, at half the price.
-            return os.open(path or b".", flags | os.O_NOFOLLOW | os.O_CLOEXEC, mode, dir_fd=self.fd)
         try:
+            if b"/" not in path:
+                # Nothing to resolve, and no link to follow: what os has does it, at half the price.
+                return os.open(path or b".", flags | os.O_NOFOLLOW | os.O_CLOEXEC, mode, dir_fd=self.fd)
             return syscalls.openat2(self.fd, path, flags, mode, _INSIDE)
         except OSError as error:
             if error.errno != errno.EACCES and len(path) < _PATH_MAX:
@@ -111,6 +126,13 @@ class Backing:
             parent, name = self._parent(path)
             try:
                 return syscalls.openat2(parent, name, flags, mode, _INSIDE)
+            except PermissionError:
+                if not flags & os.O_CREAT:
+                    raise
+                # Power over the directory is none over a file that is there by now.
+                return insist(
+                    lambda fd: syscalls.openat2(fd, name, flags | os.O_EXCL, mode, _INSIDE), parent, OVER_DIRECTORIES
+                )
             finally:
                 self._done(parent)
 
@@ -134,28 +156,25 @@ class Backing:
     # What makes a name returns the attributes of what is there then.
 
     def mkdir(self, path: bytes, mode: int) -> os.stat_result:
-        parent, name = self._parent(path)
-        try:
+        def make(name: bytes, parent: int) -> os.stat_result:
             os.mkdir(name, mode, dir_fd=parent)
-            return os.stat(name, dir_fd=parent, follow_symlinks=False)
-        finally:
-            self._done(parent)
+            return _status(name, parent)
+
+        return self._in_parent(path, make)
 
     def mknod(self, path: bytes, mode: int, device: int) -> os.stat_result:
-        parent, name = self._parent(path)
-        try:
+        def make(name: bytes, parent: int) -> os.stat_result:
             os.mknod(name, mode, device, dir_fd=parent)
-            return os.stat(name, dir_fd=parent, follow_symlinks=False)
-        finally:
-            self._done(parent)
+            return _status(name, parent)
+
+        return self._in_parent(path, make)
 
     def symlink(self, target: bytes, path: bytes) -> os.stat_result:
-        parent, name = self._parent(path)
-        try:
+        def make(name: bytes, parent: int) -> os.stat_result:
             os.symlink(target, name, dir_fd=parent)
-            return os.stat(name, dir_fd=parent, follow_symlinks=False)
-        finally:
-            self._done(parent)
+            return _status(name, parent)
+
+        return self._in_parent(path, make)
 
     def link(self, old: bytes, new: bytes) -> os.stat_result:
         old_parent, old_name = self._parent(old)
@@ -179,18 +198,10 @@ class Backing:
             self._done(parent)
 
     def unlink(self, path: bytes) -> None:
-        parent, name = self._parent(path)
-        try:
-            os.unlink(name, dir_fd=parent)
-        finally:
-            self._done(parent)
+        self._in_parent(path, lambda name, parent: os.unlink(name, dir_fd=parent))
 
     def rmdir(self, path: bytes) -> None:
-        parent, name = self._parent(path)
-        try:
-            os.rmdir(name, dir_fd=parent)
-        finally:
-            self._done(parent)
+        self._in_parent(path, lambda name, parent: os.rmdir(name, dir_fd=parent))
 
     def rename(self, old: bytes, new: bytes, flags: int = 0) -> None:
         old_parent, old_name = self._parent(old)

@@ -11,7 +11,7 @@ import os
 import threading
 import time
 from contextlib import contextmanager
-from typing import Dict, Iterator, NamedTuple, Optional, Tuple
+from typing import Callable, Dict, Iterator, NamedTuple, Optional, Tuple, TypeVar
 
 from stubfs import syscalls
 
@@ -23,16 +23,40 @@ _SETGID, _SETUID = 1 << 6, 1 << 7
 # Those that a user namespace gives over files whose ids are mapped in it (capable_wrt_inode_uidgid() in the kernel):
 # CHOWN, DAC_OVERRIDE, DAC_READ_SEARCH, FOWNER, FSETID.
 _OVER_FILES = 0b11111
+_FOWNER = 0b01000
+OVER_DIRECTORIES = 0b00110  # of those, what making and removing names in a directory needs
 _EVERY_ID = (1 << 32) - 1  # how many ids there are: the last number stands for none
+
+_T = TypeVar("_T")
+
+
+class Power(NamedTuple):
+    """``capabilities`` that a user namespace gives its root over files whose owner and group are ids of its own."""
+
+    capabilities: int
+    uids: Tuple[range, ...]
+    gids: Tuple[range, ...]
+
+    def over(self, status: os.stat_result) -> int:
+        """Those over one file. For FOWNER its owner is enough: inode_owner_or_capable() in the kernel."""
+        if not any(status.st_uid in ids for ids in self.uids):
+            return 0
+        return self.capabilities & (_OVER_FILES if any(status.st_gid in ids for ids in self.gids) else _FOWNER)
+
+    @property
+    def reaches_all(self) -> bool:
+        return all(sum(map(len, ids)) >= _EVERY_ID for ids in (self.uids, self.gids))
 
 
 class Credentials(NamedTuple):
-    """``capabilities``: the effective ones, a mask as in /proc/PID/status; those that we lack do not count."""
+    """``capabilities``: the effective ones, a mask as in /proc/PID/status; those that we lack do not count. ``power``:
+    of the caller's user namespace, for insist()."""
 
     uid: int
     gid: int
     groups: Tuple[int, ...] = ()
     capabilities: int = 0
+    power: Optional[Power] = None
 
 
 ROOT = Credentials(0, 0, (), _ALL)
@@ -58,6 +82,25 @@ def ourselves() -> Iterator[None]:
         yield
     finally:
         identity.assume(callers)
+
+
+def insist(action: Callable[[int], _T], fd: int, capabilities: int = _OVER_FILES) -> _T:
+    """``action``, which has just been refused, on the object ``fd``; with those of these capabilities that the caller's
+    user namespace gives it over that very object. To be called where the refusal is caught: raises it again if that
+    gives none.
+
+    ``action`` must need them for nothing else: not for a name in a directory, which may be somebody else's by now.
+    """
+    identity = _of_thread.identity
+    power = identity.current.power if identity is not None else None
+    exerted = power.over(os.fstat(fd)) & capabilities if power is not None else 0
+    if identity is None or not exerted:
+        raise
+    identity.exert(exerted)
+    try:
+        return action(fd)
+    finally:
+        identity.relax()
 
 
 def _read(path: str) -> bytes:
@@ -93,12 +136,10 @@ def _user_namespace(process: str) -> Tuple[int, int]:
     return status.st_dev, status.st_ino
 
 
-def _maps_every_id(tid: int) -> bool:
-    """Whether its user namespace knows all ids of ours, so that it has power over all files."""
-    return all(
-        sum(int(extent.split()[2]) for extent in _read(f"/proc/{tid}/{name}").splitlines()) >= _EVERY_ID
-        for name in ("uid_map", "gid_map")
-    )
+def _ids(tid: int, name: str) -> Tuple[range, ...]:
+    """Those of ours that the thread's user namespace knows: user_namespaces(7), as seen from another one."""
+    extents = (tuple(map(int, line.split())) for line in _read(f"/proc/{tid}/{name}").splitlines())
+    return tuple(range(start, start + count) for _, start, count in extents)
 
 
 class ThreadIdentity:
@@ -148,10 +189,19 @@ class ThreadIdentity:
         if uid == 0 and gid == 0 and is_ours and effective & self._permitted == self._permitted:
             return ROOT  # its groups decide nothing that its capabilities do not
         groups, capabilities = _groups_and_capabilities(tid, uid)
-        if capabilities and not is_ours:
-            # Those of another user namespace mean something only over files whose ids are mapped there.
-            capabilities &= _OVER_FILES if _maps_every_id(tid) else 0
-        return Credentials(uid, gid, groups, capabilities)
+        if not capabilities or is_ours:
+            return Credentials(uid, gid, groups, capabilities)
+        power = Power(capabilities & _OVER_FILES, _ids(tid, "uid_map"), _ids(tid, "gid_map"))
+        if power.reaches_all:
+            return Credentials(uid, gid, groups, power.capabilities)
+        return Credentials(uid, gid, groups, 0, power)
+
+    def exert(self, capabilities: int) -> None:
+        """These, for the moment: until relax()."""
+        self._capabilities.set((capabilities | _SETGID | _SETUID) & self._permitted, self._permitted)
+
+    def relax(self) -> None:
+        self.exert(self.current.capabilities)
 
     def assume(self, credentials: Credentials) -> None:
         """OSError as setgroups(2)."""
@@ -166,8 +216,7 @@ class ThreadIdentity:
             syscalls.setfsuid(credentials.uid)
         # Last: from and to root the kernel has just changed some of them (capabilities(7)).
         if credentials.capabilities != current.capabilities or (not credentials.uid) != (not current.uid):
-            effective = (credentials.capabilities | _SETGID | _SETUID) & self._permitted
-            self._capabilities.set(effective, self._permitted)
+            self.exert(credentials.capabilities)
         self.current = credentials
         _of_thread.identity = self
 

@@ -12,6 +12,7 @@ from typing import Callable, Optional, TypeVar
 
 from stubfs import protocol
 from stubfs.backing import Backing
+from stubfs.credentials import insist
 from stubfs.handles import HandleTable, OpenFile
 from stubfs.lanes import Worker
 from stubfs.modes import State
@@ -44,6 +45,14 @@ def backing_of(request: Request) -> Backing:
 def fd_link(fd: int) -> str:
     """A path to the very object, whatever its names: proc(5), /proc/PID/fd."""
     return f"/proc/self/fd/{fd}"
+
+
+def as_far_as_may_be(action: Callable[[int], _T], fd: int) -> _T:
+    """``action`` on the object ``fd``, which it must not leave, with all that the caller has over it."""
+    try:
+        return action(fd)
+    except PermissionError:
+        return insist(action, fd)
 
 
 class Objects:
@@ -104,13 +113,13 @@ class Objects:
         is closed to others.
         """
         if self._nodes.path(request.node) is None:
-            return self.by_own_fd(request.node, action, stale())
+            return self.by_own_fd(request.node, lambda own: as_far_as_may_be(action, own), stale())
         fd = self._handles.duplicate(request.node, backing_of(request).number)
         try:
             if fd is None:
                 fd = self.by_path(request, Backing.pin)
                 self.check(request, os.fstat(fd))
-            return action(fd)
+            return as_far_as_may_be(action, fd)
         finally:
             if fd is not None:
                 os.close(fd)

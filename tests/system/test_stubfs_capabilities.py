@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Callable, Iterator, Tuple
 
 import pytest
-from stubfs_kit import Filesystem, mounted
+from stubfs_kit import Filesystem, Process, mounted
 
 from stubfs import syscalls
 
@@ -134,6 +134,13 @@ def in_user_namespace(fs: Filesystem, top: Path, id_map: str, action: Action) ->
         assert not _libc.unshare(CLONE_NEWUSER)
         os.write(made[1], b"x")
         os.read(mapped[0], 1)
+        inner = Process(act)  # a thread that has asked for nothing yet: as whom, is believed for a moment
+        try:
+            return inner.result()
+        finally:
+            inner.close()
+
+    def act() -> Any:
         os.setresgid(0, 0, 0)
         os.setresuid(0, 0, 0)
         return outcome(action)
@@ -172,3 +179,81 @@ def test_root_of_a_user_namespace(fs: Filesystem, tmp_path: Path, id_map: str) -
             )
         ]
     assert found[fs.path] == found[native]
+
+
+def in_both(fs: Filesystem, tmp_path: Path, prepare: Callable[[Path], None], actions: "dict[str, Action]") -> None:
+    """What the root of a namespace with ids 100000 to 100999 gets, in the directory itself and here."""
+    native = tmp_path / "native"
+    native.mkdir()
+    found = {}
+    for top in (native, fs.path):
+        top.chmod(0o755)
+        prepare(top)
+        # The change of a file's owner may be what the next one is about: each finds what the one before has left.
+        found[top] = {name: in_user_namespace(fs, top, "0 100000 1000", action) for name, action in actions.items()}
+    assert found[fs.path] == found[native]
+
+
+def test_files_of_a_namespace_are_in_the_power_of_its_root(fs: Filesystem, tmp_path: Path) -> None:
+    def prepare(top: Path) -> None:
+        for name, uid, gid in (("theirs", 100033, 100033), ("group", 100033, 5), ("hosts", 5, 5), ("roots", 0, 0)):
+            (top / name).write_text("text")
+            os.setxattr(top / name, "user.key", b"value")
+            os.chown(top / name, uid, gid)
+            (top / name).chmod(0)
+
+    def each(action: Callable[[str], Any]) -> Action:
+        return lambda: [outcome(lambda name=name: action(name)) for name in ("theirs", "group", "hosts", "roots")]
+
+    in_both(
+        fs, tmp_path, prepare,
+        {
+            "read": each(lambda name: Path(name).read_text()),
+            "write": each(lambda name: Path(name).write_text("more")),
+            "truncate": each(lambda name: os.truncate(name, 2)),
+            "access": each(lambda name: os.access(name, os.R_OK)),
+            "xattr": each(lambda name: os.setxattr(name, "user.key", b"x")),
+            "read xattr": each(lambda name: os.getxattr(name, "user.key")),
+            "times": each(lambda name: os.utime(name, (1, 1))),
+            "mode": each(lambda name: os.chmod(name, 0o2640)),
+            "seen": each(lambda name: oct(os.stat(name).st_mode)),
+            "by descriptor": each(lambda name: os.fchmod(os.open(name, os.O_RDONLY), 0o600)),
+            "owner": each(lambda name: os.chown(name, 7, 7)),
+            "owners": each(lambda name: (os.stat(name).st_uid, os.stat(name).st_gid)),
+        },
+    )  # fmt: skip
+
+
+def test_directories_of_a_namespace_are_in_the_power_of_its_root(fs: Filesystem, tmp_path: Path) -> None:
+    def prepare(top: Path) -> None:
+        for name, owner in (("theirs", 100033), ("hosts", 5)):
+            (top / name / "inner").mkdir(parents=True)
+            (top / name / "file").write_text("text")
+            (top / name / "secret").write_text("the host's")
+            (top / name / "secret").chmod(0o600)
+            for path in (top / name, top / name / "inner", top / name / "file"):
+                os.chown(path, owner, owner)
+            (top / name / "inner").chmod(0)
+            (top / name).chmod(0)
+
+    def each(action: Callable[[str], Any]) -> Action:
+        return lambda: [outcome(lambda name=name: action(name)) for name in ("theirs", "hosts")]
+
+    in_both(
+        fs, tmp_path, prepare,
+        {
+            "list": each(lambda name: sorted(os.listdir(name))),
+            "stat": each(lambda name: os.stat(f"{name}/file").st_size),
+            "the host's": each(lambda name: Path(f"{name}/secret").read_text()),
+            "over the host's": each(lambda name: os.close(os.open(f"{name}/secret", os.O_CREAT | os.O_WRONLY))),
+            "make": each(lambda name: Path(f"{name}/new").write_text("new")),
+            "make deeper": each(lambda name: os.mkdir(f"{name}/inner/d")),
+            "fifo": each(lambda name: os.mkfifo(f"{name}/fifo")),
+            "link": each(lambda name: os.symlink("x", f"{name}/link")),
+            "temporary": each(lambda name: os.close(os.open(name, os.O_TMPFILE | os.O_RDWR))),
+            "remove": each(lambda name: os.unlink(f"{name}/file")),
+            "remove the host's": each(lambda name: os.unlink(f"{name}/secret")),
+            "remove a directory": each(lambda name: os.rmdir(f"{name}/inner/d")),
+            "list at last": each(lambda name: sorted(os.listdir(name))),
+        },
+    )  # fmt: skip
