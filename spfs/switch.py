@@ -12,7 +12,7 @@ import gc
 import os
 import threading
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Callable, Collection, Container, Dict, Iterator, List, Optional, Sequence
@@ -20,13 +20,13 @@ from typing import Callable, Collection, Container, Dict, Iterator, List, Option
 from spfs.blackoutguard import BlackoutGuard
 from spfs.errors import MissingFeatureError, SpfsError
 from spfs.freezer import Freezer
-from spfs.linux import machine, procfs
+from spfs.linux import machine
 from spfs.linux.arch import Architecture
 from spfs.references import HeldReference, LeftReference, MountRoot, Resolver
 from spfs.surgery import execution, report
 from spfs.surgery.account import Account, Identity
 from spfs.surgery.census import Census
-from spfs.surgery.compare import Comparison, memory_is_same
+from spfs.surgery.compare import Comparison
 from spfs.surgery.errands import Errands
 from spfs.surgery.gadget import GadgetFinder
 from spfs.surgery.kinds import locks
@@ -192,13 +192,24 @@ class Switch:
         census = self._census
         processes = list(census.processes.values())
         census.rehearse()
-        comparison = Comparison(processes, self._device, census.locks)
-        operations = execution.plan(processes, census.kinds, self._gadgets)
-        bell = Bell()
-        waits = Waits(self._architecture)
-        waits.note([*census.processes, *(pid for pid in self._freezer.pids() if pid not in census.processes)])
-        theatre = Theatre(bell, waits)
-        locks.held(self._device)  # for nothing but to have it cheap from now on, see locks.Attention
+        with closing(Comparison(processes, self._device, census.locks)) as comparison:
+            operations = execution.plan(processes, census.kinds, self._gadgets)
+            bell = Bell()
+            waits = Waits(self._architecture)
+            waits.note([*census.processes, *(pid for pid in self._freezer.pids() if pid not in census.processes)])
+            theatre = Theatre(bell, waits)
+            locks.held(self._device)  # for nothing but to have it cheap from now on, see locks.Attention
+            self._stand_still(theatre, comparison, operations, when_stopped, cancelled)
+
+    def _stand_still(
+        self,
+        theatre: Theatre,
+        comparison: Comparison,
+        operations: List[Operation],
+        when_stopped: Callable[[], None],
+        cancelled: threading.Event,
+    ) -> None:
+        census = self._census
         collecting = _stop_collecting()
         guarded = ExitStack()
         guarded.enter_context(self._guard.armed())
@@ -207,7 +218,7 @@ class Switch:
         try:
             attention = guarded.enter_context(locks.Attention(self._device))
             self._stop(theatre)
-            waits.stopped(2 if self._freezer.path is not None else 1)
+            theatre.waits.stopped(2 if self._freezer.path is not None else 1)
             self._stage("stop", begin)
             stale = self._compare(theatre, comparison)
             attention.end()
@@ -221,7 +232,7 @@ class Switch:
             self._timed("mounts", when_stopped)
             if self._late:
                 self._timed("open again", lambda: census.open_again(self._late))
-            operate = partial(self._operate, theatre, bell)
+            operate = partial(self._operate, theatre)
             self._timed("transfer", lambda: census.transfer(Errands(operate)))
             self._timed("operate", lambda: operate(operations))
             census.conclude()
@@ -233,12 +244,12 @@ class Switch:
             end = time.perf_counter()
             self._stages["detach"] = self._stages.get("detach", 0.0) + end - detaching
             self._blackout += end - begin
-            bell.close()
+            theatre.bell.close()
             if collecting:
                 gc.enable()
 
-    def _operate(self, theatre: Theatre, bell: Bell, works: Sequence[execution.Work]) -> None:
-        execution.operate(theatre, works, self._gadgets, self._architecture, bell)
+    def _operate(self, theatre: Theatre, works: Sequence[execution.Work]) -> None:
+        execution.operate(theatre, works, self._gadgets, self._architecture, theatre.bell)
 
     def _stage(self, name: str, begin: float) -> None:
         self._stages[name] = self._stages.get(name, 0.0) + time.perf_counter() - begin
@@ -284,21 +295,14 @@ class Switch:
         """The pids whose references are no longer, or not at all, those that were examined."""
         begin = time.perf_counter()
         known = self._census.processes
-        stale = {process.pid for process in (*comparison.stale(), *self._census.changed())}
+        stale = {process.pid for process in (*comparison.stale(theatre.tasks), *self._census.changed())}
         for process in known.values():
-            memory = process.memory
             if not theatre.is_stopped(process.pid):
                 process.problem = theatre.problems.get(process.pid, "the process ended")
                 continue
             if process.traced:
                 process.traced, process.problem = False, None  # not any more
-            try:
-                maps = procfs.read(f"/proc/{memory.tid}/maps") if memory else b""
-            except (FileNotFoundError, ProcessLookupError):
-                maps = b""
-            if memory is not None:
-                memory.maps = maps
-            if not memory_is_same(process, maps, self._device):
+            if not comparison.memory_is_same(process):
                 stale.add(process.pid)
         stale.update(pid for pid in theatre.stopped() if pid not in known)
         self._stage("compare", begin)

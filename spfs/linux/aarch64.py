@@ -94,6 +94,7 @@ _LOCAL = bytes.fromhex("f353bfa9f30300aaf40301aa") + _CORE + bytes.fromhex("f353
 
 _CALLS = {
     "read": 63,
+    "ioctl": 29,
     "close": 57,
     "mmap": 222,
     "mprotect": 226,

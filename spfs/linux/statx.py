@@ -24,6 +24,7 @@ MASK = STATX_BASIC_STATS | STATX_MNT_ID
 
 SIZE = 256  # of struct statx
 DEVICE_WORDS = (34, 35)  # major and minor, as 32-bit words of the structure
+SIZE_OFFSET = 40  # of stx_size, in bytes
 _MOUNT_ROOT = 0x2000  # STATX_ATTR_MOUNT_ROOT, since Linux 5.8
 # 16: links, uid, gid; 28: mode; 32: ino, size; 128: device number of a device node; 136: device; 144: mount id
 _LAYOUT = struct.Struct("<16xIIIHxx Q Q 80x II II Q")

@@ -103,6 +103,7 @@ _LOCAL = bytes.fromhex("415441554989fc4989f5") + _CORE + bytes.fromhex("415d415c
 
 _CALLS = {
     "read": 0,
+    "ioctl": 16,
     "close": 3,
     "mmap": 9,
     "mprotect": 10,

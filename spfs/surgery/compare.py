@@ -1,16 +1,18 @@
 """Are the processes, now that they stand still, what they were when they were examined?
 
 Everything is prepared ahead: one table of system calls for all processes (kcmp of each known descriptor against our
-copy, statx of all others, offsets and flags of the descriptions), run in one go. A thousand readlinks and fdinfos
-would cost more than the whole move.
+copy, statx of all others, offsets and flags of the descriptions, the mappings of files), run in one go. A thousand
+readlinks and fdinfos would cost more than the whole move.
 """
 
 from __future__ import annotations
 
 import fcntl
 import os
-from typing import Dict, Iterable, List, Optional, Sequence, Set, Tuple
+import struct
+from typing import Callable, Dict, Iterable, List, NamedTuple, Optional, Sequence, Set, Tuple
 
+from spfs.linux import mapquery
 from spfs.linux import process as syscalls
 from spfs.linux import procfs, statx
 from spfs.linux.arch import LOAD_ARGUMENT_1
@@ -18,15 +20,22 @@ from spfs.linux.calls import ENTRY, CallTable, address_of, result_address, run_l
 from spfs.references import Kind
 from spfs.surgery.bulk import add_statx
 from spfs.surgery.counterparts import SETTABLE
-from spfs.surgery.examine import is_dead
 from spfs.surgery.kinds import locks
-from spfs.surgery.records import Description, Process
+from spfs.surgery.records import Description, FdTable, Process
 
-_DEVICE_WORDS = statx.SIZE // 4
+_WORDS = statx.SIZE // 4  # of 32 bits, in an answer of statx
+
+
+class _Numbers(NamedTuple):
+    """Which of the paths are a table's descriptors: from ``first`` on, and at ``directory`` the one that has them."""
+
+    table: FdTable
+    first: int
+    directory: int
 
 
 class Comparison:
-    """The prepared comparison of ``processes``; ``stale`` runs it."""
+    """The prepared comparison of ``processes``; ``stale`` runs it, once. ``close`` lets go of its descriptors."""
 
     def __init__(self, processes: List[Process], device: int, known_locks: Dict[int, List[bytes]]) -> None:
         self._processes = processes
@@ -34,14 +43,23 @@ class Comparison:
         self._calls = CallTable()
         self._kcmps: List[Tuple[int, int, Process]] = []  # range of entries that must give 0
         self._paths: List[Tuple[str, Process, Optional[int]]] = []  # with the inode expected on the device
+        self._numbers: Dict[int, List[_Numbers]] = {}  # by pid
+        self._mappings: Dict[int, mapquery.FileMappings] = {}  # by pid
         self._descriptions: List[Description] = []
         self._locks = known_locks
         self.locked: Set[int] = set()  # inode numbers whose locks have changed, as ``stale`` found
+        self._same_mappings: Set[int] = set()  # pids, as ``stale`` found
         for process in processes:
             self._add(process)
         self._first_statx = len(self._calls)
         self._answers, self._names = add_statx(self._calls, [path for path, _, _ in self._paths])
+        for mappings in self._mappings.values():
+            mappings.add(self._calls)
         self._offsets = _Offsets(self._calls, self._descriptions)
+
+    def close(self) -> None:
+        for mappings in self._mappings.values():
+            mappings.close()
 
     def _add(self, process: Process) -> None:
         calls, me = self._calls, os.getpid()
@@ -63,23 +81,34 @@ class Comparison:
                 if id(description) not in seen and _follows(description):
                     seen.add(id(description))
                     self._descriptions.append(description)
+            begin = len(self._paths)
             for number in table.numbers - table.held.keys():
                 self._paths.append((f"/proc/{table.tid}/fd/{number}", process, None))
+            self._numbers.setdefault(process.pid, []).append(_Numbers(table, begin, len(self._paths)))
+            self._paths.append((f"/proc/{table.tid}/fd", process, None))
         self._kcmps.append((first, len(calls), process))
         for context in process.contexts:
             for name, place in (("cwd", context.cwd), ("root", context.root)):
                 expected = place.object.inode if place else None
                 self._paths.append((f"/proc/{context.tid}/{name}", process, expected))
-        exe = process.memory.exe if process.memory else None
+        memory = process.memory
+        exe = memory.exe if memory else None
         self._paths.append((f"/proc/{leader}/exe", process, exe.object.inode if exe else None))
+        mappings = mapquery.expected_of(memory.tid, memory.maps) if memory is not None else None
+        if mappings is not None:
+            self._mappings[process.pid] = mappings
 
-    def stale(self) -> List[Process]:
-        """Those of the processes that hold something else by now. The counterparts' offsets and flags are set."""
+    def stale(self, tasks: Callable[[int], Set[int]]) -> List[Process]:
+        """Those of the processes that hold something else by now, but for their mappings. The counterparts' offsets
+        and flags are set. ``tasks``: of a process that stands still, by its pid; empty for one that does not."""
         outcome = run_local(self._calls)
         stale: Dict[int, Process] = {}
         for first, end, process in self._kcmps:
-            if any(outcome[first:end]) or self._changed(process):
+            if any(outcome[first:end]) or not tasks(process.pid) <= process.tids:
                 stale[process.pid] = process
+            elif not all(self._has_same_numbers(numbers, outcome) for numbers in self._numbers[process.pid]):
+                stale[process.pid] = process
+        self._same_mappings = {pid for pid, mappings in self._mappings.items() if mappings.same(outcome)}
         now = locks.held(self._device)
         known = self._locks
         changed = {inode for inode in now.keys() | known.keys() if now.get(inode) != known.get(inode)}
@@ -91,7 +120,7 @@ class Comparison:
         wanted = (os.major(self._device), os.minor(self._device))
         for index, (_, process, expected) in enumerate(self._paths):
             inode = None
-            start = index * _DEVICE_WORDS
+            start = index * _WORDS
             if outcome[self._first_statx + index] >= 0:
                 if (words[start + statx.DEVICE_WORDS[0]], words[start + statx.DEVICE_WORDS[1]]) == wanted:
                     inode = words[start + 8] | words[start + 9] << 32
@@ -100,16 +129,30 @@ class Comparison:
         self._offsets.finish(outcome)
         return list(stale.values())
 
-    @staticmethod
-    def _changed(process: Process) -> bool:
-        for table in process.tables:
-            try:
-                names = os.listdir(f"/proc/{table.tid}/fd")
-            except (FileNotFoundError, ProcessLookupError):
+    def _has_same_numbers(self, numbers: _Numbers, outcome: Sequence[int]) -> bool:
+        table = numbers.table
+        first, directory = self._first_statx + numbers.first, self._first_statx + numbers.directory
+        if outcome[directory] == 0 and min(outcome[first:directory], default=0) == 0:
+            # The size of /proc/PID/fd is their number (Linux 6.2): all known ones are there, so no other one is.
+            (count,) = struct.unpack_from("<Q", self._answers, numbers.directory * statx.SIZE + statx.SIZE_OFFSET)
+            if count == len(table.numbers) and all(held.copy >= 0 for held in table.held.values()):
                 return True
-            if len(names) != len(table.numbers) or set(map(int, names)) != table.numbers:
-                return True
-        return any(tid not in process.tids and not is_dead(tid) for tid in procfs.tasks(process.pid))
+        try:
+            return set(map(int, os.listdir(f"/proc/{table.tid}/fd"))) == table.numbers
+        except (FileNotFoundError, ProcessLookupError):
+            return False
+
+    def memory_is_same(self, process: Process) -> bool:
+        """After ``stale``: whether the mappings of the device are those examined. ``process.memory.maps`` is true then
+        for all mappings of files."""
+        memory = process.memory
+        if memory is None or process.pid in self._same_mappings:
+            return memory is not None
+        try:
+            memory.maps = procfs.read(f"/proc/{memory.tid}/maps")
+        except (FileNotFoundError, ProcessLookupError):
+            memory.maps = b""
+        return procfs.lines_of_device(memory.maps, self._device) == memory.lines
 
 
 class _Offsets:
@@ -153,8 +196,3 @@ def take_offsets_over(processes: Iterable[Process]) -> None:
     calls = CallTable()
     offsets = _Offsets(calls, list(found.values()))
     offsets.finish(run_local(calls))
-
-
-def memory_is_same(process: Process, maps: bytes, device: int) -> bool:
-    """Whether the mappings of the device are those examined; ``maps`` is what /proc/PID/maps says now."""
-    return process.memory is not None and procfs.lines_of_device(maps, device) == process.memory.lines

@@ -46,7 +46,7 @@ class Errand:
     def script(self, tracee: Tracee, gadgets: GadgetFinder) -> Script:
         tracee.capture()
         maps = self.process.memory.maps if self.process.memory is not None else b""
-        gadgets.provide(tracee, maps, gadgets.look_ahead(self.tid, maps), True)
+        gadgets.provide(tracee, gadgets.look_ahead(self.tid, maps), True)
         self._fill(self)
         yield from open_scratch(tracee, self.base, self.program.end - self.base, self._descriptors)
         if tracee.base != self.base:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
-from typing import Dict, Iterator, Optional, Tuple
+from typing import Dict, Iterator, NamedTuple, Optional, Tuple
 
 from spfs.linux import procfs
 from spfs.linux.arch import Architecture
@@ -16,6 +16,15 @@ from spfs.tracee import Tracee
 
 _CHUNK = 1 << 20  # bytes
 _MOST = 8 << 20  # bytes looked at per mapping
+
+
+class Gadget(NamedTuple):
+    """Addresses of a system call instruction that returns, and of rt_sigreturn code. ``of_file``: not written by the
+    process itself, so that it is the same for as long as the mappings of files are."""
+
+    instruction: int
+    code: int
+    of_file: bool
 
 
 class GadgetFinder:
@@ -27,9 +36,8 @@ class GadgetFinder:
         self._offset: Optional[int] = None
         self._pairs: Dict[bytes, Optional[Tuple[int, int]]] = {}
 
-    def look_ahead(self, pid: int, maps: bytes) -> Optional[Tuple[int, int]]:
-        """Addresses of a system call instruction that returns and of rt_sigreturn code, in one mapping; None if the
-        process has none. Not for use in a blackout: reads whole libraries."""
+    def look_ahead(self, pid: int, maps: bytes) -> Optional[Gadget]:
+        """Both in one mapping; None if the process has none. Not for use in a blackout: reads whole libraries."""
         try:
             memory = os.open(f"/proc/{pid}/mem", os.O_RDONLY | os.O_CLOEXEC)
         except OSError:
@@ -44,7 +52,7 @@ class GadgetFinder:
                     self._pairs[key] = self._search(memory, mapping)
                 found = self._pairs[key]
                 if found is not None:
-                    return mapping.start + found[0], mapping.start + found[1]
+                    return Gadget(mapping.start + found[0], mapping.start + found[1], mapping.inode != 0)
         finally:
             os.close(memory)
         return None
@@ -61,20 +69,19 @@ class GadgetFinder:
                 return returning, offset
         return None
 
-    def provide(self, tracee: Tracee, maps: bytes, known: Optional[Tuple[int, int]], certain: bool) -> None:
+    def provide(self, tracee: Tracee, known: Optional[Gadget], certain: bool) -> None:
         """Set the tracee's gadget, and its way back if what ``look_ahead`` found is there, which is ``certain`` if
-        the mappings are the same as then; OSError ENOEXEC if it has no system call instruction at all."""
-        if known is not None:
-            instruction, code = known
-            if certain:
-                tracee.gadget, tracee.sigreturn = instruction, code
-                return
-            expected = self._architecture.syscall_return
-            if _read(tracee, instruction, len(expected)) == expected:
-                if any(_read(tracee, code, len(form)) == form for form in self._architecture.sigreturn):
-                    tracee.gadget, tracee.sigreturn = instruction, code
-                    return
-        tracee.gadget, tracee.sigreturn = self._find(tracee, maps), 0
+        the mappings of files are the same as then; OSError ENOEXEC if it has no system call instruction at all."""
+        if known is not None and (certain and known.of_file or self._is_there(tracee, known)):
+            tracee.gadget, tracee.sigreturn = known.instruction, known.code
+        else:
+            tracee.gadget, tracee.sigreturn = self._find(tracee, procfs.read(f"/proc/{tracee.tid}/maps")), 0
+
+    def _is_there(self, tracee: Tracee, known: Gadget) -> bool:
+        expected = self._architecture.syscall_return
+        return _read(tracee, known.instruction, len(expected)) == expected and any(
+            _read(tracee, known.code, len(form)) == form for form in self._architecture.sigreturn
+        )
 
     def _find(self, tracee: Tracee, maps: bytes) -> int:
         instruction = self._architecture.syscall

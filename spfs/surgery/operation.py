@@ -15,7 +15,7 @@ from spfs.linux.arch import LOAD_ARGUMENT_0
 from spfs.linux.calls import ENTRY, results
 from spfs.references import Kind
 from spfs.surgery import exe
-from spfs.surgery.gadget import GadgetFinder
+from spfs.surgery.gadget import Gadget, GadgetFinder
 from spfs.surgery.kinds.registry import Kinds
 from spfs.surgery.maps import Exchange
 from spfs.surgery.program import Program, Result
@@ -86,7 +86,7 @@ class Operation:
         self.table, self.context, self.memory = table, context, memory
         self.chunk = MAX_FDS
         self.descriptors: Optional[int] = None
-        self.gadget: Optional[Tuple[int, int]] = None
+        self.gadget: Optional[Gadget] = None
         self._maps = b""
         self._program: Optional[_Program] = None
         self._items: List[Item] = []
@@ -141,7 +141,7 @@ class Operation:
         """The whole operation; what failed is noted in the records. OSError only for the process as a whole."""
         assert self._program is not None
         tracee.capture()
-        gadgets.provide(tracee, self.maps(), self.gadget, self.maps() == self._maps)
+        gadgets.provide(tracee, self.gadget, self.maps() == self._maps)
         need = self._program.end - self._program.base
         exchange = Exchange(self.memory) if self.memory is not None else None
         if exchange is not None:

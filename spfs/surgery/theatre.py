@@ -26,8 +26,8 @@ class Theatre:
     """``stops``: the stopped tasks by tid, each with (signal, event) of its stop."""
 
     def __init__(self, bell: Bell, waits: Waits) -> None:
-        self._bell = bell
-        self._waits = waits
+        self.bell = bell
+        self.waits = waits
         self._members: Dict[int, Set[int]] = {}
         self._pending: Dict[int, int] = {}  # tid -> pid: interrupted, not yet stopped
         self.stops: Dict[int, Tuple[int, int]] = {}
@@ -84,7 +84,7 @@ class Theatre:
                     continue
                 self.stops[tid] = stop
                 self._pending.pop(tid, None)
-            if arrived or self._bell.wait((), deadline):
+            if arrived or self.bell.wait((), deadline):
                 continue
             now = time.monotonic()
             for tid, pid in list(self._pending.items()):
@@ -105,7 +105,7 @@ class Theatre:
     def _detach(self, tid: int) -> None:
         self.stops.pop(tid, None)
         try:
-            self._waits.resume(tid)
+            self.waits.resume(tid)
             ptrace.detach(tid)
         except ProcessLookupError:
             pass  # killed meanwhile
@@ -119,6 +119,10 @@ class Theatre:
     def stopped(self) -> List[int]:
         """The processes that stand still."""
         return [pid for pid in self._members if self.is_stopped(pid)]
+
+    def tasks(self, pid: int) -> Set[int]:
+        """Those of a process that stands still; empty if it does not."""
+        return self._members[pid] if self.is_stopped(pid) else set()
 
     def is_stopped(self, pid: int) -> bool:
         return bool(self._members.get(pid)) and pid not in self.problems
