@@ -198,7 +198,6 @@ class Switch:
             waits = Waits(self._architecture)
             waits.note([*census.processes, *(pid for pid in self._freezer.pids() if pid not in census.processes)])
             theatre = Theatre(bell, waits)
-            locks.held(self._device)  # for nothing but to have it cheap from now on, see locks.Attention
             self._stand_still(theatre, comparison, operations, when_stopped, cancelled)
 
     def _stand_still(
@@ -213,6 +212,7 @@ class Switch:
         collecting = _stop_collecting()
         guarded = ExitStack()
         guarded.enter_context(self._guard.armed())
+        locks.held(self._device)  # for nothing but to have it cheap from now on, see locks.Attention
         begin = time.perf_counter()
         self._began = self._began or time.time()
         try:

@@ -17,24 +17,45 @@ import struct
 from typing import Callable, Generator, List, MutableSequence, Optional, Sequence, Set
 
 from spfs.linux import process, ptrace
-from spfs.linux.arch import FRAME_ALIGNMENT, Architecture
+from spfs.linux.arch import FRAME_ALIGNMENT, LOAD_ARGUMENT_0, LOAD_ARGUMENT_1, Architecture
+from spfs.linux.calls import ENTRY, CallTable, result_address
 
 PAGE = 4096
 DATA = PAGE  # offset of the command buffer within the scratch memory; the code lies before it
-PAIR = DATA + 16  # two 32-bit fds of the socketpair, the first one ours
-DOT = DATA + 24  # "."
-LIMITS = DATA + 32  # two struct rlimit64: the new and the old one
-FRAME = DATA + 256
+PAIR = DATA + 16  # two 32-bit fds of the socketpair: ours, and the one that the code listens to
+SOCKET = PAIR + 8  # the second one once more, for tables
+DOT = SOCKET + 4  # "."
+SIGNAL = DOT + 4  # 64 bits: the signal by which the task stops itself
+LIMITS = SIGNAL + 8  # two struct rlimit64: the new and the old one
+BEGIN = DATA + 128  # the first table
+FRAME = DATA + 1024
 USER = FRAME + 4 * PAGE  # from here on the memory is the user's; the extended state has at most 3 pages
 
 _PROT_READ, _PROT_WRITE, _PROT_EXEC = 1, 2, 4
 _MAP_SCRATCH = 0x2 | 0x20 | 0x100000  # MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED_NOREPLACE
-_SIGNALS_BLOCKED = b"\xff" * 8
 _MAX_XSTATE = 3 * PAGE
 _MESSAGES = 100  # of one byte, which fit into the default buffer
 _SOCKET_BUFFER = 8 << 20
 _SO_SNDBUFFORCE = 32
 _RLIMIT_NOFILE = 7
+_RUNNING = (0, 0)  # no stop
+_ALL_SIGNALS = (1 << 64) - 1
+_QUIET = (signal.SIGURG, signal.SIGWINCH)  # without a handler they do nothing, whether or not they are ignored
+
+# What ``BEGIN`` has: the table that the task begins with, and the one that it ends with if it has run no other last one.
+_PAIRED, _OWN_ID, _STOP, _LAST = 0, 1, 2, 4
+LAST = 2  # entries that ``add_last`` appends
+
+
+def add_last(calls: CallTable, base: int) -> None:
+    """Append to a table what ends the work of a task whose scratch memory is at ``base``: see ``Tracee.run``."""
+    calls.add("close", base + SOCKET, load=LOAD_ARGUMENT_0)
+    _add_stop(calls, base)
+
+
+def _add_stop(calls: CallTable, base: int) -> None:
+    own_id = result_address(base + BEGIN, _OWN_ID)
+    calls.add("tkill", own_id, base + SIGNAL, load=LOAD_ARGUMENT_0 | LOAD_ARGUMENT_1)
 
 
 class Wait(enum.Enum):
@@ -54,7 +75,10 @@ class Tracee:
     The object owns the memory's fd and our end of the socket; ``release`` closes them.
     """
 
-    def __init__(self, tid: int, pid: int, pidfd: int, architecture: Architecture, sandboxed: bool) -> None:
+    def __init__(
+        self, tid: int, pid: int, pidfd: int, architecture: Architecture, sandboxed: bool, caught: int = _ALL_SIGNALS
+    ) -> None:
+        """``caught``: the signals that have a handler, a bit each."""
         self.tid, self.pid, self.pidfd = tid, pid, pidfd
         self.architecture = architecture
         self.gadget = 0
@@ -64,12 +88,16 @@ class Tracee:
         self.sandboxed = sandboxed  # a seccomp filter is on: close() may be fatal once it is no longer suspended
         self.socket: Optional[socket.socket] = None
         self.memory = -1
-        self.stop = (0, 0)
+        self.stop = _RUNNING
         self.swallowed: Set[int] = set()
         self._registers = b""
         self._buffer = ptrace.Registers(architecture.registers)
         self._mask = b""
+        self._caught = caught
+        self._quiet = 0  # the signal by which it stops itself; 0: none is free for that
+        self._blocked = b""
         self._running = False
+        self._left_open: List[int] = []  # descriptors of its own that are ours to close
         self._masked = False
         self._frame = b""
         self._net = 0
@@ -106,6 +134,7 @@ class Tracee:
         if len(self._registers) != size or self.architecture.is_compatibility(self._words(self._registers)):
             raise OSError(errno.ENOEXEC, "a 32-bit process cannot be operated on", str(self.pid))
         self._mask = ptrace.signal_mask(self.tid)
+        self._choose_signal()
         self.memory = os.open(f"/proc/{self.tid}/mem", os.O_RDWR | os.O_CLOEXEC)
         self._leave_critical_section()
 
@@ -128,54 +157,92 @@ class Tracee:
             except OSError:
                 yield from self._unmap()
                 raise
+        data = struct.pack("<16xiii4sQ", -1, -1, -1, b".", self._quiet).ljust(BEGIN - DATA, b"\0")
+        data = self.architecture.server.ljust(DATA, b"\0") + data + self._first_tables()
+        self.write(base, data.ljust(FRAME, b"\0") + self._frame)
         if descriptors is not None:
             yield from self._raise_limit(descriptors)
-        result = yield from self._call("socketpair", socket.AF_UNIX, _STREAM, 0, base + PAIR)
+        if self._quiet:
+            self._go_to(base + BEGIN, _LAST)
+            yield from self._until(self._stopped_itself(base + BEGIN + _STOP * ENTRY))
+            self._running = False
+            (result,) = struct.unpack("<q", self.read(result_address(base + BEGIN, _PAIRED), 8))
+        else:
+            result = yield from self._call("socketpair", *_SOCKETPAIR, base + PAIR)
         _check(result, "socketpair")
         pair = self.read(base + PAIR, 8)
-        ours, self._theirs = struct.unpack("<ii", pair)
-        self.socket = socket.socket(fileno=process.pidfd_getfd(self.pidfd, ours, 0))
+        self._left_open = list(struct.unpack("<ii", pair))
+        self.socket = socket.socket(fileno=process.pidfd_getfd(self.pidfd, self._left_open[0], 0))
         self.socket.setblocking(False)
-        data = self.architecture.server.ljust(PAIR, b"\0") + pair + b"."
-        self.write(base, data.ljust(FRAME, b"\0") + self._frame)
+        self.write(base + SOCKET, pair[4:])
 
-    def run(self, table: int, count: int, fds: Sequence[Sequence[int]] = ()) -> Script:
-        """Run ``count`` calls of the table at address ``table``, which may receive ``fds``, a message each."""
+    def run(self, table: int, count: int, fds: Sequence[Sequence[int]] = (), last: bool = False) -> Script:
+        """Run ``count`` calls of the table at address ``table``, which may receive ``fds``, a message each. The first
+        table that is run is to close ``PAIR``: our end was taken, and the task's own descriptor of it would keep the
+        other end from closing.
+
+        ``last``: nothing else will be run, and the table ends with the calls of ``add_last``, of which ``count`` does
+        not know. They save stops where they can be made; otherwise they are not.
+        """
         assert self.socket is not None
-        if self._running:
-            self.socket.send(struct.pack("<QQ", table, count))
-        if len(fds) > _MESSAGES:
-            self.socket.setsockopt(socket.SOL_SOCKET, _SO_SNDBUFFORCE, _SOCKET_BUFFER)
-        for group in fds:
-            rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", group))
-            self.socket.sendmsg([b"d"], [rights], socket.MSG_NOSIGNAL)
+        last = last and bool(self._quiet)
+        if last:
+            count += LAST
+            # Should we die, the code must not use a number that may be somebody else's by then.
+            self.write(self.base + PAIR + 4, struct.pack("<i", -1))
+        try:
+            if self._running:
+                self.socket.send(struct.pack("<QQ", table, count))
+            if len(fds) > _MESSAGES:
+                self.socket.setsockopt(socket.SOL_SOCKET, _SO_SNDBUFFORCE, _SOCKET_BUFFER)
+            for group in fds:
+                rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", group))
+                self.socket.sendmsg([b"d"], [rights], socket.MSG_NOSIGNAL)
+        except (BrokenPipeError, ConnectionResetError) as error:
+            raise ProcessLookupError(errno.ESRCH, "the process ended", str(self.pid)) from error
         if not self._running:
-            words = self._fresh_registers()
-            values = (table, count, self.base + DATA, self._theirs, self.base + FRAME, int(self.sandboxed))
-            for index, value in zip(self.architecture.loop, values):
-                words[index] = value
-            words[self.architecture.instruction_pointer] = self.base
-            self._buffer.write(self.tid)
-            self._running = True
-            self._go(ptrace.cont)
+            self._left_open = self._left_open[1:]
+            self._go_to(table, count)
+        if last:
+            yield from self._until(self._stopped_itself(table + (count - 1) * ENTRY))
+            self._left_open, self._running = [], False
+        else:
+            yield from self._hear()
+
+    def _hear(self) -> Script:
+        """Wait until a table has been run."""
+        assert self.socket is not None
         while True:
-            yield Wait.MESSAGE
             try:
-                done = self.socket.recv(1)
+                if self.socket.recv(1):
+                    return
             except BlockingIOError:
+                yield Wait.MESSAGE
                 continue
-            if not done:
-                raise ProcessLookupError(errno.ESRCH, "the process ended", str(self.pid))
-            return
+            raise ProcessLookupError(errno.ESRCH, "the process ended", str(self.pid))
 
     def close(self) -> Script:
         """Take scratch memory and socket away again and put the task back to where it was."""
         if self._running:
-            ptrace.interrupt(self.tid)
-            yield from self._until(_is_event)
-            self._running = False
-        if self.socket is not None:
-            _check((yield from self._call("close", self._theirs)), "close")
+            yield from self.run(self.base + BEGIN + _LAST * ENTRY, 0, last=True) if self._quiet else self._halt()
+        yield from self._leave()
+
+    def abandon(self) -> Script:
+        """The same after a failure, wherever the task may be."""
+        if self._running:
+            yield from self._halt()
+        yield from self._leave()
+
+    def _halt(self) -> Script:
+        ptrace.interrupt(self.tid)
+        if self.stop != _RUNNING:
+            self._go(ptrace.cont)
+        yield from self._until(_is_event)
+        self._running = False
+
+    def _leave(self) -> Script:
+        while self._left_open:
+            _check((yield from self._call("close", self._left_open.pop())), "close")
         if self._limits is not None:
             self.write(self.base + LIMITS, self._limits)
             _check((yield from self._call("prlimit64", 0, _RLIMIT_NOFILE, self.base + LIMITS, 0)), "prlimit64")
@@ -197,11 +264,57 @@ class Tracee:
         self._take_net_in()
 
     def repeat_swallowed(self) -> None:
-        """Send again what no mask can block and we had to take: only SIGSTOP. Before detaching."""
+        """Send again what was not blocked and we had to take: SIGSTOP, and the signal that we use. Before detaching."""
         for number in self.swallowed:
             os.kill(self.pid, number)
 
     # -- details
+
+    def _choose_signal(self) -> None:
+        """How the task is to stop itself, instead of by us at the entry of a call and again behind it: by a signal
+        that it sends itself, and that does nothing if we are dead. Which one has a handler was seen when the process
+        was examined; one that is blocked could be pending for somebody who waits for it."""
+        mask = int.from_bytes(self._mask, "little")
+        free = (number for number in _QUIET if not (mask | self._caught) >> (number - 1) & 1)
+        # A seccomp filter, which is on again if we die, knows nothing of a call of tkill().
+        self._quiet = 0 if self.sandboxed else next(free, 0)
+        blocked = _ALL_SIGNALS ^ (1 << (self._quiet - 1) if self._quiet else 0)
+        self._blocked = blocked.to_bytes(8, "little")
+
+    def _first_tables(self) -> bytes:
+        calls = CallTable()
+        calls.add("socketpair", *_SOCKETPAIR, self.base + PAIR)
+        calls.add("gettid")
+        _add_stop(calls, self.base)
+        calls.add("close", self.base + PAIR, load=LOAD_ARGUMENT_0)  # comes to it only if we die
+        add_last(calls, self.base)
+        return bytes(calls.encode())
+
+    def _go_to(self, table: int, count: int) -> None:
+        """Have the code run ``count`` calls of a table, and listen to its socket then."""
+        words = self._fresh_registers()
+        values = (table, count, self.base + DATA, -1, self.base + FRAME, int(self.sandboxed))
+        for index, value in zip(self.architecture.loop, values):
+            words[index] = value
+        words[self.architecture.instruction_pointer] = self.base
+        self._buffer.write(self.tid)
+        self._running = True
+        self._go(ptrace.cont)
+
+    def _stopped_itself(self, entry: int) -> Callable[[int, int], bool]:
+        """Whether it is in the stop of the call at address ``entry``, and in none by the same signal from elsewhere."""
+
+        def expected(number: int, event: int) -> bool:
+            if event or number != self._quiet:
+                return False
+            self._buffer.read(self.tid)
+            return self._buffer.words[self.architecture.loop[0]] == entry
+
+        return expected
+
+    def _block_signals(self) -> None:
+        ptrace.set_signal_mask(self.tid, self._blocked)
+        self._masked = True
 
     def _call(self, name: str, *arguments: int) -> Call:
         """One call through the instruction at ``gadget``, from event stop to event stop."""
@@ -214,8 +327,7 @@ class Tracee:
             self.architecture.return_to(words, self.sigreturn, self._net + 8)
         self._buffer.write(self.tid)
         if not self._masked:
-            ptrace.set_signal_mask(self.tid, _SIGNALS_BLOCKED)
-            self._masked = True
+            self._block_signals()
         yield from self._through_call()
         result = words[self.architecture.result]
         return result - (1 << 64) if result >> 63 else result
@@ -256,7 +368,7 @@ class Tracee:
             yield from self._through_call(self._mask)
             if not self.architecture.refused(words, registers):
                 return
-            ptrace.set_signal_mask(self.tid, _SIGNALS_BLOCKED)
+            ptrace.set_signal_mask(self.tid, self._blocked)
             registers = self._words(self._registers)
 
     def _map(self, address: int, length: int, protection: int) -> Script:
@@ -298,7 +410,7 @@ class Tracee:
             self._net = 0
 
     def _go(self, resume: Callable[[int], None]) -> None:
-        self._resume = resume
+        self._resume, self.stop = resume, _RUNNING
         resume(self.tid)
 
     def _until(self, expected: Callable[[int, int], bool]) -> Script:
@@ -310,16 +422,16 @@ class Tracee:
             self.absorb()
 
     def absorb(self) -> None:
-        """Go on after a stop that was not asked for: SIGSTOP, or news about a group-stop.
+        """Go on after a stop that was not asked for: a signal that is not blocked, or news about a group-stop.
 
         OSError EFAULT for a signal that says the injected code itself failed.
         """
         number, event = self.stop
         if not event and number != ptrace.SYSCALL_STOP:
-            if number != signal.SIGSTOP:
+            if number not in (signal.SIGSTOP, self._quiet):
                 raise OSError(errno.EFAULT, f"injected calls were ended by signal {number}", str(self.pid))
             self.swallowed.add(number)
-        self._resume(self.tid)
+        self._go(self._resume)
 
     def _raise_limit(self, descriptors: int) -> Script:
         self.write(self.base + LIMITS, struct.pack("<QQ", descriptors, descriptors))
@@ -358,7 +470,7 @@ class Tracee:
             self._registers = struct.pack(f"<{len(words)}Q", *words)
 
 
-_STREAM = socket.SOCK_STREAM | socket.SOCK_CLOEXEC
+_SOCKETPAIR = (socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC, 0)
 
 
 def _is_event(number: int, event: int) -> bool:

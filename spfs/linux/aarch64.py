@@ -41,12 +41,13 @@ _CORE = bytes.fromhex(
     "840080b9e803082a010000d4601e00f973020191940600d1f4fdffb5"
 )
 
-# In the tracee: x19 = table, x20 = count, x21 = 16 bytes for commands, x22 = socket, x23 = signal frame, x24 = not 0 if
-# close() may be forbidden. 0x4000, MSG_NOSIGNAL: a SIGPIPE, blocked now, would kill the tracee afterwards.
+# In the tracee: x19 = table, x20 = count, x21 = 16 bytes for commands, behind which are our end and its own one of the
+# socket, x22 = socket, x23 = signal frame, x24 = not 0 if close() may be forbidden. 0x4000, MSG_NOSIGNAL: a SIGPIPE, blocked now, would kill the tracee afterwards.
 _SERVER_LISTING = (
     "0:"
     + _CORE_LISTING
     + """
+    ldr w22, [x21, #20]
     mov x8, #206
     mov w0, w22
     mov x1, x21
@@ -74,8 +75,9 @@ _SERVER_LISTING = (
 """
 )
 _SERVER = _CORE + bytes.fromhex(
-    "c81980d2e003162ae10315aa220080d2030088d2e4031faae5031faa010000d4e80780d2e003162ae10315aa020280d2"
-    "010000d41f4000f161000054b35240a9ddffff1798000035280780d2e003162a010000d4ff020091681180d2010000d4"
+    "b61640b9c81980d2e003162ae10315aa220080d2030088d2e4031faae5031faa010000d4e80780d2e003162ae10315aa"
+    "020280d2010000d41f4000f161000054b35240a9dcffff1798000035280780d2e003162a010000d4ff020091"
+    "681180d2010000d4"
 )
 
 _LOCAL_LISTING = (
@@ -124,6 +126,7 @@ _CALLS = {
     "io_uring_register": 427,
     "pidfd_getfd": 438,
     "gettid": 178,
+    "tkill": 130,
     "process_vm_readv": 270,
     "epoll_pwait": 22,
     "epoll_pwait2": 441,

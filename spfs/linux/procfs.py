@@ -57,6 +57,7 @@ class Status:
     groups: Tuple[int, ...]
     seccomp: int  # 0 off, 1 strict, 2 filter
     umask: int
+    caught: int  # signals that have a handler, a bit each
 
 
 def parse_status(data: bytes) -> Status:
@@ -72,6 +73,7 @@ def parse_status(data: bytes) -> Status:
         groups=tuple(int(group) for group in values.get("Groups", "").split()),
         seccomp=int(values.get("Seccomp", "0")),
         umask=int(values.get("Umask", "022"), 8),
+        caught=int(values.get("SigCgt", "0"), 16),
     )
 
 

@@ -46,12 +46,13 @@ _CORE = bytes.fromhex(
     "480fbae0217303488b36480fbae0227303486312480fbae02373034d630089c00f0549894424384983c44049ffcd75a4"
 )
 
-# In the tracee: r12 = table, r13 = count, r14 = 16 bytes for commands, r15 = socket, rbx = signal frame's ucontext,
-# rbp = not 0 if close() may be forbidden. MSG_NOSIGNAL: a SIGPIPE, blocked now, would kill the tracee afterwards.
+# In the tracee: r12 = table, r13 = count, r14 = 16 bytes for commands, behind which are our end and its own one of the
+# socket, r15 = socket, rbx = signal frame's ucontext, rbp = not 0 if close() may be forbidden. MSG_NOSIGNAL: a SIGPIPE, blocked now, would kill the tracee afterwards.
 _SERVER_LISTING = (
     "0:"
     + _CORE_LISTING
     + """
+    mov r15d, [r14+20]
     mov eax, 44
     mov edi, r15d
     mov rsi, r14
@@ -81,8 +82,8 @@ _SERVER_LISTING = (
 """
 )
 _SERVER = _CORE + bytes.fromhex(
-    "b82c0000004489ff4c89f6ba0100000041ba004000004531c04531c90f0531c04489ff4c89f6ba100000000f05"
-    "4883f810750c4d8b264d8b6e08e960ffffff85ed750ab8030000004489ff0f054889dcb80f0000000f05"
+    "458b7e14b82c0000004489ff4c89f6ba0100000041ba004000004531c04531c90f0531c04489ff4c89f6ba100000000f05"
+    "4883f810750c4d8b264d8b6e08e95cffffff85ed750ab8030000004489ff0f054889dcb80f0000000f05"
 )
 
 _LOCAL_LISTING = (
@@ -133,6 +134,7 @@ _CALLS = {
     "io_uring_register": 427,
     "pidfd_getfd": 438,
     "gettid": 186,
+    "tkill": 200,
     "process_vm_readv": 310,
     # Those that are waited in, see ``spfs.surgery.waits``.
     "epoll_wait": 232,

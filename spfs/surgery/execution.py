@@ -93,7 +93,7 @@ def operate(
             except OSError as error:
                 operation.refuse(OUT_OF_REACH if error.errno == errno.EINVAL else reason(error))
                 continue
-        tracee = Tracee(operation.tid, process.pid, pidfd, architecture, sandboxed)
+        tracee = Tracee(operation.tid, process.pid, pidfd, architecture, sandboxed, process.status.caught)
         tracees[tracee] = operation
         scripts[tracee] = operation.script(tracee, gadgets)
 
@@ -105,7 +105,7 @@ def operate(
             process.problem = "the process ended"
             return
         process.problem = f"the process cannot be operated on: {reason(error)}"
-        recover[tracee] = tracee.close()
+        recover[tracee] = tracee.abandon()
 
     def lost(tracee: Tracee, error: OSError) -> None:
         tracees[tracee].process.problem = f"the process could not be put back: {reason(error)}"

@@ -7,7 +7,7 @@ from typing import List, Tuple
 
 from spfs.linux.arch import LOAD_ARGUMENT_0
 from spfs.linux.calls import CallTable
-from spfs.tracee import PAIR
+from spfs.tracee import SOCKET
 
 _MSG_CMSG_CLOEXEC = 0x40000000
 _CONTROL = 128  # offset of the control data, behind msghdr, iovec and the byte received
@@ -27,6 +27,6 @@ def receive(calls: CallTable, base: int, address: int, count: int) -> Tuple[byte
     data = struct.pack("<QIxxxxQQQQI", 0, 0, address + 64, 1, control, length, 0)
     data = data.ljust(64, b"\0") + struct.pack("<QQ", address + 80, 1)
     data = data.ljust(_CONTROL, b"\0") + bytes(_HEADER) + b"\xff" * (4 * count)
-    calls.add("recvmsg", base + PAIR + 4, address, _MSG_CMSG_CLOEXEC, load=LOAD_ARGUMENT_0)
+    calls.add("recvmsg", base + SOCKET, address, _MSG_CMSG_CLOEXEC, load=LOAD_ARGUMENT_0)
     slots = [control + _HEADER + 4 * index for index in range(count)]
     return data.ljust(size(count), b"\0"), slots

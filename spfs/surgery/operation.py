@@ -152,7 +152,7 @@ class Operation:
             self._program = _Program(self, tracee.base)
         program = self._program
         tracee.write(program.base + USER, program.image)
-        yield from tracee.run(program.table, len(program), program.groups)
+        yield from tracee.run(program.table, len(program), program.groups, last=self.memory is None)
         self._collect(tracee)
         if self.memory is not None and exchange is not None:
             yield from exchange.script(tracee, self.chunk)

@@ -11,7 +11,7 @@ from typing import Callable, List, NamedTuple, Sequence, Set, Tuple, Union
 from spfs.linux.arch import LOAD_ARGUMENT_0, LOAD_ARGUMENT_2
 from spfs.linux.calls import ENTRY, CallTable, result_address
 from spfs.surgery import message
-from spfs.tracee import PAIR, USER
+from spfs.tracee import LAST, PAIR, USER, add_last
 
 _F_GETFD, _F_SETFD = 1, 2
 _LINE = 64  # bytes to which messages are aligned
@@ -35,8 +35,7 @@ class Program:
         self._calls = CallTable()
         self._references: List[Tuple[int, int, int]] = []  # entry, argument, entry whose result it takes
         self._expectations: List[Tuple[int, Callable[[int], None]]] = []
-        # Our end of the socketpair was taken: the tracee's own descriptor of it would keep the other end from closing.
-        self.add("close", base + PAIR, load=LOAD_ARGUMENT_0)
+        self.add("close", base + PAIR, load=LOAD_ARGUMENT_0)  # see Tracee.run
 
     def add(self, name: str, *arguments: Union[int, Result], load: int = 0) -> int:
         """Append a call; the index of its entry. ``load`` as in ``CallTable.add``."""
@@ -83,14 +82,16 @@ class Program:
 
     @property
     def end(self) -> int:
-        return self.table + len(self._calls) * ENTRY
+        return self.table + (len(self._calls) + LAST) * ENTRY
 
     def __len__(self) -> int:
         return len(self._calls)
 
     def seal(self) -> None:
         """When all is added: make the ``image``, which is to be written at ``base + USER``."""
-        table = self._calls.encode()
+        last = CallTable()
+        add_last(last, self.base)
+        table = self._calls.encode() + last.encode()
         for entry, position, other in self._references:
             start = entry * ENTRY + 8 * (position + 1)
             table[start : start + 8] = result_address(self.table, other).to_bytes(8, "little")

@@ -9,12 +9,13 @@ import os
 import signal
 import subprocess
 from pathlib import Path
-from typing import Callable, Iterator
+from typing import Any, Callable, Iterator
 
 import pytest
 from surgery_kit import Mounts, Victim, compile_c, tasks_stopped
 
 from spfs.testing import process_state, wait_until
+from spfs.tracee import Tracee
 
 pytestmark = [pytest.mark.needs_root, pytest.mark.needs_ptrace]
 
@@ -40,6 +41,52 @@ def test_sigtrap_keeps_its_disposition(mounts: Mounts, disposition: str) -> None
         before = victim.run(masks)
         assert mounts.switch().moved == {"file": 1}
         assert victim.run(masks) == before and victim.run("os.read(fd, 3)") == b"new"
+    finally:
+        victim.close()
+
+
+HANDLED = "signal.SIGURG, signal.SIGWINCH"  # one of them is what a process stops itself by
+
+
+@pytest.mark.parametrize(
+    "way, stops",
+    [
+        ("", 6),
+        ("for s in ({}): signal.signal(s, signal.SIG_IGN)", 6),
+        ("signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGURG])", 6),
+        ("for s in ({}): signal.signal(s, lambda *a: called.append(a[0]))", 9),
+        ("signal.pthread_sigmask(signal.SIG_BLOCK, [{}])", 9),
+    ],
+    ids=["default", "ignored", "one blocked", "handlers", "blocked"],
+)
+def test_signals_that_a_process_uses_itself(
+    mounts: Mounts, monkeypatch: pytest.MonkeyPatch, way: str, stops: int
+) -> None:
+    """None is lost, none is made up: those pending before, and those that come while it stands still."""
+    waits = []
+    until = Tracee._until
+
+    def counted(self: Tracee, expected: Callable[[int, int], bool]) -> Any:
+        waits.append(self.tid)
+        return until(self, expected)
+
+    monkeypatch.setattr(Tracee, "_until", counted)
+    victim = Victim()
+    try:
+        victim.run(f"import os, signal; called = []; fd = os.open({str(mounts.old / 'f')!r}, 0)")
+        victim.run(way.format(HANDLED) or "pass")
+        os.kill(victim.pid, signal.SIGURG)
+        os.kill(victim.pid, signal.SIGURG)
+        state = "[l for l in open('/proc/self/status') if l.startswith(('Sig', 'Shd')) and l[3] != 'Q']"
+        before, called = victim.run(state), victim.run("called.copy()")
+        report = mounts.switch(when_stopped=lambda: os.kill(victim.pid, signal.SIGWINCH))
+        assert report.moved == {"file": 1} and len(waits) == stops
+        assert victim.run("called[len(%r):]" % called) == ([signal.SIGWINCH] if "called" in way else [])
+        if "BLOCK" in way and stops == 9:
+            assert victim.run("{s.name for s in signal.sigpending()}") == {"SIGURG", "SIGWINCH"}
+        else:
+            assert victim.run(state) == before
+        assert victim.run("os.read(fd, 3)") == b"new"
     finally:
         victim.close()
 
