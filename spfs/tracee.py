@@ -42,7 +42,7 @@ _RUNNING = (0, 0)  # no stop
 _ALL_SIGNALS = (1 << 64) - 1
 _QUIET = (signal.SIGURG, signal.SIGWINCH)  # without a handler they do nothing, whether or not they are ignored
 
-# What ``BEGIN`` has: the table that the task begins with, and the one that it ends with if it has run no other last one.
+# What ``BEGIN`` has: the table that the task begins with, and the one that it ends with if no other one was the last.
 _PAIRED, _OWN_ID, _STOP, _LAST = 0, 1, 2, 4
 LAST = 2  # entries that ``add_last`` appends
 

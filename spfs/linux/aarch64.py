@@ -42,7 +42,8 @@ _CORE = bytes.fromhex(
 )
 
 # In the tracee: x19 = table, x20 = count, x21 = 16 bytes for commands, behind which are our end and its own one of the
-# socket, x22 = socket, x23 = signal frame, x24 = not 0 if close() may be forbidden. 0x4000, MSG_NOSIGNAL: a SIGPIPE, blocked now, would kill the tracee afterwards.
+# socket, x22 = socket, x23 = signal frame, x24 = not 0 if close() may be forbidden. 0x4000, MSG_NOSIGNAL: a SIGPIPE,
+# blocked now, would kill the tracee afterwards.
 _SERVER_LISTING = (
     "0:"
     + _CORE_LISTING

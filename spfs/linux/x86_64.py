@@ -47,7 +47,8 @@ _CORE = bytes.fromhex(
 )
 
 # In the tracee: r12 = table, r13 = count, r14 = 16 bytes for commands, behind which are our end and its own one of the
-# socket, r15 = socket, rbx = signal frame's ucontext, rbp = not 0 if close() may be forbidden. MSG_NOSIGNAL: a SIGPIPE, blocked now, would kill the tracee afterwards.
+# socket, r15 = socket, rbx = signal frame's ucontext, rbp = not 0 if close() may be forbidden. MSG_NOSIGNAL: a SIGPIPE,
+# blocked now, would kill the tracee afterwards.
 _SERVER_LISTING = (
     "0:"
     + _CORE_LISTING

@@ -98,8 +98,8 @@ STAGES: Dict[str, Callable[[], Dict[str, Any]]] = {
 }
 
 
-# Of a process that has handlers for what it could stop itself by: two for each of mmap, socketpair, close and munmap, one
-# for the interrupt.
+# Of a process that has handlers for what it could stop itself by: two for each of mmap, socketpair, close and munmap,
+# one for the interrupt.
 MORE_STAGES = {
     f"wait {n}": lambda n=n: {"patch": (Tracee, "_until", dies_at(n))} for n in (*range(1, 10), *range(21, 30))
 }
