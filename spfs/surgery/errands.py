@@ -55,7 +55,7 @@ class Errand:
         program = self.program
         program.seal()
         tracee.write(program.base + USER, program.image)
-        yield from tracee.run(program.table, len(program), program.groups)
+        yield from tracee.run(program.table, len(program), program.groups, last=True)
         outcome = results(tracee.read(program.table, len(program) * ENTRY))
         yield from tracee.close()
         program.settle(outcome)
