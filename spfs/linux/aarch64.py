@@ -138,6 +138,17 @@ _CALLS = {
     "io_uring_enter": 426,
     "pselect6": 72,
     "ppoll": 73,
+    "accept": 202,
+    "accept4": 242,
+    "recvfrom": 207,
+    "recvmmsg": 243,
+    "sendto": 206,
+    "sendmsg": 211,
+    "sendmmsg": 269,
+    "readv": 65,
+    "write": 64,
+    "writev": 66,
+    "io_pgetevents": 292,
 }
 
 _LINK, _STACK_POINTER, _INSTRUCTION_POINTER, _STATE = 30, 31, 32, 33

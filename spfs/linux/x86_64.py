@@ -149,6 +149,17 @@ _CALLS = {
     "select": 23,
     "pselect6": 270,
     "ppoll": 271,
+    "accept": 43,
+    "accept4": 288,
+    "recvfrom": 45,
+    "recvmmsg": 299,
+    "sendto": 44,
+    "sendmsg": 46,
+    "sendmmsg": 307,
+    "readv": 19,
+    "write": 1,
+    "writev": 20,
+    "io_pgetevents": 333,
 }
 
 _RESULT, _ORIGINAL, _INSTRUCTION_POINTER, _STACK_POINTER = 10, 15, 16, 19  # rax, orig_rax, rip, rsp

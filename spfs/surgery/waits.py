@@ -4,6 +4,9 @@ Of most calls the kernel itself knows how to go on after a stop. It does not for
 nor keeps what is left of their time. An endless wait is simply begun again. Of a timed one is wanted when it began,
 which nothing tells but the scheduler: when the task last ran. That is noted before anything is stopped.
 
+What waits on a socket with a time limit (SO_RCVTIMEO, SO_SNDTIMEO) is begun again, too, and with all of its limit: that
+belongs to the socket, which others may use, and is read when a call begins.
+
 select(2), pselect(2) and ppoll(2) are restarted by the kernel, with the time that was left when they were stopped, in
 the caller's own structure: there, the time of the standstill is taken off.
 """
@@ -29,6 +32,7 @@ class _Form(enum.Enum):
     NONE = enum.auto()
     MILLISECONDS = enum.auto()  # an int, negative: endless
     TIMESPEC = enum.auto()  # an address, 0: endless
+    SOCKET = enum.auto()  # by an option of the socket; the argument is a descriptor
     IO_URING = enum.auto()  # flags, and an address in the next argument
     KEPT_TIMESPEC = enum.auto()  # an address, where the kernel has put what is left
     KEPT_TIMEVAL = enum.auto()
@@ -42,11 +46,20 @@ _CALLS: Dict[str, Tuple[_Form, int]] = {  # with the argument's index
     "semop": (_Form.NONE, 0),
     "semtimedop": (_Form.TIMESPEC, 3),
     "io_getevents": (_Form.TIMESPEC, 4),
+    "io_pgetevents": (_Form.TIMESPEC, 4),
     "io_uring_enter": (_Form.IO_URING, 3),
     "pselect6": (_Form.KEPT_TIMESPEC, 4),
     "ppoll": (_Form.KEPT_TIMESPEC, 2),
     "select": (_Form.KEPT_TIMEVAL, 4),
+    **dict.fromkeys(
+        [
+            *("accept", "accept4", "connect", "read", "readv", "recvfrom", "recvmsg", "recvmmsg"),
+            *("sendto", "sendmsg", "sendmmsg", "write", "writev"),
+        ],
+        (_Form.SOCKET, 0),
+    ),
 }
+_BEGUN_AGAIN = (_Form.NONE, _Form.SOCKET)  # whatever time has passed
 _ERESTARTNOHAND = 514
 _KEPT = {_Form.KEPT_TIMESPEC: 1, _Form.KEPT_TIMEVAL: 1000}  # ns of the unit in the structure's second word
 _EXT_ARG, _ABSOLUTE, _REGISTERED = 1 << 3, 1 << 5, 1 << 6  # IORING_ENTER_EXT_ARG, _ABS_TIMER, _EXT_ARG_REG
@@ -101,7 +114,7 @@ class Waits:
         *arguments, pointer, instruction = (int(word, 16) for word in words[1:9])
         self._noted[tid] = Noted(int(words[0]), tuple(arguments), pointer, instruction)
         form, index = self._rules[int(words[0])]
-        if form in _KEPT or form is _Form.NONE or arguments[index] == 0:
+        if form in _KEPT or form in _BEGUN_AGAIN or arguments[index] == 0:
             return
         self._unknown.add(tid)
         last_run, sleeps = _schedule(f"/proc/{tid}/sched")
@@ -139,6 +152,9 @@ class Waits:
             if form in _KEPT:
                 if call.result == -_ERESTARTNOHAND:
                     self._shorten(tid, words[self._architecture.arguments[index]], _KEPT[form])
+            elif call.result == -_ERESTARTNOHAND and form is _Form.TIMESPEC:  # of io_pgetevents alone
+                if tid not in self._unknown and self._set_time_left(tid, form, index):
+                    self._buffer.write(tid)
             elif call.result == -errno.EINTR and tid not in self._unknown and self._set_time_left(tid, form, index):
                 if not self._architecture.decides_at_the_end and procfs.handles_signal(tid):
                     return
@@ -155,6 +171,8 @@ class Waits:
         value = self._buffer.words[position]
         if form is _Form.NONE:
             return True
+        if form is _Form.SOCKET:  # of nothing else is it known that to be interrupted means to have done nothing
+            return os.readlink(f"/proc/{tid}/fd/{value & 0xFFFFFFFF}").startswith("socket:")
         if form is _Form.MILLISECONDS:
             if value & 0x80000000:
                 return True

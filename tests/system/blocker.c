@@ -84,7 +84,8 @@ static aio_context_t prepare_aio(int fd)
 
 int main(int argc, char **argv)
 {
-    const char *name = argv[2];
+    int timed = !strncmp(argv[2], "timed ", 6); /* by options of its sockets */
+    const char *name = argv[2] + (timed ? 6 : 0);
     struct sigaction action = { .sa_handler = handler, .sa_flags = atoi(argv[3]) ? SA_RESTART : 0 };
     int milliseconds = atoi(argv[4]), endless = milliseconds < 0;
     struct timespec limit = { milliseconds / 1000, milliseconds % 1000 * 1000000L }, absolute, *time = &limit;
@@ -101,6 +102,8 @@ int main(int argc, char **argv)
     struct sembuf down = { 0, -1, 0 }, up = { 0, 1, 0 };
     struct flock lock = { .l_type = F_WRLCK };
     char byte, page[4096], contents[4] = "", name_of_queue[64];
+    struct iovec buffer = { &byte, 1 };
+    struct mmsghdr message = { .msg_hdr = { .msg_iov = &buffer, .msg_iovlen = 1 } };
     siginfo_t info;
     fd_set set;
 
@@ -114,6 +117,7 @@ int main(int argc, char **argv)
     while (write(full[1], &text, 1) > 0) {}
     fcntl(full[1], F_SETFL, 0);
     socketpair(AF_UNIX, SOCK_STREAM, 0, pair);
+    int caller = socket(AF_UNIX, SOCK_STREAM, 0);
     int listener = socket(AF_UNIX, SOCK_STREAM, 0), counter = eventfd(0, 0), epoll = epoll_create1(0);
     bind(listener, (struct sockaddr *)&place, sizeof(sa_family_t)); /* a name is chosen for it */
     listen(listener, 1);
@@ -124,7 +128,7 @@ int main(int argc, char **argv)
     char *link;
     asprintf(&link, "/proc/self/fd/%d", memory);
     int other = open(link, O_RDWR);
-    int queue = IS("msgrcv") ? msgget(IPC_PRIVATE, 0600) : -1;
+    int queue = IS("msgrcv") || IS("msgsnd") ? msgget(IPC_PRIVATE, 0600) : -1;
     int semaphore = strstr(name, "sem") == name ? semget(IPC_PRIVATE, 1, 0600) : -1;
     struct mq_attr attributes = { .mq_maxmsg = 1, .mq_msgsize = 8 };
     snprintf(name_of_queue, sizeof(name_of_queue), "/spfs-test-%d", getpid());
@@ -137,6 +141,21 @@ int main(int argc, char **argv)
     if (IS("sigsuspend") || strstr(name, "_mask")) syscall(SYS_rt_sigprocmask, SIG_BLOCK, &usr1, NULL, 8L);
     if (IS("sigtimedwait")) syscall(SYS_rt_sigprocmask, SIG_BLOCK, &usr2, NULL, 8L);
 
+    if (IS("msgsnd")) while (!msgsnd(queue, &text, 8, IPC_NOWAIT)) {}
+    if (IS("sendto")) while (send(pair[0], page, sizeof(page), MSG_DONTWAIT) > 0) {}
+    if (IS("connect")) {
+        int result;
+        do result = connect(socket(AF_UNIX, SOCK_STREAM | SOCK_NONBLOCK, 0), (struct sockaddr *)&place, size);
+        while (!result);
+    }
+    if (timed) {
+        for (int option = 0; option < 2; option++) {
+            int fds[] = { pair[0], listener, caller };
+            for (int i = 0; i < 3; i++)
+                setsockopt(fds[i], SOL_SOCKET, option ? SO_RCVTIMEO : SO_SNDTIMEO, &timeval, sizeof(timeval));
+        }
+    }
+
     pid_t parent = getpid();
     child = fork();
     if (!child) {
@@ -147,12 +166,15 @@ int main(int argc, char **argv)
         read(0, &byte, 1);
         write(data[1], "x", 1);
         read(full[0], page, sizeof(page));
-        if (IS("recvfrom")) write(pair[1], "x", 1);
+        if (IS("recvfrom") || IS("recvmmsg") || (IS("read") && timed)) write(pair[1], "x", 1);
+        if (IS("sendto")) while (recv(pair[1], page, sizeof(page), MSG_DONTWAIT) > 0) {}
+        if (IS("connect")) accept(listener, NULL, NULL);
         if (IS("eventfd")) eventfd_write(counter, 1);
         if (IS("accept4")) connect(socket(AF_UNIX, SOCK_STREAM, 0), (struct sockaddr *)&place, size);
         *word = 1;
         syscall(SYS_futex, word, FUTEX_WAKE, 1, NULL, NULL, 0);
-        if (queue >= 0) msgsnd(queue, &text, 1, 0);
+        if (IS("msgrcv")) msgsnd(queue, &text, 1, 0);
+        if (IS("msgsnd")) msgrcv(queue, &text, 8, 0, 0);
         if (semaphore >= 0) semop(semaphore, &up, 1);
         mq_send(messages, "x", 1, 0);
         if (IS("sigtimedwait") && getppid() == parent) kill(parent, SIGUSR2);
@@ -168,11 +190,15 @@ int main(int argc, char **argv)
     read(locked[0], &byte, 1);
 
     if (endless) time = NULL;
-    if (IS("read")) CALL(read, data[0], &byte, 1);
+    if (IS("read")) CALL(read, timed ? pair[0] : data[0], &byte, 1);
     if (IS("write")) CALL(write, full[1], &byte, 1);
     if (IS("eventfd")) CALL(read, counter, &sixth, 8);
     if (IS("recvfrom")) CALL(recvfrom, pair[0], &byte, 1);
+    if (IS("recvmmsg")) CALL(recvmmsg, pair[0], &message, 1);
+    if (IS("sendto")) CALL(sendto, pair[0], page, sizeof(page));
     if (IS("accept4")) CALL(accept4, listener);
+    if (IS("connect")) CALL(connect, caller, &place, size);
+    if (IS("msgsnd")) CALL(msgsnd, queue, &text, 8);
     if (IS("wait4")) CALL(wait4, child, &status);
     if (IS("waitid")) CALL(waitid, P_PID, child, &info, WEXITED);
     if (IS("flock")) CALL(flock, memory, LOCK_EX);
@@ -191,6 +217,7 @@ int main(int argc, char **argv)
     if (IS("epoll_pwait2")) CALL(epoll_pwait2, epoll, &event, 1, time);
     if (IS("futex")) CALL(futex, word, FUTEX_WAIT, 0, time);
     if (IS("io_getevents")) CALL(io_getevents, prepare_aio(data[0]), 1, 1, events, time);
+    if (IS("io_pgetevents")) CALL(io_pgetevents, prepare_aio(data[0]), 1, 1, events, time);
     if (IS("nanosleep")) CALL(nanosleep, time, NULL);
     if (IS("clock_nanosleep")) CALL(clock_nanosleep, CLOCK_MONOTONIC, TIMER_ABSTIME, &absolute);
     if (IS("io_uring_enter")) {
@@ -198,10 +225,6 @@ int main(int argc, char **argv)
         getevents.ts = (unsigned long)time;
         int flags = IORING_ENTER_GETEVENTS | IORING_ENTER_EXT_ARG;
         if (ring >= 0) CALL(io_uring_enter, ring, 0, 1, flags, &getevents, sizeof(getevents));
-    }
-    if (IS("timed recvfrom")) {
-        setsockopt(pair[0], SOL_SOCKET, SO_RCVTIMEO, &timeval, sizeof(timeval));
-        CALL(recvfrom, pair[0], &byte, 1);
     }
 #ifdef __x86_64__
     if (IS("pause")) CALL(pause, 0);

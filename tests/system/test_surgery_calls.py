@@ -34,16 +34,20 @@ TIMED = {  # what each gives when its time is over: result and errno
     "sigtimedwait": (-1, 11),
     "semtimedop": (-1, 11),
     "io_getevents": (0, 0),
+    "io_pgetevents": (0, 0),
     "io_uring_enter": (-1, 62),
 }
 ENDLESS = [
     *("read", "write", "eventfd", "recvfrom", "accept4", "wait4", "waitid", "flock", "fcntl", "msgrcv", "semop"),
     *("semtimedop", "mq_timedreceive", "sigtimedwait", "select", "select_mask", "ppoll", "ppoll_mask"),
-    *("epoll_pwait", "epoll_pwait2", "futex", "io_getevents", "io_uring_enter"),
+    *("epoll_pwait", "epoll_pwait2", "futex", "io_getevents", "io_pgetevents", "io_uring_enter"),
+    *("msgsnd", "recvmmsg", "sendto", "connect"),
 ]
 if os.uname().machine == "x86_64":
     TIMED.update({"poll": (0, 0), "epoll_wait": (0, 0), "old select": (0, 0)})
     ENDLESS += ["poll", "epoll_wait", "old select"]
+# With SO_RCVTIMEO and SO_SNDTIMEO.
+SOCKETS = [f"timed {call}" for call in ("recvfrom", "recvmmsg", "read", "accept4", "sendto", "connect")]
 UNTIL_SIGNALLED = ["pause", "sigsuspend"] if os.uname().machine == "x86_64" else ["sigsuspend"]
 
 # Calls that a handler with SA_RESTART lets go on (signal(7)).
@@ -311,8 +315,29 @@ def test_static_program(mounts: Mounts, blocked: Start, static_program: str) -> 
     )
 
 
-def test_socket_with_a_time_limit_of_its_own(mounts: Mounts, blocked: Start, program: str) -> None:
-    """SO_RCVTIMEO: the known exception. As after SIGSTOP and SIGCONT, and never as if nothing had come in time."""
-    processes = blocked(program, ["timed recvfrom"], 600000)
+def test_sockets_with_a_time_limit_of_their_own(mounts: Mounts, blocked: Start, program: str) -> None:
+    """They go on, and wait for what they waited for."""
+    processes = blocked(program, SOCKETS, 600000)
+    for _ in range(2):
+        mounts.switch()
+    outcomes = {call: process.end(byte=True) for call, process in processes.items()}
+    assert {call: (outcome.errno, outcome.handled) for call, outcome in outcomes.items()} == dict.fromkeys(
+        SOCKETS, (0, 0)
+    )
+
+
+def test_time_limit_of_a_socket(mounts: Mounts, blocked: Start, program: str) -> None:
+    """It is kept, and counts anew from the standstill."""
+    processes = blocked(program, SOCKETS, TIME)
     mounts.switch()
-    assert processes["timed recvfrom"].end().errno == EINTR
+    for call, process in processes.items():
+        outcome = process.end()
+        assert (call, outcome.errno, outcome.contents) == (call, 11, "new")
+        assert outcome.milliseconds >= TIME - 1
+
+
+def test_signal_during_the_blackout_of_a_socket(mounts: Mounts, blocked: Start, program: str) -> None:
+    """Never restarted, whatever the handler's SA_RESTART says (signal(7))."""
+    processes = blocked(program, SOCKETS, 600000, restart=True)
+    assert signalled(mounts, processes) == {call: (EINTR, 1) for call in processes}
+

@@ -80,7 +80,8 @@ def test_signals_that_a_process_uses_itself(
         state = "[l for l in open('/proc/self/status') if l.startswith(('Sig', 'Shd')) and l[3] != 'Q']"
         before, called = victim.run(state), victim.run("called.copy()")
         report = mounts.switch(when_stopped=lambda: os.kill(victim.pid, signal.SIGWINCH))
-        assert report.moved == {"file": 1} and len(waits) == stops
+        # Where the kernel decides early, the call that was interrupted is entered again.
+        assert report.moved == {"file": 1} and len(waits) == stops + (0 if os.uname().machine == "x86_64" else 2)
         assert victim.run("called[len(%r):]" % called) == ([signal.SIGWINCH] if "called" in way else [])
         if "BLOCK" in way and stops == 9:
             assert victim.run("{s.name for s in signal.sigpending()}") == {"SIGURG", "SIGWINCH"}
