@@ -1,7 +1,7 @@
 """Finds borrowed code in a process: a system call instruction, and what lets the process help itself if we die.
 
-The first choice is a C library's "syscall; ret" together with its rt_sigreturn; then the vDSO; then any executable
-mapping but the old mount's, whose pages its file system might have to be asked for.
+The first choice is a C library's "syscall; ret" together with its rt_sigreturn, or the vDSO's (aarch64); then the
+vDSO; then any executable mapping but the old mount's, whose pages its file system might have to be asked for.
 """
 
 from __future__ import annotations
@@ -34,15 +34,18 @@ class GadgetFinder:
         self._device = procfs.device_text(device)
         self._architecture = architecture
         self._offset: Optional[int] = None
-        self._pairs: Dict[bytes, Optional[Tuple[int, int]]] = {}
+        self._in_vdso: Optional[int] = None  # offset of the rt_sigreturn code; -1: not there
+        self._pairs: Dict[bytes, Tuple[Optional[int], Optional[int]]] = {}
 
     def look_ahead(self, pid: int, maps: bytes) -> Optional[Gadget]:
-        """Both in one mapping; None if the process has none. Not for use in a blackout: reads whole libraries."""
+        """What a process has; None if it has not both. Not for use in a blackout: reads whole libraries."""
         try:
             memory = os.open(f"/proc/{pid}/mem", os.O_RDONLY | os.O_CLOEXEC)
         except OSError:
             return None
         try:
+            vdso = procfs.find_vdso(maps)
+            of_kernel = None if vdso is None else self._sigreturn(memory, *vdso)
             for line in maps.splitlines():
                 if b" r-xp " not in line or self._device in line or line.endswith((b"[vsyscall]", b"[vdso]")):
                     continue
@@ -50,24 +53,34 @@ class GadgetFinder:
                 key = line.split(b" ", 2)[2]  # offset, device, inode, name: the same contents
                 if key not in self._pairs or mapping.inode == 0:
                     self._pairs[key] = self._search(memory, mapping)
-                found = self._pairs[key]
-                if found is not None:
-                    return Gadget(mapping.start + found[0], mapping.start + found[1], mapping.inode != 0)
+                returning, code = self._pairs[key]
+                if returning is not None and code is not None:
+                    return Gadget(mapping.start + returning, mapping.start + code, mapping.inode != 0)
+                if returning is not None and of_kernel is not None:
+                    return Gadget(mapping.start + returning, of_kernel, False)
         finally:
             os.close(memory)
         return None
 
-    def _search(self, memory: int, mapping: procfs.Mapping) -> Optional[Tuple[int, int]]:
+    def _search(self, memory: int, mapping: procfs.Mapping) -> Tuple[Optional[int], Optional[int]]:
+        """Offsets of the instruction and of the code; None for what is not there."""
         try:
             data = os.pread(memory, min(mapping.end - mapping.start, _MOST), mapping.start)
         except OSError:
-            return None
+            return None, None
+        codes = (data.find(code) for code in self._architecture.sigreturn)
         returning = data.find(self._architecture.syscall_return)
-        for code in self._architecture.sigreturn:
-            offset = data.find(code)
-            if returning >= 0 and offset >= 0:
-                return returning, offset
-        return None
+        return returning if returning >= 0 else None, next((offset for offset in codes if offset >= 0), None)
+
+    def _sigreturn(self, memory: int, start: int, end: int) -> Optional[int]:
+        """The address of the code in the vDSO, which has it on aarch64."""
+        if self._in_vdso is None:
+            try:
+                data = os.pread(memory, end - start, start)
+            except OSError:
+                return None
+            self._in_vdso = max(data.find(code) for code in self._architecture.sigreturn)
+        return start + self._in_vdso if self._in_vdso >= 0 else None
 
     def provide(self, tracee: Tracee, known: Optional[Gadget], certain: bool) -> None:
         """Set the tracee's gadget, and its way back if what ``look_ahead`` found is there, which is ``certain`` if

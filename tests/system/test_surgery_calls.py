@@ -340,4 +340,3 @@ def test_signal_during_the_blackout_of_a_socket(mounts: Mounts, blocked: Start, 
     """Never restarted, whatever the handler's SA_RESTART says (signal(7))."""
     processes = blocked(program, SOCKETS, 600000, restart=True)
     assert signalled(mounts, processes) == {call: (EINTR, 1) for call in processes}
-
