@@ -114,7 +114,7 @@ def killed_surgeon(mounts: Mounts, stage: str) -> None:
             patch = how.pop("patch", None)
             if patch is not None:
                 setattr(*patch)
-            mounts.switch(**how)
+            mounts.switch(exclude={os.getppid()}, **how)  # which has the mounts' roots open
         finally:
             os._exit(1)  # not killed: the stage was not reached
     assert os.waitpid(pid, 0)[1] == signal.SIGKILL
@@ -200,7 +200,7 @@ def test_killed_at_random_moments(mounts: Mounts, victim: Victim) -> None:
                     signal.setitimer(signal.ITIMER_REAL, 0)
                     signal.signal(signal.SIGALRM, signal.SIG_DFL)
                     setattr(execution, "operate", timed)
-                    mounts.switch()
+                    mounts.switch(exclude={os.getppid()})
                     signal.pause()
                 finally:
                     os._exit(1)
