@@ -27,6 +27,7 @@ SOCKET = PAIR + 8  # the second one once more, for tables
 DOT = SOCKET + 4  # "."
 SIGNAL = DOT + 4  # 64 bits: the signal by which the task stops itself
 LIMITS = SIGNAL + 8  # two struct rlimit64: the new and the old one
+NOBODY = LIMITS + 32  # -1: in the place of the code's own end of the socket, for a table that is the last one
 BEGIN = DATA + 128  # the first table
 FRAME = DATA + 1024
 USER = FRAME + 4 * PAGE  # from here on the memory is the user's; the extended state has at most 3 pages
@@ -157,7 +158,7 @@ class Tracee:
             except OSError:
                 yield from self._unmap()
                 raise
-        data = struct.pack("<16xiii4sQ", -1, -1, -1, b".", self._quiet).ljust(BEGIN - DATA, b"\0")
+        data = struct.pack("<16xiii4sQ32xi", -1, -1, -1, b".", self._quiet, -1).ljust(BEGIN - DATA, b"\0")
         data = self.architecture.server.ljust(DATA, b"\0") + data + self._first_tables()
         self.write(base, data.ljust(FRAME, b"\0") + self._frame)
         if descriptors is not None:
@@ -186,12 +187,11 @@ class Tracee:
         """
         assert self.socket is not None
         last = last and bool(self._quiet)
-        if last:
-            count += LAST
-            # Should we die, the code must not use a number that may be somebody else's by then.
-            self.write(self.base + PAIR + 4, struct.pack("<i", -1))
+        count += LAST if last else 0
         try:
             if self._running:
+                if last:
+                    self.write(self.base + PAIR + 4, struct.pack("<i", -1))  # as NOBODY
                 self.socket.send(struct.pack("<QQ", table, count))
             if len(fds) > _MESSAGES:
                 self.socket.setsockopt(socket.SOL_SOCKET, _SO_SNDBUFFORCE, _SOCKET_BUFFER)
@@ -202,7 +202,7 @@ class Tracee:
             raise ProcessLookupError(errno.ESRCH, "the process ended", str(self.pid)) from error
         if not self._running:
             self._left_open = self._left_open[1:]
-            self._go_to(table, count)
+            self._go_to(table, count, last)
         if last:
             yield from self._until(self._stopped_itself(table + (count - 1) * ENTRY))
             self._left_open, self._running = [], False
@@ -290,10 +290,12 @@ class Tracee:
         add_last(calls, self.base)
         return bytes(calls.encode())
 
-    def _go_to(self, table: int, count: int) -> None:
-        """Have the code run ``count`` calls of a table, and listen to its socket then."""
+    def _go_to(self, table: int, count: int, last: bool = False) -> None:
+        """Have the code run ``count`` calls of a table, and listen to its socket then; after the ``last`` one, should
+        we have died, not to a number that may be somebody else's by then."""
         words = self._fresh_registers()
-        values = (table, count, self.base + DATA, -1, self.base + FRAME, int(self.sandboxed))
+        place = self.base + (NOBODY - (PAIR + 4 - DATA) if last else DATA)
+        values = (table, count, place, -1, self.base + FRAME, int(self.sandboxed))
         for index, value in zip(self.architecture.loop, values):
             words[index] = value
         words[self.architecture.instruction_pointer] = self.base
