@@ -15,7 +15,7 @@ from typing import Dict, List, Optional, Tuple
 
 from stubfs import protocol
 from stubfs.backing import Backing, allowed_flags, reopen_flags
-from stubfs.credentials import Credentials, ThreadIdentity, ourselves
+from stubfs.credentials import Credentials, ThreadIdentity, insist, ourselves
 from stubfs.nodes import NodeTable
 
 _log = logging.getLogger(__name__)
@@ -77,6 +77,17 @@ class OpenFile:
                     os.close(fd)
                 except OSError:
                     pass  # an error of writing back; FLUSH has reported it to whoever closed
+
+
+def _open(backing: Backing, path: bytes, flags: int) -> int:
+    try:
+        return backing.open(path, flags)
+    except PermissionError:
+        own = backing.pin(path)
+        try:
+            return insist(lambda fd: os.open(f"/proc/self/fd/{fd}", flags), own)
+        finally:
+            os.close(own)
 
 
 class HandleTable:
@@ -187,8 +198,10 @@ class HandleTable:
                 return file
             identity.assume(file.credentials)
             flags = allowed_flags(reopen_flags(file.flags))
+            if file.is_directory:
+                flags |= os.O_DIRECTORY
             try:
-                fd = backing.open(path, flags | os.O_DIRECTORY if file.is_directory else flags)
+                fd = _open(backing, path, flags)
             except OSError as error:
                 if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EISDIR, errno.ENXIO):
                     raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), path) from error

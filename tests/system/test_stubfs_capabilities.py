@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import threading
 from pathlib import Path
 from typing import Any, Callable, Iterator, Tuple
 
@@ -257,3 +258,34 @@ def test_directories_of_a_namespace_are_in_the_power_of_its_root(fs: Filesystem,
             "list at last": each(lambda name: sorted(os.listdir(name))),
         },
     )  # fmt: skip
+
+
+def test_what_it_has_open_it_has_open_after_a_change_of_mode(tmp_path: Path) -> None:
+    with mounted(tmp_path, "restore") as fs:
+        for top in (fs.path, fs.real):
+            top.chmod(0o755)
+            (top / "theirs").write_text(top.name)
+            os.chown(top / "theirs", 100033, 100033)
+            (top / "theirs").chmod(0)
+        (go, goes), (opened, opens) = os.pipe(), os.pipe()
+
+        def work() -> str:
+            with open("theirs") as file:
+                os.write(opens, b"x")
+                os.read(go, 1)
+                return file.read()
+
+        def change() -> None:
+            os.read(opened, 1)
+            fs.proxy()
+            os.write(goes, b"x")
+
+        thread = threading.Thread(target=change)
+        thread.start()
+        try:
+            assert in_user_namespace(fs, fs.path, "0 100000 1000", work) == "real"
+        finally:
+            os.write(opens, b"x")  # also if it could not be opened
+            thread.join()
+            for fd in (go, goes, opened, opens):
+                os.close(fd)
