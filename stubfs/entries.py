@@ -23,10 +23,15 @@ _RENAME_EXCHANGE = 2
 
 
 class Entries:
-    def __init__(self, nodes: NodeTable, handles: HandleTable, objects: Objects) -> None:
+    """``may_vouch``: whether the kernel may believe the attributes that answer a request, for a moment."""
+
+    def __init__(
+        self, nodes: NodeTable, handles: HandleTable, objects: Objects, may_vouch: Callable[[Request], bool]
+    ) -> None:
         self._nodes = nodes
         self._handles = handles
         self._objects = objects
+        self._may_vouch = may_vouch
 
     # --- find
 
@@ -45,7 +50,7 @@ class Entries:
 
     def _answer(self, request: Request, node: Node, status: os.stat_result, opened: bytes = b"") -> bool:
         valid = 0
-        if request.state is not None and request.state.vouches:
+        if self._may_vouch(request):
             # Else each stat(2) would be two requests. What changes them on this mount makes the kernel forget them.
             valid = 1
             node.vouched = time.monotonic()

@@ -81,7 +81,7 @@ class Session:
         self._draining = 0
         objects = Objects(self.nodes, self.handles, self._has_locked_pages)
         self._answers = answers = Answers(self.nodes, self.handles, objects)
-        entries = Entries(self.nodes, self.handles, objects)
+        entries = Entries(self.nodes, self.handles, objects, self._may_vouch)
         # Served with the caller's credentials.
         self._by_caller: Dict[int, _Handler] = {
             Opcode.LOOKUP: entries.lookup,
@@ -243,6 +243,11 @@ class Session:
             if request.opcode == Opcode.READ:
                 self._interrupts.look_after_reads()
         return False
+
+    def _may_vouch(self, request: Request) -> bool:
+        """Not under a state that has been left, while the request hung in the real file system."""
+        state = self.state
+        return state.vouches and request.state is state
 
     def remains(self, node: int) -> Optional[Orphan]:
         """The object of a node without a name (None if it has one): an fd, the caller's, and its generation."""
