@@ -110,11 +110,11 @@ class Mounts:
         for path in (self.old, self.new):
             path.mkdir()
             subprocess.run(["mount", "-t", "tmpfs", "-o", "mode=777", "test", str(path)], check=True)
-        self._roots: Dict[Path, int] = {}
+        self._kept: Dict[Path, int] = {}
         self.device = self.old.stat().st_dev
 
     def close(self) -> None:
-        for root in self._roots.values():
+        for root in self._kept.values():
             os.close(root)
         for path in (self.old, self.new):
             subprocess.run(["umount", "-l", str(path)], check=True)
@@ -148,14 +148,23 @@ class Mounts:
         **options: Any,
     ) -> "tuple[Preparation, SwitchReport]":
         """The whole switch; ``between`` is called after prepare, ``when_stopped`` while all stand still."""
-        # By these they are also found when something is mounted over them; not before, to be no user of them.
-        self._roots = self._roots or {path: os.open(path, os.O_PATH) for path in (self.old, self.new)}
-        new, tree = MountRoot(self._roots[self.new]), Tree(Path(f"/proc/self/fd/{self._roots[self.old]}"))
-        with Switch(self.device, tree, lambda mount: new, freezer or NoFreezer(), **options) as switch:
-            preparation = switch.prepare()
-            between()
-            report = switch.execute(when_stopped)
-        return preparation, report
+        roots = {path: self._kept.get(path, -1) for path in (self.old, self.new)}
+        opened = {path: os.open(path, os.O_PATH) for path, root in roots.items() if root < 0}
+        roots.update(opened)
+        try:
+            new, tree = MountRoot(roots[self.new]), Tree(Path(f"/proc/self/fd/{roots[self.old]}"))
+            with Switch(self.device, tree, lambda mount: new, freezer or NoFreezer(), **options) as switch:
+                preparation = switch.prepare()
+                between()
+                report = switch.execute(when_stopped)
+            return preparation, report
+        finally:
+            for root in opened.values():
+                os.close(root)
+
+    def keep_roots(self) -> None:
+        """Before something is mounted over them. Whoever else moves something has us for one of their users then."""
+        self._kept = self._kept or {path: os.open(path, os.O_PATH) for path in (self.old, self.new)}
 
     def users(self) -> List[int]:
         """Who still holds something of the old mount, by what /proc shows (and no file system is asked)."""

@@ -49,6 +49,7 @@ def over(mounts: Mounts) -> Callable[[], None]:
     """What takes the new mount to where the old one is seen, as a replacement does."""
 
     def mount() -> None:
+        mounts.keep_roots()
         subprocess.run(["mount", "--bind", str(mounts.new), str(mounts.old)], check=True)
 
     return mount
