@@ -115,8 +115,9 @@ def test_who_is_on_what_is_mounted_on_it_has_a_path_to_it(scene: Scene, propagat
     scene.replaced()
 
 
+@pytest.mark.parametrize("whom", ["job", "helper"])
 @paused_at("handing over", "handed over")
-def test_killed_while_what_is_mounted_on_it_is_handed_over(scene: Scene) -> None:
+def test_killed_while_what_is_mounted_on_it_is_handed_over(scene: Scene, whom: str) -> None:
     """Neither then nor later is it missing on its path."""
     scene.delay()
     fill(scene)
@@ -129,11 +130,13 @@ def test_killed_while_what_is_mounted_on_it_is_handed_over(scene: Scene) -> None
     scene.ask()
     helper = scene.manager.reached()
     assert [os.listdir(scene.mnt / name) for name in names] == [[name] for name in names]
-    os.kill(procfs.parse_stat(procfs.read(f"/proc/{helper}/stat")).parent, signal.SIGKILL)
+    job = procfs.parse_stat(procfs.read(f"/proc/{helper}/stat")).parent
+    os.kill(job if whom == "job" else helper, signal.SIGKILL)
     wait_until(lambda: not alive(helper))
     scene.manager.no_more()
-    with pytest.raises(SpfsError, match="was killed"):
+    with pytest.raises(SpfsError, match="was killed" if whom == "job" else "helper process .* died|give the mounts"):
         scene.wait()
+    wait_until(lambda: not scene.problems(), what="everybody to run")
     for again in (False, True):
         if again:
             assert scene.replace()["left"] == []
