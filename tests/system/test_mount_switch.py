@@ -248,6 +248,8 @@ def test_undone_everything_is_as_before(places: Places, propagation: str, commit
 
 def test_a_locked_mount_is_covered_and_said_to_be_left(places: Places) -> None:  # noqa: F811
     device = fuse(places)
+    places.mount("-t", "tmpfs", "nested", places.path("mnt/nest"))
+    Path(places.path("mnt/nest/who")).write_text("NESTED")
     pid = places.namespace("-m", "-U", "-r", "--propagation", "private")
     with mounts.prepare_switch(mounts.instances(device), real(places)) as prepared:
         outcome = prepared.commit()
@@ -258,6 +260,8 @@ def test_a_locked_mount_is_covered_and_said_to_be_left(places: Places) -> None: 
     assert read_in(pid, places.path("mnt/who")) == "REAL"
     assert on(pid, places.path("mnt")) == ["fuse", "tmpfs"]
     assert on("self", places.path("mnt")) == ["tmpfs"]
+    for who in (os.getpid(), pid):  # there it is locked, too: a copy shows the same
+        assert read_in(who, places.path("mnt/nest/who")) == "NESTED"
 
 
 @pytest.mark.parametrize("propagation", ["private", "shared"])
