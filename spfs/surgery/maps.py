@@ -307,7 +307,8 @@ def _batches(mappings: List[_Mapping], allowance: Callable[[], int]) -> Iterator
             first = own.start
             while first < own.end and mapping.region.problem is None:
                 if size and size == most or count == _RUNS:
-                    yield batch + [_Piece(mapping, start, first, runs)]
+                    # Of one that has only been come to, there is nothing yet: no call takes an empty range.
+                    yield batch + ([_Piece(mapping, start, first, runs)] if first > start else [])
                     batch, start, runs, size, count = [], first, [], 0, 0
                     most = allowance()
                 if most < LEAST:

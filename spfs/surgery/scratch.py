@@ -11,6 +11,7 @@ from stubfs.wire import MAX_FDS
 
 FIRST_BASE = 1 << 44  # far from where programs, libraries, heaps and stacks are put
 BASE_STEP = 1 << 28
+_PLACES = 100  # that are tried, up to the end of a 47-bit address space: a surgeon that was killed leaves one behind
 
 
 def room(table: FdTable, least: int) -> Tuple[int, Optional[int]]:
@@ -25,7 +26,7 @@ def room(table: FdTable, least: int) -> Tuple[int, Optional[int]]:
 
 def open_scratch(tracee: Tracee, base: int, need: int, descriptors: Optional[int]) -> Script:
     """``need`` bytes of scratch memory at ``base``, or somewhere behind it if something is there."""
-    for attempt in range(16):
+    for attempt in range(_PLACES):
         try:
             yield from tracee.open(base + attempt * BASE_STEP * 4096, _round_up(need), descriptors)
             return

@@ -250,6 +250,18 @@ assert libc.mprotect(at, 8192, READ | EXEC) == 0
     assert victim.run("lines(), ctypes.string_at(at + 1, 1)") == (before, b"o")
 
 
+def test_what_is_copied_at_once_ends_where_a_mapping_ends(mounts: Mounts, victim: Victim) -> None:
+    """The next mapping begins with a part of its own, also at once with pages to be copied."""
+    size = maps.COPIED
+    path = mounts.file("f", b"o" * size, b"n" * size)
+    victim.run("ats = []")
+    for _ in range(3):
+        victim.run(f"ats.append(mapped({path!r}, {size}, READ | WRITE, PRIVATE)); ctypes.memset(ats[-1], 97, {size})")
+    report = mounts.switch()
+    assert report.left == [] and report.moved == {"private mapping": 3} and mounts.users() == []
+    assert victim.run(f"all(ctypes.string_at(at, {size}) == b'a' * {size} for at in ats)")
+
+
 MEMORY_CGROUPS = (("/sys/fs/cgroup/memory", "memory.limit_in_bytes"), ("/sys/fs/cgroup", "memory.max"))
 
 
