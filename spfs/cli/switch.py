@@ -44,16 +44,22 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
+    here = os.getcwd()  # the job works elsewhere. Joined and no more: ".." behind a symbolic link is the kernel's
+    cgroup = None if options.cgroup is None else os.path.join(here, options.cgroup)
+    source, target = options.source, options.target
+    if options.ns_pid is None:  # else they are as that process sees them, from its root
+        source, target = os.path.join(here, source), os.path.join(here, target)
+
     def work(context: Context) -> None:
         from spfs import processswitch as step
 
         request = step.SwitchRequest(
-            options.target,
-            options.cgroup,
-            source=options.source,
+            target,
+            cgroup,
+            source=source,
             ns_pid=options.ns_pid,
             pids=tuple(options.pid),
-            only_cgroup=options.cgroup is not None,
+            only_cgroup=cgroup is not None,
             strict=options.strict and not options.dry_run,
         )
         protect = (os.getppid(),)

@@ -60,6 +60,15 @@ def holds(victim: Victim) -> List[bytes]:
     return value
 
 
+def test_directories_are_relative_to_the_current_one(
+    mounts: Mounts, victims: List[Victim], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(mounts.old.parent)
+    pid = str(victims[0].pid)
+    assert switch("--pid", pid, "--source", mounts.old.name, "--target", f"./{mounts.new.name}")["moved"] == {"file": 2}
+    assert holds(victims[0]) == [b"new", b"new"]
+
+
 def test_only_the_process_that_is_named_is_moved(mounts: Mounts, victims: List[Victim]) -> None:
     one, other = victims
     answer = switch("--pid", str(one.pid), *between(mounts))
