@@ -229,7 +229,7 @@ class ManagerClient:
 
         ``begin``: "hold" until begin() is called, "release" to begin at once, None: when restore mode is over.
         ``more``: other keys of the request, as ``spfs.requests.Replace`` has them: bindmounts, freeze_cgroup, strict,
-        missing, timeout, remove.
+        missing, timeout, remove, net_pid.
         """
         answer = self.request(
             "replace", id=id, source=source, type=fstype, flags=flags, options=options, mode=begin, **more

@@ -307,6 +307,7 @@ _READERS: Mapping[str, Callable[[object], object]] = {
     "root": _path,
     "proxy_dir": _path,
     "ns_pid": _pid,
+    "net_pid": _pid,
     "ns_list": _namespaces,
     "options": _text,
     "source": _text,

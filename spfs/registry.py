@@ -56,6 +56,8 @@ class Replacement:
     error: Optional[Dict[str, Any]] = None
     job: Optional[Dict[str, int]] = None  # pid and start time of the process that does it
     released: bool = False
+    network: Dict[str, int] = field(default_factory=dict)  # identity of the target of ``net_pid``, see Target
+    cgroup_seen: bool = False  # was the cgroup there when it was asked for?
 
 
 @dataclass
@@ -227,8 +229,10 @@ class Registry:
         self._tell(managed, "gone", {"why": why}, None)
         return self.finished.pop(0) if len(self.finished) > MAX_FINISHED else None
 
-    def ask_replace(self, request: requests.Replace) -> Managed:
-        """A replace was asked for; see ready_to_replace for whether to start it."""
+    def ask_replace(
+        self, request: requests.Replace, network: Optional[Dict[str, int]] = None, cgroup_seen: bool = False
+    ) -> Managed:
+        """A replace was asked for; see ready_to_replace for whether to start it. Others as of Replacement."""
         managed = self.usable(request.id)
         old = managed.replacement
         if old is not None and old.phase is Phase.RUNNING:
@@ -239,7 +243,12 @@ class Registry:
             return managed
         held = request.mode == "hold"
         managed.replacement = Replacement(
-            request, Phase.HELD if held else Phase.WAITING, since=time.time(), released=request.mode == "release"
+            request,
+            Phase.HELD if held else Phase.WAITING,
+            since=time.time(),
+            released=request.mode == "release",
+            network=network or {},
+            cgroup_seen=cgroup_seen,
         )
         asked = dataclasses.asdict(request)
         del asked["id"], asked["options"]  # some options hold passwords
@@ -277,6 +286,8 @@ class Registry:
                 Phase.HELD if mode == "hold" else Phase.WAITING,
                 since=time.time(),
                 released=mode == "release",
+                network=wanted.network,
+                cgroup_seen=wanted.cgroup_seen,
             )
             self._tell(managed, f"replace-{mode}", {}, None)
         return chosen

@@ -67,11 +67,13 @@ def replace(
     *,
     wait_for_tracers: bool = False,
     helper_directory: Optional[str] = None,
+    network: Optional[Target] = None,
 ) -> Dict[str, object]:
     """Replace the file system's mount by the real one and move the processes; the report.
 
     ``wait_for_tracers``: begin when no process of the cgroup is traced any more, as a restorer does until it is done.
-    ``helper_directory``: see ``realmount.make``.
+    ``helper_directory``: see ``realmount.make``. ``network``: in whose network namespace to mount it (None: the file
+    system's own target); the caller's.
 
     SpfsError on failure. Up to the progress "proxy" nothing has then been changed: the file system still is in the
     mode it was in. After it the processes go on through the file system, and the replace can be asked for again.
@@ -83,7 +85,8 @@ def replace(
         stack.callback(ended.close)
         if wait_for_tracers:
             _wait_for_tracers(freezer, progress)
-        real_fd = _real_mount(request, filesystem.target, helper_directory, progress)
+        target = filesystem.target if network is None else filesystem.target.in_network_of(network)
+        real_fd = _real_mount(request, target, helper_directory, progress)
         stack.callback(os.close, real_fd)
         progress("mounted", {})
         try:

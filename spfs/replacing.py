@@ -15,6 +15,7 @@ from spfs.jobs import Context, Outcome
 from spfs.mountwork import Done, MountWork
 from spfs.processes import is_frozen, start_time
 from spfs.registry import ENDED, PENDING, Managed, Phase, State
+from spfs.target import Target
 from stubfs.errors import StubfsError
 
 log = logging.getLogger(__name__)
@@ -23,7 +24,12 @@ log = logging.getLogger(__name__)
 class Replaces(MountWork):
     def ask_replace(self, request: requests.Replace) -> Managed:
         former = self.registry.usable(request.id).replacement
-        managed = self.registry.ask_replace(request)
+        network: Dict[str, int] = {}
+        if request.net_pid is not None:
+            with Target.pin(request.net_pid, ("net",)) as target:
+                network = target.identity()
+        seen = request.freeze_cgroup is not None and os.path.isdir(request.freeze_cgroup)
+        managed = self.registry.ask_replace(request, network, seen)
         try:
             self._save_or_refuse(managed)
         except SpfsError:
@@ -60,9 +66,13 @@ class Replaces(MountWork):
         def work(context: Context) -> None:
             from spfs import replace as step
 
-            context.progress("begun", {"frozen_before": is_frozen(request.freeze_cgroup)})
+            cgroup = request.freeze_cgroup
+            if wanted.cgroup_seen and not os.path.isdir(str(cgroup)):
+                cgroup = None  # it was removed meanwhile, and can be only when nobody is in it any more
+            context.progress("begun", {"frozen_before": is_frozen(cgroup)})
+            network = Target.from_inodes(wanted.network) if wanted.network else None
             report = step.replace(
-                request,
+                dataclasses.replace(request, freeze_cgroup=cgroup),
                 step.MountedFilesystem(
                     id=managed.id,
                     control=managed.control,
@@ -75,6 +85,7 @@ class Replaces(MountWork):
                 context.progress,
                 wait_for_tracers=not wanted.released,
                 helper_directory=self._work.file(helper_directory(managed)),
+                network=network,
             )
             context.deliver(report)
 

@@ -54,7 +54,8 @@ class Replace:
     ``mode``: hold, release, or None for clients that never say when. ``strict``: change nothing if anything could not
     be moved. ``missing``: files of restore mode that the real file system lacks are left, or carried over ("carry").
     ``timeout``: seconds to go on trying the real mount; None: until it is there. ``remove``: names on the real file
-    system that only served those who have been moved; kept if anything is left.
+    system that only served those who have been moved; kept if anything is left. ``net_pid``: the process in whose
+    network namespace it is mounted; None: the target of the file system's own mount.
     """
 
     id: str
@@ -69,6 +70,7 @@ class Replace:
     missing: str = "leave"
     timeout: Optional[float] = None
     remove: Tuple[str, ...] = ()
+    net_pid: Optional[int] = None
 
 
 @dataclass(frozen=True)

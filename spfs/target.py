@@ -124,6 +124,13 @@ class Target:
         fd = self.namespaces.get("mnt", -1)
         return os.fstat(fd).st_ino if fd >= 0 else namespaces.inode("self", "mnt")
 
+    def in_network_of(self, other: "Target") -> "Target":
+        """This one in the network namespace of ``other``: all descriptors stay theirs, so it must not be closed."""
+        names = {name: fd for name, fd in self.namespaces.items() if name != "net"}
+        if "net" in other.namespaces:  # else it is ours
+            names["net"] = other.namespaces["net"]
+        return Target(self.pid, self.pidfd, names, self.root_fd, self.root)
+
     def describe(self) -> str:
         """For messages: ``process 12 (mnt, net; root /vz/102)``."""
         if self.pid is None:

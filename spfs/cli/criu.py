@@ -22,8 +22,9 @@ exit codes: 0 done; 1 it failed (criu's own status if criu failed); 2 usage; 3 t
 in time"""
 
 DELAYED = (
-    "KEY=MOUNTPOINT[,type=FSTYPE][,source=SOURCE][,flags=NUMBER][,host=DIR][,options=OPTIONS]: a mount that is to be "
-    "delayed, as the processes see it, and what shall be mounted in the end; may be repeated"
+    "KEY=MOUNTPOINT[,type=FSTYPE][,source=SOURCE][,flags=NUMBER][,host=DIR][,network=host|container]"
+    "[,options=OPTIONS]: a mount that is to be delayed, as the processes see it, and what shall be mounted in the end, "
+    "in whose network namespace; may be repeated"
 )
 
 
@@ -130,7 +131,7 @@ def _action(options: Any, rest: List[str]) -> None:
 def action() -> NoReturn:
     """What CRIU calls, by our shell script or by ``spfs-criu action``."""
     from spfs.criu import stages
-    from spfs.criu.restoration import log
+    from spfs.criu.log import log
     from stubfs import stdio
     from stubfs.errors import StubfsError
 

@@ -37,6 +37,7 @@ def _overruled(known: DelayedMount, said: DelayedMount) -> DelayedMount:
         flags=said.flags,
         options=said.options,
         host=said.host or known.host,
+        network=said.network or known.network,
     )
 
 
@@ -90,5 +91,12 @@ def _wish(mount: DelayedMount) -> Wish:
             errno.EINVAL,
         )
     return Wish(
-        mount.key, mount.places[0].mountpoint, mount.type, mount.source, mount.flags, mount.options, mount.host
+        mount.key,
+        mount.places[0].mountpoint,
+        mount.type,
+        mount.source,
+        mount.flags,
+        mount.options,
+        mount.host,
+        mount.network,
     )

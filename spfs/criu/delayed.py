@@ -14,6 +14,7 @@ from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Tuple
 from spfs.errors import SpfsError, UsageError
 from spfs.linux.mountapi import MS
 
+HOST, CONTAINER = "host", "container"
 _KEY = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 
 
@@ -45,6 +46,7 @@ class DelayedMount(NamedTuple):
     """``type``, ``source``, ``flags`` and ``options`` as for mount(2).
 
     ``root``: which directory of the file system that was mounted at the dump is the root of what ``source`` names.
+    ``network``: in whose network namespace it is mounted, HOST or CONTAINER (the first process's); None: HOST.
     ``host``: where it is mounted for CRIU, if the processes have a mount namespace of their own and somebody else than
     we tells CRIU that place. ``files`` None: not known yet, the images must be read.
     """
@@ -58,6 +60,7 @@ class DelayedMount(NamedTuple):
     places: Tuple[Place, ...] = ()
     host: Optional[str] = None
     files: Optional[Tuple[PlannedFile, ...]] = None
+    network: Optional[str] = None
 
     @property
     def namespaced(self) -> bool:
@@ -82,6 +85,8 @@ class DelayedMount(NamedTuple):
         except (TypeError, ValueError, KeyError) as error:
             raise UsageError(f"cannot read the description of a delayed mount: {error}") from error
         _check_key(mount.key)
+        if mount.network is not None:
+            _check_network(mount.network)
         return mount
 
 
@@ -99,10 +104,14 @@ class Wish(NamedTuple):
     flags: Optional[int] = None
     options: Optional[str] = None
     host: Optional[str] = None
+    network: Optional[str] = None
 
     @classmethod
     def parse(cls, text: str) -> "Wish":
-        """``KEY[=MOUNTPOINT][,type=…][,source=…][,flags=…][,host=…][,options=…]``; all after options= is options."""
+        """``KEY[=MOUNTPOINT][,type=…][,source=…][,flags=…][,host=…][,network=…][,options=…]``.
+
+        All after options= is options.
+        """
         head, separator, options = text.partition(",options=")
         first, *items = head.split(",")
         key, _, mountpoint = first.partition("=")
@@ -110,10 +119,10 @@ class Wish(NamedTuple):
         values: Dict[str, Any] = {}
         for item in items:
             name, equals, value = item.partition("=")
-            if name not in ("type", "source", "flags", "host") or not equals or not value or name in values:
+            if name not in ("type", "source", "flags", "host", "network") or not equals or not value or name in values:
                 raise UsageError(
                     f"cannot understand --delayed {text}: {item!r}",
-                    "KEY=MOUNTPOINT,type=…,source=…,flags=…,host=…,options=…, each once, options last",
+                    "KEY=MOUNTPOINT,type=…,source=…,flags=…,host=…,network=…,options=…, each once, options last",
                 )
             values[name] = value
         if "flags" in values:
@@ -123,6 +132,8 @@ class Wish(NamedTuple):
                 raise UsageError(f"cannot understand --delayed {text}: flags: not a number") from error
         if separator:
             values["flags"], values["options"] = _bind_flag(values.get("flags"), options)
+        if "network" in values:
+            _check_network(values["network"])
         for path in (mountpoint, values.get("host")):
             if path and not path.startswith("/"):
                 raise UsageError(f"cannot understand --delayed {text}: {path} is no absolute path")
@@ -132,7 +143,7 @@ class Wish(NamedTuple):
         """``mount`` with what is wished in place of what it says."""
         changed = {
             name: value
-            for name in ("type", "source", "flags", "options", "host")
+            for name in ("type", "source", "flags", "options", "host", "network")
             for value in [getattr(self, name)]
             if value is not None
         }
@@ -159,6 +170,7 @@ class Wish(NamedTuple):
             self.options or "",
             places=(Place(self.mountpoint),),
             host=self.host,
+            network=self.network,
         )
 
 
@@ -168,6 +180,11 @@ def _bind_flag(flags: Optional[int], options: str) -> Tuple[Optional[int], str]:
     if "bind" not in words:
         return flags, options
     return (flags or 0) | int(MS.BIND), ",".join(word for word in words if word != "bind")
+
+
+def _check_network(network: str) -> None:
+    if network not in (HOST, CONTAINER):
+        raise UsageError(f"cannot mount in network {network!r}", f"network is {HOST} or {CONTAINER}")
 
 
 def _check_key(key: str) -> None:

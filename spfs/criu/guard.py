@@ -11,7 +11,8 @@ import select
 import signal
 from typing import Callable, Optional, Tuple
 
-from spfs.criu.restoration import Restoration, log
+from spfs.criu.log import log
+from spfs.criu.restoration import Restoration
 from stubfs.errors import StubfsError
 
 Perform = Callable[[str, Optional[int]], str]

@@ -8,7 +8,7 @@ import re
 import stat
 from typing import Callable, Dict, List, Optional, Sequence, Set, Tuple
 
-from spfs.criu.delayed import DelayedMount, Place, PlannedFile, Wish, unlike
+from spfs.criu.delayed import CONTAINER, HOST, DelayedMount, Place, PlannedFile, Wish, unlike
 from spfs.errors import SpfsError, UsageError, reason
 from spfs.linux import namespaces, openat2
 from spfs.linux.mountinfo import Mount, MountTable
@@ -32,6 +32,7 @@ class Observed:
             with open(f"/proc/{pid}/mountinfo", "rb") as file:
                 table = MountTable.from_bytes(file.read())
             self.namespaced = namespaces.inode(str(pid), "mnt") != namespaces.inode("self", "mnt")
+            networked = namespaces.inode(str(pid), "net") != namespaces.inode("self", "net")
         except OSError as error:
             raise SpfsError(
                 f"cannot look at the mounts of process {pid}: {reason(error)}",
@@ -41,7 +42,9 @@ class Observed:
         self._roots: Dict[str, Tuple[int, str]] = {}
         found = _wished(table, wishes) if wishes else _network(table)
         hosts = _own_table() if self.namespaced else MountTable([])
-        self.mounts = unlike([_describe(wish, primary, table, hosts, self.namespaced) for wish, primary in found])
+        described = [_describe(wish, primary, table, hosts, self.namespaced) for wish, primary in found]
+        primaries = [primary for _, primary in found]
+        self.mounts = unlike([_in_network(*one, networked, hosts) for one in zip(described, primaries)])
         ours = {place.mountpoint for mount in self.mounts for place in mount.places}
         self.others = [mount.mountpoint for mount in table.mounts if mount.mountpoint not in ours]
         try:
@@ -164,7 +167,15 @@ def _describe(wish: Wish, primary: Mount, table: MountTable, hosts: MountTable, 
         root=root,
         places=tuple(places),
         host=wish.host or (same[0].mountpoint if same else None),
+        network=wish.network,
     )
+
+
+def _in_network(mount: DelayedMount, primary: Mount, networked: bool, hosts: MountTable) -> DelayedMount:
+    """``networked``: do they have a network of their own?"""
+    # A volume was mounted by the host, and is there, too; what only they have, they have mounted themselves.
+    theirs = networked and hosts.mounts and all(one.st_dev != primary.st_dev for one in hosts.mounts)
+    return mount._replace(network=mount.network or (CONTAINER if theirs else HOST))
 
 
 def options_of(mount: Mount) -> str:

@@ -13,8 +13,8 @@ import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
 
-from spfs.criu import manager, record
-from spfs.criu.delayed import DelayedMount, Place, PlannedFile
+from spfs.criu import cgroups, manager, record
+from spfs.criu.delayed import CONTAINER, DelayedMount, Place, PlannedFile
 from spfs.criu.manager import STATE
 from spfs.errors import SpfsError, reason
 from spfs.linux import mountapi
@@ -26,8 +26,6 @@ if TYPE_CHECKING:
 TOKEN_VARIABLE = "SPFS_CRIU_TOKEN"
 """By which the action script is told which restoration it belongs to."""
 
-LOG = "/run/spfs-criu.log"
-"""What went wrong in calls of the action script, one line each."""
 _HIDDEN = "mounts"
 _ENDING = (errno.ESHUTDOWN, errno.ECONNRESET, errno.ECONNREFUSED, errno.EPIPE, errno.EBUSY, errno.EADDRINUSE)
 _ENDING_TIMEOUT = 10.0  # seconds for a manager to end; it lets its clients have their last answers
@@ -103,12 +101,30 @@ class Restoration:
         for place in mount.places:
             if not mount.namespaced and place.mountpoint != base:
                 _bind(base, place)
-        bindmounts = [place.mountpoint for place in mount.places if place.mountpoint != shown]
+        self._ask(restore, mount)
+
+    def _ask(self, restore: Restore, mount: DelayedMount, freezer: Optional[str] = None, pid: int = 0) -> None:
+        """For the real mount, held back. ``pid`` and ``freezer`` cgroup: of the restored tree, when it is there."""
+        _, shown = self._base(mount)
         restore.request_replace(
-            id, mount.source, mount.type, mount.flags, mount.options, bindmounts=bindmounts, begin="hold",
+            self.id(mount), mount.source, mount.type, mount.flags, mount.options, begin="hold",
+            bindmounts=[place.mountpoint for place in mount.places if place.mountpoint != shown],
             # CRIU has made these names on the server, and can remove them only here.
             remove=[file.path for file in mount.files or () if file.original is not None],
+            freeze_cgroup=freezer,
+            net_pid=pid if pid and mount.network == CONTAINER else None,
         )  # fmt: skip
+
+    def settle(self, pid: int, criu: Sequence[int]) -> None:
+        """The tree of process ``pid`` is there: ask for the real mounts in its network, and with its freezer cgroup.
+        ``criu``: the processes of CRIU, which may still be in that."""
+        freezer = cgroups.freezer_of(pid, criu)
+        with self._manager() as restore:
+            rows = self._rows(restore)
+            for mount in self.mounts():
+                wanted = (rows.get(self.id(mount)) or {}).get("replace") or {}
+                if wanted.get("phase") == "held" and (freezer is not None or mount.network == CONTAINER):
+                    self._ask(restore, mount, freezer, pid)
 
     def _base(self, mount: DelayedMount) -> Tuple[str, str]:
         """Where it is to be mounted for CRIU, and the path that users know it by."""
@@ -270,12 +286,3 @@ def _tell(fifo: str) -> None:
         return  # there is no guard
     os.write(fd, b"end\n")
     os.close(fd)
-
-
-def log(message: str) -> None:
-    """Keep it where it is found: through its RPC CRIU shows nobody what a script says."""
-    try:
-        with open(LOG, "a", encoding="utf-8", errors="backslashreplace") as file:
-            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {message}\n")
-    except OSError:
-        pass  # it has been said on standard error, too

@@ -1,8 +1,9 @@
 """What is done at the stages at which CRIU calls its action script: as little as possible, and the same if repeated.
 
 pre-restore   mount and create files. Later is too late: CRIU copies mounts into the namespaces that it makes.
-post-restore  all processes are there, and stand still: block. The last stage whose failure undoes the restore, so
-              nobody runs who was not blocked; but CRIU itself still removes what it has made on the mounts.
+post-restore  all processes are there, and stand still: block, and say whose network and cgroup it is. The last stage
+              whose failure undoes the restore, so nobody runs who was not blocked; but CRIU itself still removes what
+              it has made on the mounts.
 pre-resume    it has: block CRIU, too.
 post-resume   CRIU traces nobody any more: the replaces may begin.
 post-dump     write beside the images what is delayed at their restore.
@@ -17,9 +18,10 @@ import functools
 import os
 from typing import Callable, Dict, List, Mapping, Optional
 
-from spfs.criu import guard, manager, record
+from spfs.criu import cgroups, guard, manager, record
 from spfs.criu.delayed import DelayedMount
-from spfs.criu.restoration import TOKEN_VARIABLE, Restoration, log
+from spfs.criu.log import log
+from spfs.criu.restoration import TOKEN_VARIABLE, Restoration
 from spfs.errors import SpfsError
 from spfs.processes import start_time
 from stubfs.errors import StubfsError
@@ -83,7 +85,7 @@ def _pre_restore(call: Call) -> None:
         if not mounts:
             return
         restoration.begin(mounts)
-    _leave_cgroups()
+    cgroups.leave()
     try:
         manager.start_early()
         restoration.prepare()
@@ -95,7 +97,10 @@ def _pre_restore(call: Call) -> None:
 
 def _post_restore(call: Call) -> None:
     if call.restoration.known:
-        call.restoration.block(exempt=_own(call.criu, call.pid))
+        own = _own(call.criu, call.pid)
+        if call.pid is not None:
+            call.restoration.settle(call.pid, own)
+        call.restoration.block(exempt=own)
 
 
 def _pre_resume(call: Call) -> None:
@@ -123,36 +128,6 @@ _STAGES: Dict[str, Callable[[Call], None]] = {
     "post-resume": _post_resume,
     "post-dump": _post_dump,
 }
-
-
-def _leave_cgroups() -> None:
-    """For those of the first process: what is started here outlives CRIU, which runc has put into the container's."""
-    ours, wanted = (_cgroups(pid) for pid in ("self", "1"))
-    if ours == wanted:
-        return
-    from spfs.linux import mountinfo
-
-    with open("/proc/self/mountinfo", "rb") as file:
-        mounts = [mount for mount in mountinfo.parse(file.read()) if mount.fstype in ("cgroup", "cgroup2")]
-    for mount in mounts:
-        options = mount.super_options.split(",")
-        for controllers, path in wanted.items():
-            if ours.get(controllers) == path or (mount.fstype == "cgroup2") != (controllers == ""):
-                continue
-            if controllers == "" or set(controllers.split(",")) <= set(options):
-                beneath = os.path.relpath(path, mount.root) if path.startswith(mount.root) else "."
-                try:
-                    with open(os.path.join(mount.mountpoint, beneath, "cgroup.procs"), "w") as procs:
-                        procs.write("0")
-                except OSError as error:
-                    log(f"spfs-criu: cannot leave the cgroup of CRIU for {path}: {error}")
-
-
-def _cgroups(pid: str) -> Dict[str, str]:
-    """Controllers ("" for v2's) → path."""
-    with open(f"/proc/{pid}/cgroup") as file:
-        lines = [line.rstrip("\n").split(":", 2) for line in file]
-    return {controllers: path for _, controllers, path in lines}
 
 
 def _own(criu: int, restored: Optional[int]) -> List[int]:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import socket
+
 import pytest
 from criu_kit import World, world
 
+from spfs.criu.delayed import Wish
+from spfs.criu.observe import Observed
 from spfs.linux.mountapi import MS
 
 __all__ = ["world"]
@@ -119,3 +123,31 @@ def test_in_other_namespaces(world: World, user: bool) -> None:
     assert subject.result() == (b"contents", b"ghost", 0)
     assert world.wait()["data"]["mounts_left"] == []
     assert set(subject.run(MOUNTS)) == {"/media tmpfs", "/mnt tmpfs", "/proc proc"}
+
+
+@pytest.mark.parametrize("network", ["host", "container"])
+def test_the_network_that_the_real_mount_is_made_in(world: World, network: str) -> None:
+    """sysfs shows the interfaces of the network namespace that it was mounted in."""
+    ours = sorted(name for _, name in socket.if_nameindex())
+    if ours == ["lo"]:
+        pytest.skip("needs a network interface beside lo, by which two network namespaces can be told apart")
+    subject = world.container("subject", {"/mnt": world.export}, "--net")
+    subject.run("import os; os.chdir('/mnt')")
+    lock = ["--network-lock", "skip"]
+    world.dump_container(subject, "--delayed", f"data=/mnt,type=sysfs,source=sysfs,network={network}", *lock)
+    world.restore_container(subject, *lock)
+    interfaces = subject.run("sorted(os.listdir('class/net'))")
+    assert world.wait()["data"]["left"] == []
+    assert interfaces == (ours if network == "host" else ["lo"])
+
+
+def test_who_has_mounted_it_decides_about_the_network(world: World) -> None:
+    """A volume was mounted by the host; what the host does not have, the container has mounted itself."""
+    binds = {"/mnt": world.export}
+    subject = world.container("subject", binds, "--net", setup="mount -t tmpfs own srv")
+    wishes = [Wish("volume", "/mnt", "none", "/x", 4096), Wish("own", "/srv", "nfs4", "server:/")]
+    with Observed(subject.pid, wishes) as observed:
+        assert {mount.key: mount.network for mount in observed.mounts} == {"volume": "host", "own": "container"}
+    same = world.container("same", binds, setup="mount -t tmpfs own srv")
+    with Observed(same.pid, wishes) as observed:
+        assert {mount.network for mount in observed.mounts} == {"host"}
