@@ -33,6 +33,7 @@ def describe(managed: Managed) -> Dict[str, Any]:
             "phase": wanted.phase.value,
             "source": wanted.request.source,
             "type": wanted.request.type,
+            "freeze_cgroup": wanted.request.freeze_cgroup,
             "stage": wanted.stage,
             "since": wanted.since,
             "attempts": wanted.attempts,

@@ -136,6 +136,11 @@ def _pycriu() -> None:
     pycriu_images()
 
 
+def _podman() -> None:
+    if shutil.which("podman") is None:
+        raise OSError(errno.ENOENT, "there is no podman")
+
+
 def _runc() -> None:
     if shutil.which("runc") is None:
         raise OSError(errno.ENOENT, "there is no runc")
@@ -170,6 +175,7 @@ _PROBES: Dict[str, Tuple[Callable[[], None], str]] = {
     "criu": (_criu, "apt-get install criu; one that is as new as the kernel"),
     "pycriu": (_pycriu, "apt-get install python3-pycriu (it comes with CRIU; PyPI has none)"),
     "runc": (_runc, "apt-get install runc"),
+    "podman": (_podman, "apt-get install podman"),
     "freezer1": (lambda: _freezer("cgroup", "freezer", "freezer.state"), "mount the cgroup v1 freezer, or use v2"),
     "freezer2": (lambda: _freezer("cgroup2", "", "cgroup.freeze"), "mount cgroup2 (Linux 5.2), or use v1's freezer"),
 }

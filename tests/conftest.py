@@ -25,6 +25,7 @@ MARKERS = {
     "needs_cgroup2": ("freezer2",),
     "needs_criu": ("criu", "pycriu"),
     "needs_runc": ("runc",),
+    "needs_podman": ("podman",),
 }
 
 
