@@ -9,7 +9,7 @@ import errno
 import os
 import stat
 from types import TracebackType
-from typing import Any, Dict, Iterable, List, Mapping, MutableMapping, NamedTuple, Optional, Sequence, Type
+from typing import Any, Dict, Iterable, List, Mapping, MutableMapping, NamedTuple, Optional, Sequence, Tuple, Type
 
 from spfs.client import MODE_VARIABLE, SOCKET_VARIABLE, ManagerClient
 from spfs.errors import SpfsError, UsageError, reason
@@ -27,6 +27,8 @@ _TYPES = {
     stat.S_IFIFO: "fifo",
     stat.S_IFLNK: "symbolic link",
     stat.S_IFSOCK: "socket",
+    stat.S_IFCHR: "character device",
+    stat.S_IFBLK: "block device",
 }
 
 
@@ -35,6 +37,7 @@ class FileSpec(NamedTuple):
 
     ``size``: bytes of a regular file, all of them a hole; ``target``: of a symbolic link. ``link_remap``: it stands for
     the file of this name on the real side, also for those who still have it open when this name is removed here.
+    ``device``: of a block or character device, as st_rdev. ``owner``: uid and gid; None: who makes it.
     """
 
     path: str
@@ -42,11 +45,14 @@ class FileSpec(NamedTuple):
     size: Optional[int] = None
     target: Optional[str] = None
     link_remap: bool = False
+    device: Optional[int] = None
+    owner: Optional[Tuple[int, int]] = None
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> "FileSpec":
         """UsageError for unknown keys or values of the wrong type."""
         kinds: Dict[str, type] = {"path": str, "mode": int, "size": int, "target": str, "link_remap": bool}
+        kinds.update(device=int, owner=list)
         for key, value in record.items():
             if key not in kinds:
                 raise UsageError(f"cannot create a file: unknown key {key!r}", "one of: " + ", ".join(kinds))
@@ -55,7 +61,12 @@ class FileSpec(NamedTuple):
         if record.get("path") is None:
             raise UsageError("cannot create a file: key path is missing")
         link_remap = bool(record.get("link_remap"))
-        return cls(record["path"], record.get("mode"), record.get("size"), record.get("target"), link_remap)
+        size, target, device = (record.get(key) for key in ("size", "target", "device"))
+        owner = record.get("owner")
+        if owner is not None and [type(one) for one in owner] != [int, int]:
+            raise UsageError(f"cannot create a file: key owner: {owner!r} is not [uid, gid]")
+        owned = None if owner is None else (owner[0], owner[1])
+        return cls(record["path"], record.get("mode"), size, target, link_remap, device, owned)
 
 
 def create_file(
@@ -85,8 +96,6 @@ def _check(spec: FileSpec) -> None:
     if spec.mode is None:
         raise _bad(spec, "it has no mode", "give type and permissions, as in st_mode")
     kind = stat.S_IFMT(spec.mode)
-    if kind in (stat.S_IFBLK, stat.S_IFCHR):
-        raise _bad(spec, "devices are not supported", "make it on the real file system")
     if kind not in _TYPES:
         raise _bad(spec, f"unknown type in mode {spec.mode:#o}", "one of: " + ", ".join(_TYPES.values()))
     if spec.mode != kind | stat.S_IMODE(spec.mode):
@@ -97,6 +106,10 @@ def _check(spec: FileSpec) -> None:
         raise _bad(spec, "a fifo with a size", "its contents are not a matter of the file", errno.ENOTSUP)
     if (kind == stat.S_IFLNK) != bool(spec.target):
         raise _bad(spec, "a target is for symbolic links, and they need one", "")
+    if (kind in (stat.S_IFBLK, stat.S_IFCHR)) != (spec.device is not None):
+        raise _bad(spec, "a device number is for devices, and they need one", "")
+    if spec.device is not None and not 0 <= spec.device < 1 << 32:
+        raise _bad(spec, f"no device number: {spec.device}", "give st_rdev")
     if spec.link_remap and kind != stat.S_IFREG:
         raise _bad(spec, "a link remap is a regular file", "")
     names = _names(spec)
@@ -121,7 +134,10 @@ def _create(directories: "_Directories", spec: FileSpec) -> None:
     assert spec.mode is not None
     names = _names(spec)
     if not names:
-        return os.chmod(directories.open(b""), stat.S_IMODE(spec.mode) or PERMISSIONS)
+        root = directories.open(b"")
+        if spec.owner is not None:
+            os.chown(root, *spec.owner)
+        return os.chmod(root, stat.S_IMODE(spec.mode) or PERMISSIONS)
     kind, permissions = stat.S_IFMT(spec.mode), stat.S_IMODE(spec.mode) or PERMISSIONS
     parent, name = b"/".join(names[:-1]), names[-1]
     try:
@@ -142,6 +158,8 @@ def _make(directory: int, name: bytes, kind: int, permissions: int, spec: FileSp
         try:
             if spec.size:
                 os.ftruncate(fd, spec.size)
+            if spec.owner is not None:
+                os.fchown(fd, *spec.owner)  # before: it takes set-id bits
             os.fchmod(fd, permissions)  # whatever the umask is
             if spec.link_remap:
                 from stubfs.backing import LINK_REMAP  # rare, and whoever restores is waited for
@@ -152,17 +170,24 @@ def _make(directory: int, name: bytes, kind: int, permissions: int, spec: FileSp
         return
     if kind == stat.S_IFLNK:
         assert spec.target is not None
-        return os.symlink(os.fsencode(spec.target), name, dir_fd=directory)
+        os.symlink(os.fsencode(spec.target), name, dir_fd=directory)
+        return _own(directory, name, spec)
     if kind == stat.S_IFDIR:
         os.mkdir(name, permissions, dir_fd=directory)
     else:
-        os.mknod(name, kind | permissions, dir_fd=directory)
+        os.mknod(name, kind | permissions, spec.device or 0, dir_fd=directory)
+    _own(directory, name, spec)
     _permit(directory, name, permissions)
 
 
 def _permit(directory: int, name: bytes, permissions: int) -> None:
     """Whatever the umask is. Not by chmod(2): users of the mount may put a symbolic link there just now."""
     syscalls.fchmodat(directory, name, permissions)
+
+
+def _own(directory: int, name: bytes, spec: FileSpec) -> None:
+    if spec.owner is not None:
+        os.chown(name, *spec.owner, dir_fd=directory, follow_symlinks=False)
 
 
 def _hint(error: OSError) -> str:

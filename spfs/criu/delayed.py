@@ -30,9 +30,13 @@ class Place(NamedTuple):
 
 
 class PlannedFile(NamedTuple):
-    """A file that must be there for CRIU. ``path``: from the file system's root; ``mode`` as st_mode; ``size``: bytes
-    of a regular file; ``target``: of a symbolic link; ``uses``: what for. ``original``: the name that was removed
-    while the file was open, of one that CRIU gave a name at the dump (a link remap)."""
+    """A file that must be there for CRIU.
+
+    ``path``: from the file system's root; ``mode`` as st_mode; ``size``: bytes of a regular file; ``target``: of a
+    symbolic link; ``device``: of a device, as st_rdev; ``owner``: uid and gid, if they are known: in a user
+    namespace CRIU gets to files of its own ids only; ``uses``: what for. ``original``: the name that was removed
+    while the file was open, of one that CRIU gave a name at the dump (a link remap).
+    """
 
     path: str
     mode: int
@@ -40,6 +44,8 @@ class PlannedFile(NamedTuple):
     target: Optional[str] = None
     uses: Tuple[str, ...] = ()
     original: Optional[str] = None
+    device: Optional[int] = None
+    owner: Optional[Tuple[int, int]] = None
 
 
 class DelayedMount(NamedTuple):
@@ -91,7 +97,9 @@ class DelayedMount(NamedTuple):
 
 
 def _file(data: Mapping[str, Any]) -> PlannedFile:
-    return PlannedFile(**{**data, "uses": tuple(data.get("uses", ()))})
+    uid_gid = data.get("owner")
+    owner = None if uid_gid is None else (int(uid_gid[0]), int(uid_gid[1]))
+    return PlannedFile(**{**data, "uses": tuple(data.get("uses", ())), "owner": owner})
 
 
 class Wish(NamedTuple):

@@ -20,11 +20,17 @@ WORK_DIR = "/run/spfs-manager/criu"
 _starting: List[ManagerStart] = []
 
 
+def make_directory(path: str) -> None:
+    """One through which CRIU gets to a hidden mount, also as root of a user namespace with other ids; not listed."""
+    os.makedirs(path, exist_ok=True)
+    os.chmod(path, 0o711)
+
+
 def start_early() -> None:
     """Begin to start one that is needed soon, if none seems to be there; ``connect`` waits for it."""
     if os.environ.get(SOCKET_VARIABLE) or os.path.exists(_socket()):
         return
-    os.makedirs(STATE, 0o700, exist_ok=True)
+    make_directory(STATE)
     _starting.append(ManagerStart(WORK_DIR, _socket()))
 
 
@@ -38,7 +44,7 @@ def connect(start: bool = False) -> Restore:
         return Restore(ManagerClient(named))
     if not start:
         return Restore(ManagerClient(_socket()))
-    os.makedirs(STATE, 0o700, exist_ok=True)
+    make_directory(STATE)
     fd = os.open(STATE, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX)  # of two restores at a time one starts it

@@ -87,7 +87,9 @@ class Observed:
                 os.close(directory)
         except OSError:
             return None
-        return PlannedFile(path, there.st_mode, there.st_size if stat.S_ISREG(there.st_mode) else None, target)
+        size = there.st_size if stat.S_ISREG(there.st_mode) else None
+        device = there.st_rdev if stat.S_ISCHR(there.st_mode) or stat.S_ISBLK(there.st_mode) else None
+        return PlannedFile(path, there.st_mode, size, target, device=device, owner=(there.st_uid, there.st_gid))
 
     def close(self) -> None:
         while self._roots:

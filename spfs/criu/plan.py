@@ -166,7 +166,7 @@ class _Tree:
             self._files[file.path] = better._replace(uses=merged)
             self._known[file.path] = known or self._known[file.path]
             return
-        if not file.path and not known:
+        if not file.path and not known and self._look is None:
             return  # the root is there in any case
         self._files[file.path], self._known[file.path] = file, known
 
@@ -177,12 +177,15 @@ class _Tree:
             seen = self._look(path) if self._look is not None else None
             if stat.S_ISLNK(file.mode):
                 file = file._replace(target=seen.target if seen and seen.target else "unknown")
+            elif stat.S_ISCHR(file.mode) or stat.S_ISBLK(file.mode):
+                # Images have no numbers of devices; without them it is as if the device were not there any more.
+                file = file._replace(device=seen.device if seen and seen.device else 0)
             elif not self._known[path]:
                 if seen is not None:
                     file = seen._replace(uses=file.uses)
                 elif path in parents:
                     file = file._replace(mode=_DIRECTORY, size=None)
-            result.append(file)
+            result.append(file if seen is None else file._replace(owner=seen.owner))
         return result
 
 

@@ -54,7 +54,8 @@ class Restoration:
 
     def begin(self, mounts: Sequence[DelayedMount]) -> None:
         """Remember what it is about; does nothing if that is remembered already."""
-        os.makedirs(self.directory, 0o700, exist_ok=True)
+        for path in (STATE, self.directory):
+            manager.make_directory(path)
         if record.read(self.directory) is None:
             record.write(self.directory, mounts)
             self._mounts = list(mounts)
@@ -94,7 +95,8 @@ class Restoration:
     def _prepare(self, restore: Restore, mount: DelayedMount) -> None:
         base, shown = self._base(mount)
         if base.startswith(self.directory + "/"):
-            os.makedirs(base, exist_ok=True)
+            for path in (os.path.dirname(base), base):
+                manager.make_directory(path)
         id = self.id(mount)
         restore.client.mount(id, base, "restore", ns_mountpoint=shown, options=_own_options(mount))
         restore.create_files(id, [_spec(file) for file in mount.files or ()])
@@ -245,7 +247,7 @@ def _spec(file: PlannedFile) -> FileSpec:
     from spfs.restore import FileSpec
 
     size = file.size if stat.S_ISREG(file.mode) else None
-    return FileSpec(file.path, file.mode, size, file.target, link_remap=file.original is not None)
+    return FileSpec(file.path, file.mode, size, file.target, file.original is not None, file.device, file.owner)
 
 
 def _bind(base: str, place: Place) -> None:

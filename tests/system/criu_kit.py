@@ -104,7 +104,7 @@ class Subject:
 
     def __init__(self, directory: Path, prefix: Sequence[str] = (), seen_as: Optional[str] = None) -> None:
         """``seen_as``: the path that ``directory`` has where the prefix leads to."""
-        directory.mkdir(parents=True)
+        directory.mkdir(parents=True, exist_ok=True)
         self.directory = directory
         with open(directory / "output", "wb") as output:
             self.process: Optional["subprocess.Popen[bytes]"] = subprocess.Popen(
@@ -217,11 +217,12 @@ class World:
         return made
 
     def container(
-        self, name: str, binds: Dict[str, Path], *namespaces: str, setup: str = "", user: bool = False
+        self, name: str, binds: Dict[str, Path], *namespaces: str, setup: str = "", user: Optional[int] = None
     ) -> Subject:
         """A subject in namespaces of its own, whose root is a bind mount of ours with nothing mounted but ``binds``
         (path there → source) and /proc. ``setup``: more shell commands, in the new root before it is one; ``user``:
-        in a user namespace, too, to which all others belong; its root is made outside, as nobody in one could."""
+        the uid (and gid) outside that is root in a user namespace of its own, to which all others belong; its root
+        directory is made outside, as nobody in one could."""
         directory, root = self.base / name, self.base / "root"
         if not root.exists():
             root.mkdir()
@@ -231,10 +232,22 @@ class World:
         lines += [f"mount --bind {source} .{path}" for path, source in binds.items()]
         lines += [setup, "mount -t proc proc proc; pivot_root . opt; umount -l /opt; cd /"]
         within = ["--pid", "--fork", *namespaces]
-        enter = f"unshare --user --map-root-user --mount {' '.join(within)} --mount-proc" if user else ""
+        enter = ""
+        if user is not None:
+            ids = f"--map-users=0:{user}:1000 --map-groups=0:{user}:1000 --setuid=0 --setgid=0"
+            enter = f"unshare --user {ids} --mount {' '.join(within)} --mount-proc"
+            for path in self.base.parents:
+                if not path.stat().st_mode & 0o001:  # CRIU must get there as that user
+                    self.stack.callback(path.chmod, path.stat().st_mode)
+                    path.chmod(path.stat().st_mode | 0o001)
+            self.base.chmod(0o711)
+            directory.mkdir(parents=True)
+            (directory / "output").touch()
+            for path in (directory, directory / "output"):
+                os.chown(path, user, user)
         begin = 'exec setsid "$@" </dev/null >/media/output 2>&1'
         script = "set -e\n" + "\n".join(lines) + f"\nexec {enter} sh -c '{begin}' sh \"$@\""
-        prefix = ["unshare", "--mount", *([] if user else within), "sh", "-c", script, "sh"]
+        prefix = ["unshare", "--mount", *([] if user is not None else within), "sh", "-c", script, "sh"]
         return self.subject(name, prefix=prefix, seen_as="/media")
 
     def dump_container(self, subject: Subject, *options: str) -> str:

@@ -134,7 +134,6 @@ KINDS = {
         os.unlink(top + "/d/gone")
         """,
         "(tell(gone), os.write(gone, b'more'), os.pread(gone, 100, 0), os.listdir(top + '/d'))",
-        left=("file",),
     ),
     "unlinked files with another name": Kind(
         """
@@ -167,7 +166,6 @@ KINDS = {
          locked("posix", lambda fd: fcntl.lockf(fd, busy, 1, 20)),
          locked("posix", lambda fd: fcntl.lockf(fd, busy, 1, 50)), state(f), state(p))
         """,
-        left=("file",),
     ),
     "sockets": Kind(
         """
@@ -185,7 +183,6 @@ KINDS = {
         (server.recv(100), listener.accept()[0].recv(100), datagrams.recv(100),
          oct(os.stat(top + "/listener").st_mode))
         """,
-        left=("socket",),
     ),
     "watches": Kind(
         """
@@ -203,7 +200,6 @@ KINDS = {
         select.select([notify], [], [], 10)
         (w1, w2, os.read(notify, 4096))
         """,
-        left=("inotify watch",),
     ),
     "symbolic links": Kind(
         """
@@ -211,6 +207,17 @@ KINDS = {
         link = os.open(top + "/link", os.O_PATH | os.O_NOFOLLOW)
         """,
         "(os.readlink('', dir_fd=link), stat.S_ISLNK(os.fstat(link).st_mode), open(top + '/file').read())",
+    ),
+    "devices": Kind(
+        """
+        os.mknod(top + "/null", stat.S_IFCHR | 0o622, os.makedev(1, 3)); os.mkdir(top + "/dev")
+        os.mknod(top + "/dev/zero", stat.S_IFCHR | 0o600, os.makedev(1, 5))
+        null, zero = os.open(top + "/null", os.O_RDWR), os.open(top + "/dev/zero", os.O_RDONLY)
+        """,
+        """
+        (os.write(null, b"gone"), os.read(null, 10), os.read(zero, 3),
+         [(oct(os.fstat(fd).st_mode), os.fstat(fd).st_rdev, state(fd)) for fd in (null, zero)])
+        """,
     ),
     "a process tree with threads": Kind(
         """

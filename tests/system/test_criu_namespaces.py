@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import socket
+from typing import Optional
 
 import pytest
 from criu_kit import World, world
@@ -104,12 +106,14 @@ def test_two_delayed_mounts_whose_servers_come_one_after_the_other(world: World)
     assert client.wait(ids["other"], 20)["replace"]["report"]["left"] == []
 
 
-@pytest.mark.parametrize("user", [False, True])
-def test_in_other_namespaces(world: World, user: bool) -> None:
+@pytest.mark.parametrize("user", [None, 0, 100000], ids=["no user namespace", "the same ids", "shifted ids"])
+def test_in_other_namespaces(world: World, user: Optional[int]) -> None:
     (world.export / "file").write_bytes(b"contents")
     (world.export / "file").chmod(0o600)
+    for path in (world.export, world.export / "file"):
+        os.chown(path, user or 0, user or 0)
     # CRIU 4.1 cannot restore the network's sysctls within a user namespace.
-    others = ["--uts", "--ipc"] if user else ["--uts", "--ipc", "--net"]
+    others = ["--uts", "--ipc"] if user is not None else ["--uts", "--ipc", "--net"]
     subject = world.container("subject", {"/mnt": world.export}, *others, user=user)
     subject.run("import os; fd = os.open('/mnt/file', os.O_RDWR); gone = os.open('/mnt/g', os.O_RDWR | os.O_CREAT)")
     subject.run("os.write(gone, b'ghost'); os.unlink('/mnt/g')")

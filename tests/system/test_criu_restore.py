@@ -41,6 +41,34 @@ def test_the_main_road(world: World) -> None:
     assert subject.run("os.fstat(fd).st_dev") == os.stat(world.real).st_dev
 
 
+STUB_SECONDS = float(os.environ.get("SPFS_TEST_STUB_SECONDS", "1"))
+
+
+def test_a_server_that_comes_late(world: World) -> None:
+    """However long it takes: $SPFS_TEST_STUB_SECONDS. One of those who wait is killed meanwhile."""
+    for name in ("file", "other"):
+        (world.export / name).write_bytes(b"hello, world")
+    world.bind()
+    subject = world.subject()
+    subject.run(f"import os; top = {str(world.mnt)!r}; fd = os.open(top + '/file', os.O_RDWR)")
+    # Its child asks for each of a thousand names, and the first answer comes when the server does.
+    subject.run("pid = os.fork(); pid or [os.stat(f'{top}/other') and os.read(fd, 0) for _ in iter(int, 1)]")
+    world.dump(subject, "--delayed", world.delayed)
+    world.unbind()
+    world.server_goes()
+    world.restore()
+    subject.start("(os.pread(fd, 5, 0), os.kill(pid, 9), os.waitpid(pid, 0)[1])")
+    client = world.client()
+    wait_until(lambda: len([one for one in client.held() if one["pid"]]) == 2, TIMEOUT, "both to wait")
+    wait_until(lambda: min(one["age"] for one in client.held()) >= STUB_SECONDS, TIMEOUT + STUB_SECONDS)
+    (row,) = client.status()["mounts"]
+    assert row["replace"]["attempts"] > 1 and not subject.answered
+    world.server_comes()
+    assert subject.result() == (b"hello", None, signal.SIGKILL)
+    assert world.wait()["data"]["left"] == []
+    world.replaced()
+
+
 PROGRAM = r"""
 #include <fcntl.h>
 #include <signal.h>
