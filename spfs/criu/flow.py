@@ -15,8 +15,9 @@ from spfs.criu.manager import connect
 from spfs.criu.observe import Observed
 from spfs.criu.restoration import TOKEN_VARIABLE, Restoration
 from spfs.errors import SpfsError, UsageError
-from spfs.processes import start_time
+from spfs.processes import has_ended, start_time
 
+_END_TIMEOUT = 5.0  # seconds for the manager to see what the end of a file system process means
 _LOOK_AGAIN = 0.2  # seconds between looks at how far a replace is, while it is waited for
 Progress = Callable[[str, Dict[str, Any]], None]
 
@@ -92,6 +93,7 @@ class Restore:
                 while restoration.known and process.poll() is None:
                     time.sleep(_LOOK_AGAIN)
                 if not restoration.known:
+                    self._check_alive()
                     let_go()
             status = process.wait()
         except KeyboardInterrupt:
@@ -101,7 +103,21 @@ class Restore:
             restoration.release() if status == 0 else restoration.abandon()
         command.check("restore", status, self._images)
         if command.given(self._arguments, "-d", "--restore-detached"):
+            self._check_alive()
             let_go()
+
+    def _check_alive(self) -> None:
+        """SpfsError if a stand-in has died meanwhile: CRIU does not mind at its last stages."""
+        try:
+            with connect() as restore:
+                for row in restore.client.status()["mounts"]:
+                    if row["id"] in self.ids and _has_ended(row["pid"]):
+                        restore.client.wait(row["id"], _END_TIMEOUT)  # why: replaced already, or dead
+        except SpfsError as error:
+            if error.errno == errno.ENOENT:
+                return  # the manager has ended with its last mount
+            hint = "users of a mount without its process get ENOTCONN: end them, spfs unmount it, and restore again"
+            raise SpfsError(f"restored, but {error.message}", error.hint or hint, error.errno) from error
 
     def wait(self, progress: Progress, timeout: Optional[float] = None) -> List[Dict[str, Any]]:
         """Until all replaces have ended; the mounts' status. SpfsError for the first one that failed, ETIMEDOUT after
@@ -141,6 +157,17 @@ def follow(ids: Sequence[str], progress: Progress, timeout: Optional[float] = No
                 if deadline is not None and time.monotonic() >= deadline:
                     raise late
     return rows
+
+
+def _has_ended(pid: int) -> bool:
+    try:
+        pidfd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return True
+    try:
+        return has_ended(pidfd, 0)
+    finally:
+        os.close(pidfd)
 
 
 def _why(wanted: Dict[str, Any]) -> Dict[str, Any]:

@@ -35,14 +35,18 @@ def start_early() -> None:
 
 
 def connect(start: bool = False) -> Restore:
-    """To the manager that serves restores by CRIU; with ``start`` to one that is started if need be."""
+    """To the manager that serves restores by CRIU; with ``start`` to one that is started if need be.
+
+    One that was killed has left its work directory: another one is started there in any case, and takes over. ENOENT
+    if there is none, and was none.
+    """
     from spfs.client import ManagerClient
     from spfs.restore import Restore
 
     named = os.environ.get(SOCKET_VARIABLE)
     if named:
         return Restore(ManagerClient(named))
-    if not start:
+    if not start and not os.path.isdir(WORK_DIR):
         return Restore(ManagerClient(_socket()))
     make_directory(STATE)
     fd = os.open(STATE, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)

@@ -171,8 +171,12 @@ class Restoration:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX)  # whoever started CRIU does this, and the guard
             if self.known:
-                with self._manager() as restore:
-                    self._take_away(restore)
+                try:
+                    with self._manager() as restore:
+                        self._take_away(restore)
+                except SpfsError as error:
+                    if error.errno != errno.ENOENT:
+                        raise  # else it has not come to its first mount
                 self.forget()
         finally:
             os.close(fd)

@@ -10,7 +10,7 @@ import sys
 from typing import Any, Dict
 
 import pytest
-from criu_kit import STATE, Subject, World, criu, spfs_criu, world
+from criu_kit import STATE, WORK_DIR, Subject, World, criu, spfs_criu, world
 from manager_kit import ENVIRONMENT, TOP
 
 from spfs.linux.mountapi import MS
@@ -149,6 +149,41 @@ while [ -e /proc/$criu/exe ]; do :; done
     world.server_comes()
     world.wait()
     world.replaced()
+
+
+def killer(world: World, stage: str, whom: str) -> str:
+    """A script that kills one of ours when that stage is done: CRIU calls our script first. ``whom``: what of status."""
+    code = f"""if True:
+        import os, select, signal
+        from spfs.client import ManagerClient
+        pid = ManagerClient("{WORK_DIR}/control.sock").status(){whom}["pid"]
+        end = os.pidfd_open(pid)
+        os.kill(pid, signal.SIGKILL)
+        select.select([end], [], [], 10)
+    """
+    text = f"#!/bin/sh\n[ $CRTOOLS_SCRIPT_ACTION = {stage} ] || exit 0\nexport PYTHONPATH={TOP}\n"
+    return script(world, "killer", f"{text}exec {sys.executable} -c '{code}'\n")
+
+
+@pytest.mark.parametrize("stage", ["pre-restore", "post-restore", "pre-resume"])
+def test_the_manager_is_killed_and_another_one_goes_on(world: World, stage: str) -> None:
+    subject = dumped(world)
+    world.restore("--action-script", killer(world, stage, '["manager"]'))
+    goes_on(world, subject)
+
+
+@pytest.mark.parametrize("stage", ["pre-restore", "pre-resume"])
+def test_the_file_system_is_killed_and_it_is_said(world: World, stage: str) -> None:
+    subject = dumped(world)
+    said = world.restore("--action-script", killer(world, stage, '["mounts"][0]'), status=1)
+    if stage == "pre-restore":
+        assert "criu ended with status 1" in said
+        return nothing_is_left(world, subject)
+    assert "restored, but " in said and "has ended (signal 9)" in said and "ENOTCONN: end them, spfs unmount" in said
+    assert os.listdir(STATE) == []
+    os.kill(subject.pid, signal.SIGKILL)
+    world.client().unmount(world.rows()[0]["id"])
+    assert world.types() == []
 
 
 def test_in_the_foreground_with_progress(world: World) -> None:

@@ -44,6 +44,7 @@ def test_the_main_road(world: World) -> None:
 STUB_SECONDS = float(os.environ.get("SPFS_TEST_STUB_SECONDS", "1"))
 
 
+@pytest.mark.timeout(120 + STUB_SECONDS)
 def test_a_server_that_comes_late(world: World) -> None:
     """However long it takes: $SPFS_TEST_STUB_SECONDS. One of those who wait is killed meanwhile."""
     for name in ("file", "other"):
