@@ -132,6 +132,7 @@ def action() -> NoReturn:
     """What CRIU calls, by our shell script or by ``spfs-criu action``."""
     from spfs.criu import stages
     from spfs.criu.log import log
+    from spfs.criu.restoration import TOKEN_VARIABLE
     from stubfs import stdio
     from stubfs.errors import StubfsError
 
@@ -139,9 +140,9 @@ def action() -> NoReturn:
     try:
         stages.act(os.environ)
     except (StubfsError, OSError) as error:
-        message = f"spfs-criu: {os.environ.get('CRTOOLS_SCRIPT_ACTION', 'action')}: {error}"
-        print(message, file=sys.stderr)
-        log(message)
+        message = f"{os.environ.get('CRTOOLS_SCRIPT_ACTION', 'action')}: {error}"
+        print(f"spfs-criu: {message}", file=sys.stderr)
+        log(message, os.environ.get(TOKEN_VARIABLE, "-"))
         sys.exit(getattr(error, "exit_code", 1))
     sys.exit(0)
 

@@ -19,7 +19,7 @@ def leave() -> None:
                 with open(os.path.join(directory, "cgroup.procs"), "w") as procs:
                     procs.write("0")
             except OSError as error:
-                log(f"spfs-criu: cannot leave the cgroup of CRIU for {wanted[controllers]}: {error}")
+                log(f"cannot leave the cgroup of CRIU for {wanted[controllers]}: {error}")
 
 
 def freezer_of(root: int, others: Collection[int]) -> Optional[str]:

@@ -26,6 +26,13 @@ def at_restore(
     for wish in wishes:
         known = mounts.get(wish.key)
         mounts[wish.key] = wish.onto(known) if known is not None else wish.alone()
+    for mount in mounts.values():
+        if not mount.places:
+            raise SpfsError(
+                f"cannot restore delayed mount {mount.key}: nobody says where it is",
+                'give its places, as "places": [{"mountpoint": …}], or --delayed KEY=MOUNTPOINT,…',
+                errno.EINVAL,
+            )
     return completed(images, list(mounts.values()))
 
 

@@ -94,12 +94,12 @@ def start(program: str, arguments: Sequence[str], environment: Mapping[str, str]
         ) from error
 
 
-def check(what: str, status: int, images: str) -> None:
-    """CriuFailed for a ``status`` other than 0."""
+def check(what: str, status: int, images: str, reasons: Sequence[str] = ()) -> None:
+    """CriuFailed for a ``status`` other than 0. ``reasons``: what failed in our own scripts, if anything did."""
     if status:
-        error = CriuFailed(
-            f"cannot {what}: criu ended with status {status}", f"see its log, in {images} or where -o says", errno.EIO
-        )
+        why = f"criu ended with status {status}"
+        text = f"cannot {what}: {reasons[0]}; {why}" if reasons else f"cannot {what}: {why}"
+        error = CriuFailed(text, f"see its log, in {images} or where -o says", errno.EIO)
         error.exit_code = status if 0 < status < 126 else 1
         raise error
 

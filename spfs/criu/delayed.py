@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import re
-from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Tuple
+from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Tuple, TypeVar
 
 from spfs.errors import SpfsError, UsageError
 from spfs.linux.mountapi import MS
@@ -84,10 +84,11 @@ class DelayedMount(NamedTuple):
             values = dict(data)
             files = values.pop("files", None)
             mount = cls(
-                places=tuple(Place(**place) for place in values.pop("places", ())),
-                files=None if files is None else tuple(_file(file) for file in files),
+                places=tuple(_checked(Place(**dict(place))) for place in values.pop("places", ())),
+                files=None if files is None else tuple(_file(dict(file)) for file in files),
                 **values,
             )
+            _checked(mount)
         except (TypeError, ValueError, KeyError) as error:
             raise UsageError(f"cannot read the description of a delayed mount: {error}") from error
         _check_key(mount.key)
@@ -96,10 +97,24 @@ class DelayedMount(NamedTuple):
         return mount
 
 
+_KINDS = {"flags": int, "mode": int, "size": int, "device": int}  # all others are strings
+_LISTS = ("places", "files", "uses", "owner")
+_Tuple = TypeVar("_Tuple", Place, PlannedFile, DelayedMount)
+
+
+def _checked(values: _Tuple) -> _Tuple:
+    """TypeError for a value that is of another type than it must be."""
+    for name, value in zip(values._fields, values):
+        kind = _KINDS.get(name, str)
+        if value is not None and name not in _LISTS and type(value) is not kind:
+            raise TypeError(f"{name}: {value!r} is no {'number' if kind is int else 'string'}")
+    return values
+
+
 def _file(data: Mapping[str, Any]) -> PlannedFile:
     uid_gid = data.get("owner")
     owner = None if uid_gid is None else (int(uid_gid[0]), int(uid_gid[1]))
-    return PlannedFile(**{**data, "uses": tuple(data.get("uses", ())), "owner": owner})
+    return _checked(PlannedFile(**{**data, "uses": tuple(data.get("uses", ())), "owner": owner}))
 
 
 class Wish(NamedTuple):

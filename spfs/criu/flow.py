@@ -11,6 +11,7 @@ from spfs.client import SOCKET_VARIABLE
 from spfs.criu import choice, command
 from spfs.criu.delayed import DelayedMount, Wish
 from spfs.criu.images import pycriu_images
+from spfs.criu.log import said
 from spfs.criu.manager import connect
 from spfs.criu.observe import Observed
 from spfs.criu.restoration import TOKEN_VARIABLE, Restoration
@@ -101,7 +102,7 @@ class Restore:
         if restoration.known:
             # It has not come to post-resume, or a script of that stage has failed, which CRIU does not mind.
             restoration.release() if status == 0 else restoration.abandon()
-        command.check("restore", status, self._images)
+        command.check("restore", status, self._images, said(restoration.token))
         if command.given(self._arguments, "-d", "--restore-detached"):
             self._check_alive()
             let_go()

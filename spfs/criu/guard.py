@@ -81,4 +81,4 @@ def _clean_up(restoration: Restoration) -> None:
     try:
         restoration.abandon()
     except (StubfsError, OSError) as error:
-        log(f"spfs-criu: cannot clean up after restore {restoration.token}: {error}")
+        log(f"cannot clean up after this restore: {error}", restoration.token)

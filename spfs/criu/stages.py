@@ -70,9 +70,8 @@ def _for_script(call: Call, stage: str, pid: Optional[int]) -> str:
     try:
         _STAGES[stage](call)
     except (StubfsError, OSError) as error:
-        message = f"spfs-criu: {stage}: {error}"
-        log(message)
-        return f"{getattr(error, 'exit_code', 1)} {message}"
+        log(f"{stage}: {error}", call.restoration.token)
+        return f"{getattr(error, 'exit_code', 1)} spfs-criu: {stage}: {error}"
     return "0"
 
 

@@ -119,11 +119,10 @@ def test_a_restore_that_fails_leaves_nothing(world: World, how: str) -> None:
     else:
         world.mnt.rmdir()
     said = world.restore(*options, status=1)
-    assert "cannot restore: criu ended with status 1" in said
+    assert "cannot restore: " in said and "criu ended with status 1" in said
     nothing_is_left(world, subject)
     if how == "nothing to mount on":
-        log = (world.images / "restore.log").read_text()
-        assert f"cannot mount on {world.mnt}" in log, log
+        assert f"cannot mount on {world.mnt}" in said
         world.mnt.mkdir()
 
 
@@ -152,7 +151,7 @@ while [ -e /proc/$criu/exe ]; do :; done
 
 
 def killer(world: World, stage: str, whom: str) -> str:
-    """A script that kills one of ours when that stage is done: CRIU calls our script first. ``whom``: what of status."""
+    """A script that kills one of ours when that stage is done: CRIU calls ours first. ``whom``: what of the status."""
     code = f"""if True:
         import os, select, signal
         from spfs.client import ManagerClient

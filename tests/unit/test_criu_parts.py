@@ -161,8 +161,8 @@ def test_wishes_and_what_is_known() -> None:
 
 def test_records(tmp_path: Path) -> None:
     assert record.read(str(tmp_path)) is None
-    file = PlannedFile("\udcff/x", FILE, 4, uses=("fd 3 of 7",), original="y")
-    mounts = [DATA._replace(files=(file,), host="/h"), DelayedMount("two", "none", "/x", 4096)]
+    file = PlannedFile("\udcff/x", FILE, 4, uses=("fd 3 of 7",), original="y", owner=(7, 8))
+    mounts = [DATA._replace(files=(file,), host="/h", network="container"), DelayedMount("two", "none", "/x", 4096)]
     record.write(str(tmp_path), mounts)
     assert record.read(str(tmp_path)) == mounts
     assert [path.name for path in tmp_path.iterdir()] == [record.NAME]
@@ -177,6 +177,11 @@ def test_records(tmp_path: Path) -> None:
         '{"version": 1, "mounts": [{"key": "a b", "type": "x", "source": "y"}]}',
         '{"version": 1, "mounts": [{"key": "a", "type": "x", "source": "y", "colour": "z"}]}',
         json.dumps({"version": 1, "mounts": [DATA.to_json(), DATA.to_json()]}),
+        json.dumps({"version": 1, "mounts": [{**DATA.to_json(), "flags": "bind"}]}),
+        json.dumps({"version": 1, "mounts": [{**DATA.to_json(), "source": 5}]}),
+        json.dumps({"version": 1, "mounts": [{**DATA.to_json(), "places": ["/data"]}]}),
+        json.dumps({"version": 1, "mounts": [{**DATA.to_json(), "network": "mine"}]}),
+        json.dumps({"version": 1, "mounts": [{**DATA.to_json(), "files": [{"path": "x", "mode": "0644"}]}]}),
     ],
 )  # fmt: skip
 def test_records_that_cannot_be_read(tmp_path: Path, text: str) -> None:
