@@ -58,7 +58,9 @@ def replace(request, filesystem, progress, **how):
         if what == "slow":
             time.sleep(float(where))
         progress("switched", {})
-        return {"processes": 1, "moved": {"files": 3}, "left": [], "blackout": 0.004}
+        network = None if request.network is None else request.network.identity().get("net")
+        asked = {"cgroup": request.freeze_cgroup, "network": network}
+        return {"processes": 1, "moved": {"files": 3}, "left": [], "blackout": 0.004, **asked}
     finally:
         progress("cleaned", {})
 
@@ -297,6 +299,43 @@ def test_what_was_frozen_before_stays_so(manager: FakedManager, mnt: Path) -> No
         wait_until(lambda: phase(manager) == "failed")
         client.unmount("a")
         assert frozen(group)
+
+
+@pytest.mark.needs_cgroup1
+def test_a_cgroup_that_is_gone_had_nobody_left_in_it(manager: FakedManager, mnt: Path) -> None:
+    """As of a container that has ended before its server came. One that never was is for the replace to refuse."""
+    client = manager.client()
+    client.mount("a", str(mnt), "stub")
+    with cgroup("/sys/fs/cgroup/freezer") as group:
+        client.replace("a", "ok", "tmpfs", freeze_cgroup=str(group), begin="hold")
+    client.begin("release")
+    assert client.wait("a", 10)["replace"]["report"]["cgroup"] is None
+    client.replace("a", "ok", "tmpfs", freeze_cgroup=str(group), begin="release")
+    assert client.wait("a", 10)["replace"]["report"]["cgroup"] == str(group)
+
+
+def test_the_network_is_that_of_the_process_named_also_after_a_restart(manager: FakedManager, mnt: Path) -> None:
+    client = manager.client()
+    client.mount("a", str(mnt), "stub")
+    with subprocess.Popen(["unshare", "--net", "sh", "-c", "echo; exec sleep 600"], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        try:
+            process.stdout.readline()
+            network = os.stat(f"/proc/{process.pid}/ns/net").st_ino
+            client.replace("a", "ok", "tmpfs", net_pid=process.pid, begin="hold")
+            manager.kill()
+            client = manager.start().client()
+            client.begin("release")
+            assert client.wait("a", 10)["replace"]["report"]["network"] == network
+            client.replace("a", "other", "tmpfs", net_pid=process.pid, begin="hold")
+        finally:
+            process.kill()
+            process.wait()
+    with pytest.raises(SpfsError, match="no process is left in them"):
+        client.begin("release")
+        client.wait("a", 10)
+    with pytest.raises(SpfsError, match="no such process"):
+        client.replace("a", "ok", "tmpfs", net_pid=process.pid)
 
 
 # The manager's death
