@@ -123,6 +123,8 @@ def parser() -> argparse.ArgumentParser:
                              help="a bind mount of it; may be repeated"),
         replace.add_argument("--freeze", dest="freeze_cgroup", metavar="CGROUP",
                              help="freezer cgroup of the processes, v1 or v2"),
+        replace.add_argument("--net-pid", type=int, metavar="PID",
+                             help="mount in this process's network namespace (default: the mount's)"),
         replace.add_argument("--strict", action="store_true", help="change nothing if anything could not be moved"),
         replace.add_argument("--missing", choices=("leave", "carry"), default="leave",
                              help="what was made in restore mode and the real side lacks is left behind or copied "
