@@ -58,7 +58,7 @@ def replace(request, filesystem, progress, **how):
         if what == "slow":
             time.sleep(float(where))
         progress("switched", {})
-        network = None if request.network is None else request.network.identity().get("net")
+        network = None if how["network"] is None else how["network"].identity().get("net")
         asked = {"cgroup": request.freeze_cgroup, "network": network}
         return {"processes": 1, "moved": {"files": 3}, "left": [], "blackout": 0.004, **asked}
     finally:
