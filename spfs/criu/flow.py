@@ -118,7 +118,9 @@ class Restore:
             if error.errno == errno.ENOENT:
                 return  # the manager has ended with its last mount
             hint = "users of a mount without its process get ENOTCONN: end them, spfs unmount it, and restore again"
-            raise SpfsError(f"restored, but {error.message}", error.hint or hint, error.errno) from error
+            raise SpfsError(
+                f"cannot let what was restored go on: {error.message}", error.hint or hint, error.errno
+            ) from error
 
     def wait(self, progress: Progress, timeout: Optional[float] = None) -> List[Dict[str, Any]]:
         """Until all replaces have ended; the mounts' status. SpfsError for the first one that failed, ETIMEDOUT after

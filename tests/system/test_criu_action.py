@@ -178,7 +178,8 @@ def test_the_file_system_is_killed_and_it_is_said(world: World, stage: str) -> N
     if stage == "pre-restore":
         assert "criu ended with status 1" in said
         return nothing_is_left(world, subject)
-    assert "restored, but " in said and "has ended (signal 9)" in said and "ENOTCONN: end them, spfs unmount" in said
+    assert "cannot let what was restored go on: " in said and "has ended (signal 9)" in said
+    assert "ENOTCONN: end them, spfs unmount" in said
     assert os.listdir(STATE) == []
     os.kill(subject.pid, signal.SIGKILL)
     world.client().unmount(world.rows()[0]["id"])
