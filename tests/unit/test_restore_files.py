@@ -167,8 +167,8 @@ def test_a_user_who_puts_a_link_in_its_place_gets_no_permissions(
     victim.touch(0o600)
     make = getattr(os, maker)
 
-    def make_and_lose(name: bytes, mode: int, dir_fd: int) -> None:
-        make(name, mode, dir_fd=dir_fd)
+    def make_and_lose(name: bytes, mode: int, *device: int, dir_fd: int) -> None:
+        make(name, mode, *device, dir_fd=dir_fd)
         os.rename(name, name + b".away", src_dir_fd=dir_fd, dst_dir_fd=dir_fd)
         os.symlink(victim, name, dir_fd=dir_fd)
 
