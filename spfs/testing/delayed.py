@@ -7,7 +7,7 @@ import os
 import select
 import signal
 import stat
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -411,7 +411,8 @@ class DelayedMount:
                 except StubfsError:
                     pass  # it ends just now, or does not answer: then it is killed
                 if not self._wait_end(_END_LIMIT):
-                    signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+                    with suppress(ProcessLookupError):  # it has ended just now
+                        signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
                     if not self._wait_end(_END_LIMIT):
                         raise StubfsError(
                             f"cannot end the file system on {self.path}: it hangs in the kernel",

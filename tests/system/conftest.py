@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Iterator
+from typing import TYPE_CHECKING, Iterator
 
 import pytest
-from manager_kit import Manager, manager_in
+
+if TYPE_CHECKING:
+    from manager_kit import Manager
 
 
 @pytest.fixture
 def manager(tmp_path: Path) -> Iterator[Manager]:
+    from manager_kit import manager_in  # not before the run has set its environment, which that takes a copy of
+
     with manager_in(tmp_path) as made:
         yield made.start()
 

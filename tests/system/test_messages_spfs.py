@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Callable, Iterator, List, Tuple
 
 import pytest
-from manager_kit import TIMEOUT, Manager, alive
+from manager_kit import ENVIRONMENT, TIMEOUT, Manager, alive
 from surgery_kit import Mounts, Tree, Victim, tasks_stopped
 
 from spfs import filesystem, fsprocess, mountclones, mountswitch, realmount
@@ -91,6 +91,25 @@ class TestTheManager:
                 other.mode("proxy", "a", proxy_dir=str(tmp_path))
         wait_until(lambda: not alive(pid), TIMEOUT)
         manager.start()
+
+    def test_no_process_is_left_for_a_job(self, manager: Manager, tmp_path: Path) -> None:
+        group = Path("/sys/fs/cgroup/pids", f"spfs-test-{os.getpid()}-messages")
+        if not group.parent.is_dir():
+            pytest.skip("no pids cgroup of version 1")
+        group.mkdir()
+        try:
+            (group / "cgroup.procs").write_text(str(manager.pid))
+            (group / "pids.max").write_text("1")
+            with pytest.raises(SpfsError, match="cannot do the mount: no new process: Resource temporarily unavail"):
+                manager.client().mount("a", directory(tmp_path / "mnt"))
+            assert manager.client().status()["mounts"] == []
+            (group / "pids.max").write_text("max")
+            manager.client().mount("a", str(tmp_path / "mnt"))
+            manager.client().shutdown(unmount=True)
+            manager.wait_ended()
+        finally:
+            wait_until(lambda: not (group / "cgroup.procs").read_text())
+            group.rmdir()
 
     def test_nobody_is_left_in_the_namespace_of_a_mount(self, manager: Manager, tmp_path: Path) -> None:
         with subprocess.Popen(["unshare", "--mount", "cat"], stdin=subprocess.PIPE) as process:
@@ -183,7 +202,7 @@ class TestASwitch:
         words = [*prefix, sys.executable, "-m", "spfs.cli.spfs", "switch", "--pid", str(victim.pid)]
         done = subprocess.run(
             [*words, "--source", str(source), "--target", str(target)], capture_output=True, text=True, timeout=TIMEOUT,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+            env={**os.environ, **ENVIRONMENT},
         )  # fmt: skip
         return done.returncode, done.stderr
 

@@ -16,9 +16,10 @@ from testing_kit import unprivileged
 import stubfs
 from spfs.testing import DelayedMount, MountServer
 from spfs.testing.replacing import replace
-from stubfs import libfuse, wire
+from stubfs import libfuse, syscalls, wire
 from stubfs.client import FilesystemClient
 from stubfs.errors import MissingFeatureError, StubfsError
+from stubfs.fusemount import fuse_mount
 
 pytestmark = [pytest.mark.needs_root, pytest.mark.needs_fuse]
 
@@ -119,8 +120,20 @@ def test_a_backing_directory_that_is_a_file(mnt: Path, tmp_path: Path) -> None:
     assert f"cannot use {tmp_path}/file: Not a directory (give a directory" in said
 
 
-def test_a_backing_directory_on_the_mount_itself(tmp_path: Path) -> None:
-    """It hides behind a bind mount until it is too late to refuse it by its name."""
+def test_a_backing_directory_on_the_mount_itself(tmp_path: Path, mnt: Path) -> None:
+    """Of one that is mounted already, by whoever gives us its device; and of one that serves."""
+    device, root = fuse_mount("stubfs", "test", 0)
+    try:
+        syscalls.move_mount(root, os.fsencode(mnt))
+        done = subprocess.run(
+            command(f"/dev/fd/{device}", "-f", "--mode", "proxy", "--proxy-dir", str(mnt)),
+            env=environment(), pass_fds=[device], capture_output=True, text=True, timeout=30,
+        )  # fmt: skip
+        assert done.returncode == 1 and "the directory is on the mount itself (give a directory of the" in done.stderr
+    finally:
+        os.close(device)
+        os.close(root)
+        syscalls.umount2(os.fsencode(mnt), syscalls.MNT_DETACH)
     with mounted(tmp_path) as filesystem:
         with pytest.raises(StubfsError, match="the directory is on the mount itself"):
             filesystem.proxy(filesystem.path)

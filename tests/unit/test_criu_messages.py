@@ -14,7 +14,7 @@ from spfs.criu import choice, command, flow, listing, manager, record, restorati
 from spfs.criu.delayed import DelayedMount, Place, Wish
 from spfs.criu.images import Images
 from spfs.criu.observe import Observed
-from spfs.errors import SpfsError, UsageError
+from spfs.errors import MissingFeatureError, SpfsError, UsageError
 
 DATA = DelayedMount("data", "nfs4", "server:/export", places=(Place("/data"),))
 
@@ -35,6 +35,11 @@ def test_a_program_that_cannot_be_started(tmp_path: Path) -> None:
     (tmp_path / "criu").write_text("")
     with pytest.raises(SpfsError, match="cannot start .*/criu: Permission denied .is that CRIU's program"):
         command.start(str(tmp_path / "criu"), [], {})
+
+
+def test_a_program_that_is_not_there() -> None:
+    with pytest.raises(MissingFeatureError, match="cannot find no-such-criu .install it .*or name it: --criu PATH"):
+        command.find("no-such-criu")
 
 
 def test_a_configuration_without_places(tmp_path: Path) -> None:
