@@ -14,6 +14,15 @@ from spfs.surgery.socketcopy import borrowed
 from stubfs.syscalls import fchmodat
 
 
+def check(old: int, directory: int, name: str) -> None:
+    """OSError for what would keep ``bind`` from it, as far as that can be known before the mounts are switched."""
+    with borrowed(old) as one:
+        _beginning(one.getsockname())
+    _replaceable(directory, name)
+    if os.fstatvfs(directory).f_flag & os.ST_RDONLY:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+
 def bind(process: Process, old: int, new: int, directory: int, name: str) -> None:
     """Bind ``new`` by the address of ``old``, as the process sees the world; a socket left there is replaced.
 
@@ -21,12 +30,7 @@ def bind(process: Process, old: int, new: int, directory: int, name: str) -> Non
     """
     with borrowed(old) as one:
         address = one.getsockname()
-    there = _status(directory, name)
-    if there is not None:
-        if not stat.S_ISSOCK(there.st_mode):
-            raise OSError(errno.EEXIST, "something that is no socket has its name there")
-        if any((s.device, s.inode) == (there.st_dev, there.st_ino & 0xFFFFFFFF) for s in sockdiag.unix_sockets()):
-            raise OSError(errno.EADDRINUSE, "another socket is bound there")
+    there = _replaceable(directory, name)
     if there is not None:
         os.unlink(name, dir_fd=directory)  # as every server does before it binds
     mode = stat.S_IMODE(there.st_mode) if there is not None else 0o777 & ~process.status.umask
@@ -42,11 +46,17 @@ def bind(process: Process, old: int, new: int, directory: int, name: str) -> Non
     os.chown(name, uid, gid, dir_fd=directory, follow_symlinks=False)
 
 
-def _status(directory: int, name: str) -> Optional[os.stat_result]:
+def _replaceable(directory: int, name: str) -> Optional[os.stat_result]:
+    """The status of a socket that nobody uses any more; None if there is nothing. OSError for anything else."""
     try:
-        return os.stat(name, dir_fd=directory, follow_symlinks=False)
+        there = os.stat(name, dir_fd=directory, follow_symlinks=False)
     except FileNotFoundError:
         return None
+    if not stat.S_ISSOCK(there.st_mode):
+        raise OSError(errno.EEXIST, "something that is no socket has its name there")
+    if any((s.device, s.inode) == (there.st_dev, there.st_ino & 0xFFFFFFFF) for s in sockdiag.unix_sockets()):
+        raise OSError(errno.EADDRINUSE, "another socket is bound there")
+    return there
 
 
 def _bind_as_seen(process: Process, new: int, directory: int, address: str, mode: int) -> None:

@@ -82,6 +82,7 @@ class Sockets(Handler):
                 holding.listens = holding.is_listening and _should_listen(process, holding)
                 try:
                     holding.directory = counterparts.open_parent(process.status, holding.inode)
+                    socketbind.check(holding.copy, holding.directory, holding.name)
                     holding.new = socketcopy.like(holding.copy)
                 except OSError as error:
                     holding.problem = f"it cannot be bound on the new mount: {reason(error)}"
