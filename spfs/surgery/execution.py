@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 from typing import Dict, Iterable, List, Protocol, Sequence, TypeVar
 
@@ -24,6 +25,8 @@ from spfs.surgery.theatre import Theatre
 from spfs.tracee import Script, Tracee
 
 R = TypeVar("R", FdTable, FsContext, Memory)
+
+_log = logging.getLogger(__name__)
 
 STEP_TIMEOUT = 5.0  # seconds without any progress in a process that is operated on
 
@@ -105,6 +108,8 @@ def operate(
             process.problem = "the process ended"
             return
         process.problem = f"the process cannot be operated on: {reason(error)}"
+        # Said here, too: what was done before it failed may be all, so that nothing is left to report.
+        _log.warning("process %d (%s): %s", process.pid, process.command, process.problem)
         recover[tracee] = tracee.abandon()
 
     def lost(tracee: Tracee, error: OSError) -> None:
