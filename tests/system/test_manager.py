@@ -167,7 +167,9 @@ def test_files_in_bulk_and_by_the_staging_directory(manager: Manager, mnt: Path)
     with refused(errno.ENOTSUP, "a fifo with a size"):
         client.create("a", [{"path": "x", "mode": 0o100644}, {"path": "y", "mode": stat.S_IFIFO, "size": 1}])
     assert not (mnt / "x").exists()
-    with refused(errno.EINVAL, "unknown key 'owner'"):
+    with refused(errno.EINVAL, "unknown key 'colour'"):
+        client.create("a", [{"path": "x", "mode": 0o100644, "colour": 1}])
+    with refused(errno.EINVAL, "key owner: 1 is no list"):
         client.create("a", [{"path": "x", "mode": 0o100644, "owner": 1}])
 
 

@@ -149,8 +149,10 @@ class TestDeaths:
             fs.client.mode("stub")
             dead = [fs.run(lambda: file.read(10)) for _ in range(3)]
             fs.client.wait_held(1, LIMIT)
+            # All at once: they share an offset, and whoever waits for its lock cannot be killed.
             for process in dead:
                 process.kill()
+            for process in dead:
                 process.wait(3)
             # The kernel does not announce it, so that we look: before every answer, and from time to time.
             wait_until(lambda: fs.client.status().held == 0, 3)
