@@ -35,13 +35,14 @@ class Mount:
 
     def __init__(self, path: str, arguments: Sequence[str], timeout: float) -> None:
         self.path = os.path.abspath(path)
-        self._own = tempfile.TemporaryDirectory(prefix="stubfs-mount-")
         self._lifeline = -1
         self._process: Optional["subprocess.Popen[bytes]"] = None
         try:
-            socket_path = os.path.join(self._own.name, "control")
-            self._start([self.path, "--foreground", "--socket-path", socket_path, *arguments], timeout)
-            self.client = FilesystemClient(socket_path, timeout)
+            # Only to meet: whoever is killed later leaves nothing there.
+            with tempfile.TemporaryDirectory(prefix="stubfs-mount-") as meeting_place:
+                socket_path = os.path.join(meeting_place, "control")
+                self._start([self.path, "--foreground", "--socket-path", socket_path, *arguments], timeout)
+                self.client = FilesystemClient(socket_path, timeout)
         except BaseException:
             self._end()
             raise
@@ -50,7 +51,7 @@ class Mount:
         ready, tell = os.pipe()
         lifeline, self._lifeline = os.pipe()
         try:
-            with open(os.path.join(self._own.name, "messages"), "w+b") as messages:
+            with tempfile.TemporaryFile() as messages:
                 self._process = subprocess.Popen(
                     [sys.executable, "-I", "-c", _START.format(path=[os.path.abspath(part) for part in sys.path])]
                     + [f"--ready-fd={tell}", f"--lifeline-fd={lifeline}", *arguments],
@@ -126,7 +127,6 @@ class Mount:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
-        self._own.cleanup()
 
     def __enter__(self) -> "Mount":
         return self

@@ -279,17 +279,22 @@ class TestPython:
             with pytest.raises(StubfsError, match="is mounted there already"):
                 stubfs.mount(mountpoint)
 
-    def test_it_ends_with_who_made_it(self, mountpoint: Path) -> None:
+    def test_it_ends_with_who_made_it(self, mountpoint: Path, tmp_path: Path) -> None:
+        """By kill -9: nothing of it stays, in the directory of temporary files either."""
+        temporary = tmp_path / "temporary"
+        temporary.mkdir()
         made = f"import stubfs, sys; fs = stubfs.mount({str(mountpoint)!r})"
         script = f"{made}; print(fs.pid, flush=True); sys.stdin.read()"
         with subprocess.Popen(
-            [sys.executable, "-c", script], env=environment(), cwd=TOP, stdin=subprocess.PIPE, stdout=subprocess.PIPE
-        ) as process:
+            [sys.executable, "-c", script], env={**environment(), "TMPDIR": str(temporary)}, cwd=TOP,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        ) as process:  # fmt: skip
             assert process.stdout is not None
             pid = int(process.stdout.readline())
             assert os.path.ismount(mountpoint)
             process.send_signal(signal.SIGKILL)
         wait_until(lambda: not os.path.ismount(mountpoint) and not os.path.exists(f"/proc/{pid}"), 10)
+        assert os.listdir(temporary) == []
 
     def test_somebody_unmounts_it(self, mountpoint: Path) -> None:
         with stubfs.mount(mountpoint):
