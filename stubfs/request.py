@@ -7,7 +7,16 @@ import logging
 import os
 from typing import TYPE_CHECKING, Optional, Tuple, Union
 
-from stubfs.protocol import BODY, HEADER_FIELDS, INVAL_INODE_OUT, NOTIFY_INVAL_INODE, OUT_HEADER, text_at
+from stubfs.protocol import (
+    BODY,
+    HEADER_FIELDS,
+    INVAL_INODE_OUT,
+    NOTIFY_INVAL_INODE,
+    NOTIFY_STORE,
+    OUT_HEADER,
+    STORE_OUT,
+    text_at,
+)
 
 if TYPE_CHECKING:
     from stubfs.credentials import Credentials
@@ -52,19 +61,23 @@ class Device:
         Dirty pages are written back first, through requests that another thread must serve, and pages that
         a request under way has locked are waited for.
         """
-        size = OUT_HEADER.size + INVAL_INODE_OUT.size
+        self._notify(NOTIFY_INVAL_INODE, INVAL_INODE_OUT.pack(node, offset, length))
+
+    def _notify(self, code: int, body: bytes) -> None:
+        """As in fuse_notify() of fs/fuse/dev.c; no inode of that number is no error."""
         try:
-            os.write(
-                self.fd,
-                OUT_HEADER.pack(size, NOTIFY_INVAL_INODE, 0) + INVAL_INODE_OUT.pack(node, offset, length),
-            )
+            os.write(self.fd, OUT_HEADER.pack(OUT_HEADER.size + len(body), code, 0) + body)
         except OSError as failure:
-            if failure.errno not in (errno.ENOENT, errno.ENODEV, errno.ECONNABORTED):  # ENOENT: no such inode there
+            if failure.errno not in (errno.ENOENT, errno.ENODEV, errno.ECONNABORTED):
                 raise
 
     def invalidate_attributes(self, node: int) -> None:
         """Make the kernel ask for them again. Waits for nobody: also while a request on the node is being served."""
         self.invalidate(node, -1)
+
+    def store(self, node: int, offset: int, data: bytes) -> None:
+        """Put ``data`` into the kernel's page cache, and make it believe that the file goes at least so far."""
+        self._notify(NOTIFY_STORE, STORE_OUT.pack(node, offset, len(data), 0) + data)
 
 
 class Request:

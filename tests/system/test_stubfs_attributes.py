@@ -112,3 +112,41 @@ def test_what_others_change_is_seen_at_once_by_name_and_soon_by_descriptor(fs: F
             wait_until(lambda: os.fstat(file.fileno()).st_size == size, 1)
             os.truncate(real, 100 + size)
             assert os.stat(fs.path / "f").st_size == 100 + size
+
+
+def test_who_reads_what_was_shorter_gets_all_of_it(fs: Filesystem) -> None:
+    """The kernel dismisses attributes that were asked for before it was told to forget them, and would believe the
+    former file's size."""
+    for _ in range(ROUNDS):
+        (fs.path / "f").write_bytes(b"")
+        with open(fs.path / "f", "rb", buffering=0) as file:
+            os.stat(fs.path / "f")
+            fs.client.mode("stub")
+            reading = fs.run(lambda: file.read(100))
+            fs.wait_held()
+            fs.proxy()
+            assert reading.result() == b"the real one"
+        fs.client.mode("restore")
+
+
+@pytest.mark.parametrize("staged", [b"", b"staging", b"longer than the real one is"])
+def test_also_while_somebody_exempt_has_read_it(fs: Filesystem, staged: bytes) -> None:
+    (fs.path / "f").write_bytes(staged)
+    with open(fs.path / "f", "rb", buffering=0) as file:
+        os.stat(fs.path / "f")
+        fs.client.mode("stub", exempt=[os.getpid()])
+        reading = fs.run(lambda: (os.fstat(file.fileno()).st_size, file.read(100)))
+        fs.wait_held()
+        assert (fs.path / "f").read_bytes() == staged
+        fs.proxy()
+        assert reading.result() == (12, b"the real one")
+    with open(fs.path / "f", "rb", buffering=0) as file:
+        fs.client.mode("restore")
+        (fs.path / "f").write_bytes(staged)
+        fs.client.mode("stub", exempt=[os.getpid()])
+        reading = fs.run(lambda: file.read(100))
+        fs.wait_held()
+        assert (fs.path / "f").read_bytes() == staged
+        fs.proxy()
+        assert reading.result() == b"the real one"
+        assert file.seek(0, os.SEEK_END) == 12
