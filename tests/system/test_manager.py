@@ -171,6 +171,8 @@ def test_files_in_bulk_and_by_the_staging_directory(manager: Manager, mnt: Path)
         client.create("a", [{"path": "x", "mode": 0o100644, "colour": 1}])
     with refused(errno.EINVAL, "key owner: 1 is no list"):
         client.create("a", [{"path": "x", "mode": 0o100644, "owner": 1}])
+    with refused(errno.EINVAL, "key owner: .* is not .uid, gid."):
+        client.create("a", [{"path": "x", "mode": 0o100644, "owner": [1]}])
 
 
 def test_bad_mounts_change_nothing(manager: Manager, mnt: Path, tmp_path: Path) -> None:

@@ -45,6 +45,8 @@ def test_a_program_that_is_not_there() -> None:
 def test_a_configuration_without_places(tmp_path: Path) -> None:
     with pytest.raises(SpfsError, match="cannot delay data: its configuration has no places .give .places"):
         choice.at_dump(str(tmp_path), 1, [DelayedMount("data", "nfs4", "server:/export")])
+    with pytest.raises(SpfsError, match="cannot restore delayed mount data: nobody says where it is .give its places"):
+        choice.at_restore(str(tmp_path), [DelayedMount("data", "nfs4", "server:/export")])
 
 
 def test_mounts_that_cannot_be_delayed() -> None:
