@@ -7,13 +7,11 @@ from __future__ import annotations
 
 import errno
 import os
-import stat
 from typing import Callable, Tuple, TypeVar
 
 from stubfs import ioctls, protocol, syscalls
 from stubfs.backing import Backing, allowed_flags
-from stubfs.handles import HandleTable, OpenFile
-from stubfs.held import Wait
+from stubfs.handles import HandleTable
 from stubfs.lanes import Worker
 from stubfs.nodes import NodeTable
 from stubfs.objects import Objects, as_far_as_may_be, backing_if_any, backing_of, fd_link
@@ -23,7 +21,6 @@ from stubfs.request import Request
 _T = TypeVar("_T")
 _BASIC_STATS = 0x7FF  # STATX_BASIC_STATS, linux/stat.h
 _COPIED_AT_ONCE = 64 * 2**20  # bytes
-_ON_ITS_WAY = 1.0  # seconds for a request to come to us from who makes it, on a busy machine
 # As plain ints: each "&" with an IntFlag costs a microsecond.
 _MODE, _UID, _SIZE, _FH = (
     int(flag) for flag in (SetattrValid.MODE, SetattrValid.UID, SetattrValid.SIZE, SetattrValid.FH)
@@ -133,33 +130,11 @@ class Answers:
         """Answers; returns what it answered."""
         flags, _, fh = protocol.GETATTR_IN.unpack_from(request.buffer, BODY)
         if flags & protocol.GETATTR_FH:
-            file = self._objects.by_handle(worker, request, fh)
-            status = os.fstat(file.fd)
-            if request.wait is not None:
-                self._tell_size(request, request.wait, file, status)
+            status = os.fstat(self._objects.by_handle(worker, request, fh).fd)
         else:
             status = self._status(request)
         request.answer(protocol.attr_out(request.node, status))
         return status
-
-    def _tell_size(self, request: Request, wait: Wait, file: OpenFile, status: os.stat_result) -> None:
-        """Before the answer to a read(2) that was held when it had asked for the size of its file.
-
-        The kernel dismisses attributes if it was told to forget those of the file after they had been asked for
-        (fuse_change_attributes() in fs/fuse/inode.c), and the read would end where the former file did.
-        """
-        node = self._nodes.get(request.node)
-        if node is None or not stat.S_ISREG(status.st_mode) or not status.st_size:
-            return
-        if node.dropped < wait.since - _ON_ITS_WAY:
-            return
-        try:
-            last = os.pread(file.fd, 1, status.st_size - 1)
-        except OSError:
-            return  # it is not open for reading
-        if last:
-            node.has_pages = True
-            request.device.store(request.node, status.st_size - 1, last)
 
     def setattr(self, worker: Worker, request: Request) -> None:
         (valid, _, fh, size, _, atime, mtime, _, atime_nsec, mtime_nsec, _, mode, _, uid, gid, _) = (

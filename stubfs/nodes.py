@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import stat
 import threading
-import time
 from typing import Dict, List, NamedTuple, Optional, Tuple
 
 from stubfs.protocol import ROOT_NODE, UNKNOWN_INO
@@ -31,9 +30,7 @@ Identity = Tuple[int, int, int]
 
 
 class Node:
-    __slots__ = (
-        "number", "names", "identity", "kind", "lookups", "children", "has_pages", "vouched", "dropped", "orphan",
-    )  # fmt: skip
+    __slots__ = ("number", "names", "identity", "kind", "lookups", "children", "has_pages", "vouched", "orphan")
 
     def __init__(self, number: int, kind: int) -> None:
         self.number = number
@@ -45,7 +42,6 @@ class Node:
         self.children = 0  # names whose parent it is
         self.has_pages = False  # the kernel may have cached contents of it
         self.vouched = 0.0  # when the kernel was last told to believe its attributes for a moment; monotonic
-        self.dropped = float("-inf")  # when the kernel was last told to forget what it has cached of it; monotonic
         self.orphan: Optional[Orphan] = None
 
 
@@ -304,13 +300,10 @@ class NodeTable:
         with self._lock:
             return [node.number for node in self._nodes.values() if node.vouched >= since]
 
-    def dropped(self, numbers: List[int], pages: bool) -> None:
-        """The kernel was told to forget what it has cached of these; ``pages``: it has none any more."""
-        now = time.monotonic()
+    def dropped(self, numbers: List[int]) -> None:
+        """The kernel has no pages of these any more."""
         with self._lock:
             for number in numbers:
                 node = self._nodes.get(number)
                 if node is not None:
-                    node.dropped = now
-                    if pages:
-                        node.has_pages = False
+                    node.has_pages = False

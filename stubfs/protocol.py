@@ -113,7 +113,6 @@ GETATTR_FH = 1 << 0
 WRITE_CACHE = 1 << 0
 FSYNC_FDATASYNC = 1 << 0
 NOTIFY_INVAL_INODE = 2
-NOTIFY_STORE = 4
 
 IN_HEADER = struct.Struct("=IIQQIIIHH")  # len opcode unique nodeid uid gid pid total_extlen padding
 HEADER_FIELDS = struct.Struct("=4xIQQIII4x")  # of it, those that tell requests apart: opcode to pid
@@ -145,7 +144,6 @@ LSEEK_IN = struct.Struct("=QQII")  # fh offset whence padding
 RENAME_IN = struct.Struct("=Q")  # newdir; two names follow
 RENAME2_IN = struct.Struct("=QII")  # newdir flags padding; two names follow
 INVAL_INODE_OUT = struct.Struct("=Qqq")  # ino offset length
-STORE_OUT = struct.Struct("=QQII")  # nodeid offset size padding
 COPY_FILE_RANGE_IN = struct.Struct("=QQQQQQQ")  # fh_in off_in nodeid_out fh_out off_out len flags
 IOCTL_IN = struct.Struct("=QIIQII")  # fh flags cmd arg in_size out_size; the argument follows
 IOCTL_OUT = struct.Struct("=iIII")  # result flags in_iovs out_iovs; what is to be written back follows

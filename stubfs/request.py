@@ -7,16 +7,7 @@ import logging
 import os
 from typing import TYPE_CHECKING, Optional, Tuple, Union
 
-from stubfs.protocol import (
-    BODY,
-    HEADER_FIELDS,
-    INVAL_INODE_OUT,
-    NOTIFY_INVAL_INODE,
-    NOTIFY_STORE,
-    OUT_HEADER,
-    STORE_OUT,
-    text_at,
-)
+from stubfs.protocol import BODY, HEADER_FIELDS, INVAL_INODE_OUT, NOTIFY_INVAL_INODE, OUT_HEADER, text_at
 
 if TYPE_CHECKING:
     from stubfs.credentials import Credentials
@@ -74,10 +65,6 @@ class Device:
     def invalidate_attributes(self, node: int) -> None:
         """Make the kernel ask for them again. Waits for nobody: also while a request on the node is being served."""
         self.invalidate(node, -1)
-
-    def store(self, node: int, offset: int, data: bytes) -> None:
-        """Put ``data`` into the kernel's page cache, and make it believe that the file goes at least so far."""
-        self._notify(NOTIFY_STORE, STORE_OUT.pack(node, offset, len(data), 0) + data)
 
 
 class Request:

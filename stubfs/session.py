@@ -398,14 +398,14 @@ class Session:
             except OSError as error:
                 request.fail(error.errno or errno.EIO)
 
-        # In stub mode nobody was given any that are to be believed.
-        vouched = self.nodes.vouched(time.monotonic() - _CALLERS_DELAY) if self.state.backing is not None else []
-        for node in vouched:
-            self.device.invalidate_attributes(node)
-        self.nodes.dropped(vouched, False)
+        # In stub mode nobody was given any that are to be believed; and the kernel dismisses attributes that were asked
+        # for before it is told to forget them: a read that is held so would end at the former file's size.
+        if self.state.backing is not None:
+            for node in self.nodes.vouched(time.monotonic() - _CALLERS_DELAY):
+                self.device.invalidate_attributes(node)
         nodes = self.nodes.cached()
-        if nodes:
-            self.nodes.dropped(nodes, caches.drop(self.device, self.held, nodes, serve))
+        if nodes and caches.drop(self.device, self.held, nodes, serve):
+            self.nodes.dropped(nodes)
 
     def _has_locked_pages(self, node: int) -> bool:
         if len(self.held) and self.held.data_ranges(node):

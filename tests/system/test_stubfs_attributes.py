@@ -127,26 +127,3 @@ def test_who_reads_what_was_shorter_gets_all_of_it(fs: Filesystem) -> None:
             fs.proxy()
             assert reading.result() == b"the real one"
         fs.client.mode("restore")
-
-
-@pytest.mark.parametrize("staged", [b"", b"staging", b"longer than the real one is"])
-def test_also_while_somebody_exempt_has_read_it(fs: Filesystem, staged: bytes) -> None:
-    (fs.path / "f").write_bytes(staged)
-    with open(fs.path / "f", "rb", buffering=0) as file:
-        os.stat(fs.path / "f")
-        fs.client.mode("stub", exempt=[os.getpid()])
-        reading = fs.run(lambda: (os.fstat(file.fileno()).st_size, file.read(100)))
-        fs.wait_held()
-        assert (fs.path / "f").read_bytes() == staged
-        fs.proxy()
-        assert reading.result() == (12, b"the real one")
-    with open(fs.path / "f", "rb", buffering=0) as file:
-        fs.client.mode("restore")
-        (fs.path / "f").write_bytes(staged)
-        fs.client.mode("stub", exempt=[os.getpid()])
-        reading = fs.run(lambda: file.read(100))
-        fs.wait_held()
-        assert (fs.path / "f").read_bytes() == staged
-        fs.proxy()
-        assert reading.result() == b"the real one"
-        assert file.seek(0, os.SEEK_END) == 12
