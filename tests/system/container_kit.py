@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 from pathlib import Path
 
-from criu_kit import World, spfs_criu
+from criu_kit import TIMEOUT, World, spfs_criu
 from surgery_kit import compile_c
 
 from spfs.linux.mountapi import MS
+from spfs.testing import wait_until
 
 PROGRAM = r"""
 #include <fcntl.h>
@@ -43,6 +45,7 @@ class Workload:
     """A root file system with the program in it, in which ``out`` is to be mounted on /out, the volume on /data."""
 
     def __init__(self, world: World) -> None:
+        self._world = world
         self.base = world.base / "container"
         self.out, self.rootfs = self.base / "out", self.base / "rootfs"
         for path in (self.out, *(self.rootfs / name for name in ("data", "out", "proc"))):
@@ -68,3 +71,17 @@ class Workload:
     def report(self) -> str:
         path = self.out / "report"
         return path.read_text() if path.exists() else "not yet"
+
+    def reads_on(self, pid: int) -> None:
+        """Restored as process ``pid``: it waits for its file, and gets on when the server comes."""
+        world = self._world
+        os.kill(pid, signal.SIGUSR1)
+        world.somebody_waits()
+        assert self.report == ""
+        world.server_comes()
+        wait_until(lambda: self.report == "456", TIMEOUT, "the program to read on")
+        report = world.wait()["data"]
+        assert report["left"] == [] and report["mounts_left"] == [], report
+        world.replaced()
+        inside = Path(f"/proc/{pid}/mountinfo").read_text()
+        assert "stubfs" not in inside and " /data " in inside

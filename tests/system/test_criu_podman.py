@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import tarfile
 import uuid
@@ -91,13 +90,4 @@ def test_a_container_with_a_delayed_volume(world: World) -> None:
     assert world.types() == ["fuse.stubfs"]
     (row,) = world.rows()
     assert podman.name in row["replace"]["freeze_cgroup"]
-    os.kill(podman.pid, signal.SIGUSR1)
-    world.somebody_waits()
-    assert podman.workload.report == ""
-    world.server_comes()
-    wait_until(lambda: podman.workload.report == "456", TIMEOUT, "the program to read on")
-    report = world.wait()["data"]
-    assert report["left"] == [] and report["mounts_left"] == [], report
-    world.replaced()
-    inside = Path(f"/proc/{podman.pid}/mountinfo").read_text()
-    assert "stubfs" not in inside and " /data " in inside
+    podman.workload.reads_on(podman.pid)

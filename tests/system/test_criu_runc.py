@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import subprocess
 import uuid
 from pathlib import Path
@@ -93,13 +91,4 @@ def test_a_container_with_a_delayed_volume(world: World) -> None:
     # The manager is not one of the container's processes, where runc has put CRIU.
     manager = world.client().status()["manager"]["pid"]
     assert container.id not in Path(f"/proc/{manager}/cgroup").read_text()
-    os.kill(container.pid, signal.SIGUSR1)
-    world.somebody_waits()
-    assert container.workload.report == ""
-    world.server_comes()
-    wait_until(lambda: container.workload.report == "456", TIMEOUT, "the program to read on")
-    report = world.wait()["data"]
-    assert report["left"] == [] and report["mounts_left"] == [], report
-    world.replaced()
-    inside = Path(f"/proc/{container.pid}/mountinfo").read_text()
-    assert "stubfs" not in inside and " /data " in inside
+    container.workload.reads_on(container.pid)

@@ -161,29 +161,31 @@ def in_user_namespace(fs: Filesystem, top: Path, id_map: str, action: Action) ->
 @pytest.mark.parametrize("id_map", ["0 0 1", "0 0 4294967295", "0 100000 1000"])
 def test_root_of_a_user_namespace(fs: Filesystem, tmp_path: Path, id_map: str) -> None:
     """It has power over files of the ids that its namespace has, and never over others."""
-    native = tmp_path / "native"
-    native.mkdir()
-    found = {}
-    for top in (native, fs.path):
+
+    def prepare(top: Path) -> None:
         top.chmod(0o777)
         secret_in(top)
         (top / "roots").touch(0o600)
-        found[top] = [
-            in_user_namespace(fs, top, id_map, action)
-            for action in (
-                look,
-                lambda: Path("roots").read_text(),
-                lambda: os.chown("secret", 0, 0),
-                lambda: Path("own").write_text("x"),
-                lambda: os.mknod("device", 0o20600, os.makedev(1, 3)),
-                lambda: os.listxattr("secret"),
-            )
-        ]
-    assert found[fs.path] == found[native]
+
+    actions: "dict[str, Action]" = {
+        "look": look,
+        "read": lambda: Path("roots").read_text(),
+        "chown": lambda: os.chown("secret", 0, 0),
+        "write": lambda: Path("own").write_text("x"),
+        "mknod": lambda: os.mknod("device", 0o20600, os.makedev(1, 3)),
+        "listxattr": lambda: os.listxattr("secret"),
+    }
+    in_both(fs, tmp_path, prepare, actions, id_map)
 
 
-def in_both(fs: Filesystem, tmp_path: Path, prepare: Callable[[Path], None], actions: "dict[str, Action]") -> None:
-    """What the root of a namespace with ids 100000 to 100999 gets, in the directory itself and here."""
+def in_both(
+    fs: Filesystem,
+    tmp_path: Path,
+    prepare: Callable[[Path], None],
+    actions: "dict[str, Action]",
+    id_map: str = "0 100000 1000",
+) -> None:
+    """What the root of a namespace gets, in the directory itself and here."""
     native = tmp_path / "native"
     native.mkdir()
     found = {}
@@ -191,7 +193,7 @@ def in_both(fs: Filesystem, tmp_path: Path, prepare: Callable[[Path], None], act
         top.chmod(0o755)
         prepare(top)
         # The change of a file's owner may be what the next one is about: each finds what the one before has left.
-        found[top] = {name: in_user_namespace(fs, top, "0 100000 1000", action) for name, action in actions.items()}
+        found[top] = {name: in_user_namespace(fs, top, id_map, action) for name, action in actions.items()}
     assert found[fs.path] == found[native]
 
 
