@@ -28,6 +28,8 @@ class Control:
         self._commands = commands
         self._end = end
         self._accepting = True
+        self._unanswered = 0
+        self._answered = threading.Condition()
 
     def accept(self) -> bool:
         """Take one client that waits; never blocks for long. False: out of descriptors or threads, try again later."""
@@ -45,6 +47,12 @@ class Control:
             return self._cannot_accept(error)
         self._accepting = True
         return True
+
+    def settle(self, seconds: float) -> None:
+        """Wait until all that was asked has been answered, but no longer than that: a command may hang in the real
+        file system. To be called before the process, and its threads, end."""
+        with self._answered:
+            self._answered.wait_for(lambda: not self._unanswered, seconds)
 
     def _cannot_accept(self, error: Exception) -> bool:
         if self._accepting:  # said once, not at every attempt
@@ -73,7 +81,14 @@ class Control:
                             message = "cannot serve this user: not the owner"
                             self._reply(client, -errno.EPERM, {"message": message, "hint": "become root"})
                             return
-                        after = self._answer(client, payload, descriptors)
+                        with self._answered:
+                            self._unanswered += 1
+                        try:
+                            after = self._answer(client, payload, descriptors)
+                        finally:
+                            with self._answered:
+                                self._unanswered -= 1
+                                self._answered.notify_all()
                     if after is not None:
                         after()
             except OSError as error:

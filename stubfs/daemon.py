@@ -25,6 +25,7 @@ from stubfs.session import Session
 
 _log = logging.getLogger(__name__)
 _INIT_LIMIT = 10.0  # seconds for the kernel's first request, which it sends when the mount is made
+_SETTLE_LIMIT = 1.0  # seconds for clients to get their answers at the end
 _OOM_SCORE = "-500"
 _OPEN_FILES = 1 << 20  # as many as fs.nr_open allows where nobody has changed it
 _ACCEPT_PAUSE = 0.1  # seconds without accepting control clients when descriptors or threads ran out
@@ -196,6 +197,8 @@ class Daemon:
             self.run(lifeline)
         finally:
             self.leave()
+            if self._control is not None:
+                self._control.settle(_SETTLE_LIMIT)
             logging.shutdown()
             # A thread may be inside read(2) of the device, or of a real file system that hangs: join none of them.
             os._exit(0)

@@ -8,6 +8,7 @@ import os
 import socket
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Callable, Iterator, List, Optional
 
@@ -43,6 +44,17 @@ def errno_of(action: Callable[[], object]) -> Optional[int]:
 def sync(path: Path) -> None:
     with open(path, "ab") as file:
         os.fsync(file.fileno())
+
+
+def pipes(fs: Filesystem) -> int:
+    """How many ends of pipes the file system has open; a wait has two."""
+    count = 0
+    for path in Path(f"/proc/{fs.daemon.pid}/fd").iterdir():
+        try:
+            count += os.readlink(path).startswith("pipe:")
+        except FileNotFoundError:
+            pass  # closed meanwhile
+    return count
 
 
 class TestHold:
@@ -273,39 +285,26 @@ class TestWaitHeld:
         process.result()
 
     def test_a_client_that_hangs_up(self, fs: Filesystem) -> None:
-        def pipes() -> int:
-            count = 0
-            for path in Path(f"/proc/{fs.daemon.pid}/fd").iterdir():
-                try:
-                    count += os.readlink(path).startswith("pipe:")
-                except FileNotFoundError:
-                    pass  # closed meanwhile
-            return count
-
         fs.client.status()  # it has started, and needs the pipe of its start no more
-        before = pipes()
+        before = pipes(fs)
         sock = wire.connect(fs.socket_path)
         with sock:
             wire.send(sock, messages.encode({"command": "wait_held", "count": 5}))
-            wait_until(lambda: pipes() == before + 2, 10)  # the one that wakes it
-        wait_until(lambda: pipes() == before, 10)
+            wait_until(lambda: pipes(fs) == before + 2, 10)  # the one that wakes it
+        wait_until(lambda: pipes(fs) == before, 10)
         assert fs.client.status().mode == "proxy"
 
     def test_the_end_of_the_file_system(self, fs: Filesystem) -> None:
-        with FilesystemClient(fs.socket_path) as waiting:
-            errors: List[StubfsError] = []
-
-            def wait() -> None:
-                try:
-                    waiting.wait_held(1)
-                except StubfsError as error:
-                    errors.append(error)
-
-            thread = threading.Thread(target=wait)
-            thread.start()
+        """Whoever waits is told."""
+        fs.client.status()  # as above
+        before = pipes(fs)
+        with FilesystemClient(fs.socket_path) as waiting, ThreadPoolExecutor() as pool:
+            wait = pool.submit(waiting.wait_held, 1)
+            wait_until(lambda: pipes(fs) == before + 2, 10)
             fs.client.quit()
-            thread.join(LIMIT)
-            assert errors and errors[0].errno in (errno.ESHUTDOWN, errno.ECONNRESET)
+            with pytest.raises(StubfsError, match="the file system ends") as caught:
+                wait.result(LIMIT)
+        assert caught.value.errno == errno.ESHUTDOWN
 
     def test_an_event_and_no_polling(self, fs: Filesystem) -> None:
         """Answered at the moment when the last one comes, however many wait for it."""
