@@ -11,7 +11,7 @@ import select
 import signal
 import time
 from contextlib import contextmanager
-from typing import Iterator, NoReturn
+from typing import Iterator, NoReturn, Sequence
 
 from spfs.freezer import Freezer
 
@@ -22,9 +22,12 @@ _ARM, _DISARM = b"+", b"-"
 
 
 class BlackoutGuard:
-    """Forked at once, so make it early: right after a fork, pages are slow to write to."""
+    """Forked at once, so make it early: right after a fork, pages are slow to write to.
 
-    def __init__(self, freezer: Freezer) -> None:
+    ``keep``: descriptors that stay open in it, too, until it has done its work.
+    """
+
+    def __init__(self, freezer: Freezer, keep: Sequence[int] = ()) -> None:
         self._pid = -1
         freezer.remember()
         hears, self._told = os.pipe()
@@ -32,7 +35,7 @@ class BlackoutGuard:
         try:
             self._pid = os.fork()
             if self._pid == 0:
-                _guard(freezer, hears, watched)
+                _guard(freezer, hears, watched, keep)
         except OSError:
             os.close(self._told)
             raise
@@ -71,7 +74,7 @@ class BlackoutGuard:
             self._pid = -1
 
 
-def _guard(freezer: Freezer, hears: int, watched: int) -> NoReturn:
+def _guard(freezer: Freezer, hears: int, watched: int, keep: Sequence[int]) -> NoReturn:
     """The whole life of the child."""
     try:
         os.setsid()  # who kills a job kills its session
@@ -79,7 +82,7 @@ def _guard(freezer: Freezer, hears: int, watched: int) -> NoReturn:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN)
         signal.set_wakeup_fd(-1)
-        _close_all_but(hears, watched)
+        _close_all_but(hears, watched, *keep)
         if _listen(hears, watched):
             freezer.restore()
     finally:

@@ -78,7 +78,7 @@ class NoFreezer:
 
 
 class _CgroupFreezer:
-    """What v1 and v2 share. ``_was_frozen``: None until the first freeze."""
+    """What v1 and v2 share. ``_was_frozen``: None until the first freeze; ``_changed``: by us, and not given back."""
 
     _state_file = ""
 
@@ -86,6 +86,7 @@ class _CgroupFreezer:
         self.path: Optional[str] = path
         self._directory = path
         self._was_frozen: Optional[bool] = None
+        self._changed = False
 
     def remember(self) -> None:
         if self._was_frozen is None:
@@ -141,6 +142,7 @@ class _CgroupFreezer:
             pass
         except OSError as error:
             raise self._failed("give back", error) from error
+        self._changed = False
 
     def pids(self) -> List[int]:
         found: Set[int] = set()
@@ -161,6 +163,7 @@ class _CgroupFreezer:
             return file.read().strip()
 
     def _write(self, frozen: bool) -> None:
+        self._changed = True
         fd = os.open(self._file(self._state_file), os.O_WRONLY | os.O_CLOEXEC)
         try:
             os.write(fd, self._word(frozen))
@@ -185,7 +188,8 @@ class _CgroupFreezer:
     def __exit__(
         self, kind: Optional[Type[BaseException]], error: Optional[BaseException], trace: Optional[TracebackType]
     ) -> None:
-        self.restore()
+        if self._changed:  # else it may be somebody else's by now
+            self.restore()
 
 
 class FreezerV1(_CgroupFreezer):

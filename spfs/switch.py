@@ -34,6 +34,7 @@ from spfs.surgery.operation import Operation
 from spfs.surgery.scheduler import Bell
 from spfs.surgery.selection import Everybody
 from spfs.surgery.theatre import Theatre, in_group_stop, in_own_thread, task_state
+from spfs.surgery.turns import Turn
 from spfs.surgery.waits import Waits
 
 FREEZE_TIMEOUT = 5.0  # seconds
@@ -114,12 +115,18 @@ class Switch:
         self._freezer = freezer
         self._strict = strict
         self._chosen = chosen
-        self._guard = BlackoutGuard(freezer)
+        self._turn = Turn()
+        try:
+            with self._turn.taken():  # another one's freeze is not to be given back as what was found
+                self._guard = BlackoutGuard(freezer, [self._turn.fileno()])
+        except BaseException:
+            self._turn.close()
+            raise
         self._exclude = _Excluded(exclude, self._guard.pid)
         self._late = late
         self._freeze_timeout = freeze_timeout
         self._gadgets = GadgetFinder(device, architecture)
-        self._census = Census(device, resolver, roots, freezer, self._exclude, chosen, within)
+        self._census = Census(device, resolver, roots, freezer, self._exclude, chosen, within, self._turn.taken)
         self._account = Account()
         self._stages: Dict[str, float] = {}
         self._blackout = 0.0
@@ -134,6 +141,7 @@ class Switch:
     def close(self) -> None:
         self._guard.close()
         self._census.close()
+        self._turn.close()
 
     # -- ahead of time
 
@@ -198,7 +206,8 @@ class Switch:
             waits = Waits(self._architecture)
             waits.note([*census.processes, *(pid for pid in self._freezer.pids() if pid not in census.processes)])
             theatre = Theatre(bell, waits)
-            self._stand_still(theatre, comparison, operations, when_stopped, cancelled)
+            with self._turn.taken(cancelled.is_set):
+                self._stand_still(theatre, comparison, operations, when_stopped, cancelled)
 
     def _stand_still(
         self,

@@ -9,13 +9,14 @@ import errno
 import logging
 import os
 import resource
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Callable, Container, Dict, Iterable, List, Optional, Set, Union
 
 from spfs.errors import SpfsError, reason
 from spfs.freezer import Freezer, NoFreezer
 from spfs.linux import procfs
 from spfs.references import MountRoot, Remains, Resolver
-from spfs.surgery import headroom, maps, selection
+from spfs.surgery import headroom, maps, selection, turns
 from spfs.surgery.compare import Comparison, take_offsets_over
 from spfs.surgery.counterparts import Counterparts
 from spfs.surgery.examine import Examiner
@@ -34,7 +35,7 @@ class Census:
     """``processes`` by pid: those that use the mount, and those of the freezer.
 
     ``chosen``: only these are to be moved; ``exclude``: never to be looked at. ``within``: a reference whose path is
-    elsewhere (None: it has no name) is none of ours.
+    elsewhere (None: it has no name) is none of ours. ``alone``: nobody else's surgery goes on within it.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class Census:
         exclude: Container[int] = (),
         chosen: Container[int] = selection.Everybody(),
         within: Callable[[Optional[str]], bool] = lambda path: True,
+        alone: Callable[[], "AbstractContextManager[None]"] = nullcontext,
     ) -> None:
         self.processes: Dict[int, Process] = {}
         self.locks: Dict[int, List[bytes]] = {}
@@ -54,6 +56,7 @@ class Census:
         self._exclude = exclude
         self._chosen = chosen
         self._within = within
+        self._alone = alone
         self._others: List[Process] = []  # users that are not chosen
         self._seen: Set[int] = set()
         self.kinds = Kinds(device)
@@ -86,13 +89,23 @@ class Census:
     def find(self) -> None:
         """Examine every process, and open the counterparts of what the users hold."""
         _raise_descriptor_limit()
-        self.locks = locks.held(self._device)  # before the processes: a lock that comes now is noticed either way
         frozen = set(self._freezer.pids())
+        # Not while counterparts are opened: that may wait for the new file system as long as it likes.
+        with self._alone():
+            self._look(frozen)
+        self._provide(self.processes.values())
+        self._leave_out(frozen)
+        self.judge()
+        maps.read_ahead(self.processes.values())
+
+    def _look(self, frozen: Set[int]) -> None:
+        self.locks = locks.held(self._device)  # before the processes: a lock that comes now is noticed either way
         pids = sorted(frozen | set(procfs.processes()))
         self.kinds.survey(pids)
+        surgeons = turns.others()
         for pid in pids:
             self._seen.add(pid)
-            if pid == os.getpid() or pid in self._exclude or pid in self.processes:
+            if pid == os.getpid() or pid in self._exclude or pid in surgeons or pid in self.processes:
                 continue
             process = self._examined(pid)
             if process is None:
@@ -104,10 +117,6 @@ class Census:
                 self._others.append(process)
             else:
                 process.close()
-        self._provide(self.processes.values())
-        self._leave_out(frozen)
-        self.judge()
-        maps.read_ahead(self.processes.values())
 
     def newcomers(self, is_stopped: Callable[[int], bool]) -> List[int]:
         """Processes that were forked since ``find`` by those that stand still by now."""

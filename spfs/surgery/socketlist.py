@@ -12,7 +12,7 @@ from typing import Callable, Dict, Iterable, Iterator, List, NamedTuple, Sequenc
 
 from spfs.linux import namespaces, process, procfs, sockdiag, statx
 from spfs.linux.sockdiag import UnixSocket
-from spfs.surgery import bulk
+from spfs.surgery import bulk, turns
 from stubfs.wire import MAX_FDS
 
 T = TypeVar("T")
@@ -78,11 +78,12 @@ def in_thread(work: Callable[[], T], places: Sequence[Tuple[int, int]]) -> T:
 
 
 def holders(numbers: Iterable[int]) -> Dict[int, Set[Tuple[int, int]]]:
-    """Who has the sockets of these numbers open: (process, descriptor) for each of them."""
+    """Who has the sockets of these numbers open: (process, descriptor) for each of them; no copies of surgeons."""
     found: Dict[int, Set[Tuple[int, int]]] = {number: set() for number in numbers}
+    surgeons = turns.others() if found else ()
     for pid in procfs.processes() if found else ():
         for fd, number in _sockets(pid):
-            if number in found and pid != os.getpid():
+            if number in found and pid != os.getpid() and pid not in surgeons:
                 found[number].add((pid, fd))
     return found
 
