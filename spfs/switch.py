@@ -233,6 +233,7 @@ class Switch:
             attention.end()
             if stale:
                 operations = self._examine_again(theatre, stale, comparison, operations)
+            execution.rule_out(theatre, census.processes.values())
             census.judge()
             if self._strict:
                 self._refuse(report.left(census.processes.values()))

@@ -22,6 +22,7 @@ _tee = bind("tee", ctypes.c_int, ctypes.c_int, ctypes.c_size_t, ctypes.c_uint, r
 _setfsuid = bind_syscall("setfsuid", {"x86_64": 122, "aarch64": 151}[os.uname().machine], _long)
 _setfsgid = bind_syscall("setfsgid", {"x86_64": 123, "aarch64": 152}[os.uname().machine], _long)
 _setgroups = bind_syscall("setgroups", {"x86_64": 116, "aarch64": 159}[os.uname().machine], _long, ctypes.c_void_p)
+_setresuid = bind_syscall("setresuid", {"x86_64": 117, "aarch64": 147}[os.uname().machine], _long, _long, _long)
 _signalfd = bind("signalfd", ctypes.c_int, ctypes.c_void_p, ctypes.c_int)
 
 
@@ -61,6 +62,23 @@ class Credentials:
         _setfsuid(os.geteuid())
         _setfsgid(os.getegid())
         _set_groups(self._groups)
+
+
+class UserIds:
+    """This thread's real and effective user ids set to another's, and back to root's: ``with UserIds(real, effective)``.
+
+    What keeps the ids of whoever asks for something, not only those of the file system, is done as another one by this.
+    """
+
+    def __init__(self, real: int, effective: int) -> None:
+        self._wanted = (real, effective)
+
+    def __enter__(self) -> None:
+        self._before = os.getresuid()
+        _setresuid(*self._wanted, -1)  # the saved one lets us come back
+
+    def __exit__(self, *_: object) -> None:
+        _setresuid(*self._before)
 
 
 def _set_groups(groups: Iterable[int]) -> None:

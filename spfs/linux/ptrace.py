@@ -31,6 +31,7 @@ _INTERRUPT = 0x4207
 _GETSIGMASK = 0x420A
 _SETSIGMASK = 0x420B
 _GET_RSEQ_CONFIGURATION = 0x420F
+_GET_SYSCALL_USER_DISPATCH_CONFIG = 0x4211
 _NT_PRSTATUS = 1
 
 _WALL = 0x40000000
@@ -134,6 +135,17 @@ def rseq_area(tid: int) -> Optional[int]:
     except OSError:
         return None
     return int.from_bytes(buffer.raw[:8], "little") or None
+
+
+def dispatches_calls(tid: int) -> bool:
+    """Whether PR_SET_SYSCALL_USER_DISPATCH is on: calls from elsewhere than the task said may end in SIGSYS. False
+    where the kernel does not tell (before Linux 6.4, or other processors than x86)."""
+    buffer = ctypes.create_string_buffer(32)
+    try:
+        _ptrace(_GET_SYSCALL_USER_DISPATCH_CONFIG, tid, 32, ctypes.addressof(buffer))
+    except OSError:
+        return False
+    return any(buffer.raw[:8])
 
 
 def poll_stop(tid: int) -> Optional[Tuple[int, int]]:

@@ -22,7 +22,7 @@ from spfs.surgery.counterparts import Counterparts
 from spfs.surgery.examine import Examiner
 from spfs.surgery.kinds import locks
 from spfs.surgery.kinds.registry import Kinds
-from spfs.surgery.records import FdTable, FsContext, Memory, Process
+from spfs.surgery.records import NOT_CHOSEN, FdTable, FsContext, Memory, Process
 from spfs.surgery.theatre import Theatre
 
 if TYPE_CHECKING:  # imports this module
@@ -113,7 +113,7 @@ class Census:
             if pid in self._chosen and (process.is_concerned or pid in frozen):
                 self.processes[pid] = process
             elif process.is_concerned:
-                process.problem = selection.NOT_CHOSEN
+                process.problem = NOT_CHOSEN
                 self._others.append(process)
             else:
                 process.close()

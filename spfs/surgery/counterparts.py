@@ -9,13 +9,14 @@ import errno
 import fcntl
 import os
 import stat
+import struct
 from functools import partial
 from typing import Callable, Container, Dict, Iterable, Iterator, List, Optional, Set, Tuple
 
 from spfs.errors import reason
 from spfs.linux import procfs, statx
 from spfs.linux.openat2 import RESOLVE_BENEATH, RESOLVE_NO_MAGICLINKS, RESOLVE_NO_SYMLINKS, openat2
-from spfs.linux.process import Credentials
+from spfs.linux.process import Credentials, UserIds
 from spfs.references import Kind, MountRoot, Resolver
 from spfs.surgery.kinds import devices
 from spfs.surgery.nameless import Nameless
@@ -29,6 +30,8 @@ SETTABLE = os.O_APPEND | os.O_NONBLOCK | os.O_DIRECT | os.O_NOATIME | os.O_ASYNC
 _RESOLVE = RESOLVE_BENEATH | RESOLVE_NO_MAGICLINKS | RESOLVE_NO_SYMLINKS
 _PAGE = 4096
 _F_GET_RW_HINT, _F_SET_RW_HINT = 1035, 1036
+_F_GETOWNER_UIDS = 17
+_NOBODY = (1 << 32) - 1  # (uid_t)-1
 NO_MOUNT = -1  # an id that no mount has
 
 _NAMES = {
@@ -306,12 +309,19 @@ def copy_flags(old: int, new: int) -> None:
 
 
 def _copy_owner(old: int, new: int, flags: int) -> None:
-    """F_SETOWN, F_SETSIG and O_ASYNC. Owner ids are translated by the kernel to and from our pid namespace."""
+    """F_SETOWN, F_SETSIG and O_ASYNC. Owner ids are translated by the kernel to and from our pid namespace.
+
+    Whom the owner may signal goes by who set it (sigio_perm in fs/fcntl.c): that must not be root from now on.
+    """
     if flags & os.O_PATH:
         return
     owner = fcntl.fcntl(old, 16, bytes(8))  # F_GETOWN_EX
     if owner[4:] != bytes(4):
-        fcntl.fcntl(new, 15, owner)  # F_SETOWN_EX
+        ids = struct.unpack("<2I", fcntl.fcntl(old, _F_GETOWNER_UIDS, bytes(8)))
+        if _NOBODY in ids:
+            raise OSError(errno.EOVERFLOW, "the user who asked for signals is none of our user namespace")
+        with UserIds(*ids):
+            fcntl.fcntl(new, 15, owner)  # F_SETOWN_EX
     number = fcntl.fcntl(old, fcntl.F_GETSIG)
     if number:
         fcntl.fcntl(new, fcntl.F_SETSIG, number)

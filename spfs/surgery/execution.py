@@ -5,10 +5,12 @@ from __future__ import annotations
 import errno
 import logging
 import os
-from typing import Dict, Iterable, List, Protocol, Sequence, TypeVar
+import signal
+from typing import Dict, Iterable, List, Optional, Protocol, Sequence, TypeVar
 
 from spfs.errors import reason
 from spfs.linux import process as syscalls
+from spfs.linux import ptrace
 from spfs.linux.arch import Architecture
 from spfs.linux.process import KCMP_FILES, KCMP_FS, KCMP_VM
 from spfs.surgery import scheduler
@@ -71,6 +73,24 @@ def plan(processes: Iterable[Process], kinds: Kinds, gadgets: GadgetFinder, firs
     return list(planned.values())
 
 
+def rule_out(theatre: Theatre, processes: Iterable[Process]) -> None:
+    """Those that stand still, but cannot be made to call anything. Before it is judged what else must stay then."""
+    for process in processes:
+        if process.problem is None and theatre.is_stopped(process.pid):
+            process.problem = _obstacle(theatre, process)
+
+
+def _obstacle(theatre: Theatre, process: Process) -> Optional[str]:
+    if process.status.seccomp and not theatre.seccomp_suspended:
+        return "its seccomp filter cannot be suspended (the one who replaces is under seccomp too)"
+    # Who has its calls sent to itself has a handler for what they are sent as.
+    if process.status.caught >> (signal.SIGSYS - 1) & 1:
+        tasks = {record.tid for record in shareable(process)}
+        if any(ptrace.dispatches_calls(tid) for tid in tasks):
+            return "its system calls are sent to itself (PR_SET_SYSCALL_USER_DISPATCH), ours would be, too"
+    return None
+
+
 def operate(
     theatre: Theatre, operations: Sequence[Work], gadgets: GadgetFinder, architecture: Architecture, bell: Bell
 ) -> None:
@@ -85,9 +105,6 @@ def operate(
             process.problem = theatre.problems.get(process.pid, "the process ended")
             continue
         sandboxed = process.status.seccomp != 0
-        if sandboxed and not theatre.seccomp_suspended:
-            process.problem = "its seccomp filter cannot be suspended (the one who replaces is under seccomp too)"
-            continue
         pidfd = process.pidfd
         of_its_own = operation.tid in {table.tid for table in process.tables} or process.pid not in process.tids
         if operation.tid != process.pid and of_its_own:

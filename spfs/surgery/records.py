@@ -16,6 +16,8 @@ from spfs.linux.memcg import MemoryCgroup
 from spfs.linux.procfs import Lock
 from spfs.references import Kind
 
+NOT_CHOSEN = "is not among the processes to be moved"  # a process's problem that is none of its own
+
 
 @dataclass(eq=False)
 class Carried:

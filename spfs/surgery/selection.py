@@ -12,12 +12,20 @@ from typing import Callable, Dict, Iterable, Iterator, List, Sequence, Set, Unio
 from spfs.linux import procfs
 from spfs.linux.process import KCMP_FILES, KCMP_FS, KCMP_VM
 from spfs.surgery.examine import shared
-from spfs.surgery.records import Description, FdTable, FsContext, Holding, Memory, Place, Process, Region
+from spfs.surgery.records import (
+    NOT_CHOSEN,
+    Description,
+    FdTable,
+    FsContext,
+    Holding,
+    Memory,
+    Place,
+    Process,
+    Region,
+)
 
 Record = Union[FdTable, FsContext, Memory]
 Movable = Union[Description, Holding, Place, Region]
-
-NOT_CHOSEN = "is not among the processes to be moved"
 
 
 class Everybody:

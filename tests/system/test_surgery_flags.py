@@ -66,6 +66,26 @@ def state():
     assert victim.run("signal.sigtimedwait([signal.SIGUSR1], 10).si_signo == signal.SIGUSR1")
 
 
+def test_signals_are_sent_in_the_name_of_who_asked_for_them(mounts: Mounts, victim: Victim) -> None:
+    """Whom F_SETOWN may have signalled goes by who called it: not by us, who are root."""
+    mounts.both(lambda root: os.mkfifo(root / "fifo"))
+    with subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as roots:
+        victim.run(
+            f"""
+fd = os.open({str(mounts.old / 'fifo')!r}, os.O_RDWR | os.O_NONBLOCK)
+os.setresuid(1234, 1235, 1235)
+fcntl.fcntl(fd, fcntl.F_SETOWN, {roots.pid}); fcntl.fcntl(fd, fcntl.F_SETSIG, signal.SIGKILL)
+fcntl.fcntl(fd, fcntl.F_SETFL, os.O_ASYNC | os.O_NONBLOCK); os.write(fd, b'x')
+def asked():
+    return struct.unpack('II', fcntl.fcntl(fd, 17, bytes(8)))  # F_GETOWNER_UIDS
+"""
+        )
+        assert victim.run("asked()") == (1234, 1235)
+        assert mounts.switch().moved == {"fifo": 1}
+        assert victim.run("asked(), os.write(fd, b'y'), os.read(fd, 9)") == ((1234, 1235), 1, b"xy")
+        assert roots.communicate(b"alive", timeout=10) == (b"alive", None) and roots.returncode == 0
+
+
 def test_hints(mounts: Mounts, victim: Victim) -> None:
     path = mounts.file("f")
     victim.run(f"fd = os.open({path!r}, os.O_RDWR)")

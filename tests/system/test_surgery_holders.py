@@ -101,6 +101,60 @@ with mmap.mmap(ring, 4096) as queues, mmap.mmap(ring, 256, offset=0x10000000) as
     assert "an io_uring of its process" in left.reason
 
 
+@needs_ring
+@pytest.mark.parametrize("call", ["io_uring", "io_submit"])
+def test_fifo_that_a_request_waits_for(mounts: Mounts, victim: Victim, call: str) -> None:
+    """Its writer must not go: the request would find the end of the fifo, or be told of nothing any more."""
+    mounts.both(lambda root: os.mkfifo(root / "fifo"))
+    path = str(mounts.old / "fifo")
+    victim.run(f"r = os.open({path!r}, os.O_RDONLY | os.O_NONBLOCK)")
+    writer = Victim()
+    try:
+        writer.run(f"import os; w = os.open({path!r}, os.O_WRONLY)")
+        if call == "io_uring":
+            victim.run(RING + READ_LATER + "os.set_blocking(r, True); read_later(r)")
+            reason = "an io_uring of its process"
+        else:
+            victim.run(POLL_LATER)
+            reason = "io_submit"
+        report = mounts.switch()
+        assert report.moved == {} and len(report.left) == 2 and all(reason in left.reason for left in report.left)
+        writer.run("os.write(w, b'abc')")
+        if call == "io_uring":
+            assert victim.run("enter(1), buffer.raw[:3]") == (0, b"abc")
+        else:
+            assert victim.run("libc.syscall(208, context, 1, 1, events, None), os.read(r, 3)") == (1, b"abc")
+            victim.run("assert libc.syscall(207, context) == 0")  # io_destroy
+        assert mounts.switch().moved == {"fifo": 2} and mounts.users() == []
+        writer.run("os.write(w, b'def')")
+        assert victim.run("os.read(r, 3)") == b"def"
+    finally:
+        writer.close()
+
+
+READ_LATER = """
+def enter(complete):
+    return libc.syscall(426, ring, 0, complete, 1, None, 0)
+def read_later(fd):
+    global buffer
+    buffer = ctypes.create_string_buffer(16)
+    with mmap.mmap(ring, 4096) as queues, mmap.mmap(ring, 256, offset=0x10000000) as entries:
+        entries[:64] = struct.pack('BBHiQQI', 22, 0, 0, fd, 2**64 - 1, ctypes.addressof(buffer), 3).ljust(64, bytes(1))
+        struct.pack_into('I', queues, sq_array, 0)
+        count(queues, sq_tail)
+        assert libc.syscall(426, ring, 1, 0, 0, None, 0) == 1, ctypes.get_errno()
+"""
+POLL_LATER = """
+libc = ctypes.CDLL(None, use_errno=True)
+context, events = ctypes.c_ulong(), ctypes.create_string_buffer(32)
+assert libc.syscall(206, 4, ctypes.byref(context)) == 0, ctypes.get_errno()  # io_setup
+# struct iocb: IOCB_CMD_POLL of r, for POLLIN
+request = ctypes.create_string_buffer(struct.pack('QIIHhIQQqQII', 1, 0, 0, 5, 0, r, 1, 0, 0, 0, 0, 0))
+pointer = ctypes.c_void_p(ctypes.addressof(request))
+assert libc.syscall(209, context, 1, ctypes.byref(pointer)) == 1, ctypes.get_errno()  # io_submit
+"""
+
+
 SENT = """
 a, b = socket.socketpair(socket.AF_UNIX, socket.SOCK_{0})
 fd, again = os.open({1!r}, os.O_RDWR), os.open({1!r}, os.O_RDWR | os.O_APPEND)

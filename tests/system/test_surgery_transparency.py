@@ -210,6 +210,78 @@ def test_seccomp(mounts: Mounts, tmp_path: Path, mode: str) -> None:
         assert (out, process.returncode) == (b"new", 0)
 
 
+DISPATCHED = r"""
+#define _GNU_SOURCE
+#include <fcntl.h>
+#include <signal.h>
+#include <stdio.h>
+#include <sys/mman.h>
+#include <sys/prctl.h>
+#include <sys/syscall.h>
+#include <ucontext.h>
+#include <unistd.h>
+
+/* until told in memory that it shares, has every call of its own sent to its handler, which answers 42 */
+static volatile char selector;
+static int handled;
+
+static void handle(int number, siginfo_t *info, void *context)
+{
+    selector = 0;
+    handled++;
+    ((ucontext_t *)context)->uc_mcontext.gregs[REG_RAX] = 42;
+}
+
+int main(int argc, char **argv)
+{
+    int fd = open(argv[1], O_RDONLY), shared = open(argv[2], O_RDWR);
+    volatile char *told = mmap(NULL, 1, PROT_READ | PROT_WRITE, MAP_SHARED, shared, 0);
+    struct sigaction action = { .sa_sigaction = handle, .sa_flags = SA_SIGINFO };
+    char contents[4] = "";
+    sigaction(SIGSYS, &action, NULL);
+    if (prctl(59 /* PR_SET_SYSCALL_USER_DISPATCH */, 1, 0, 0, &selector)) return 77;
+    write(1, "ready\n", 6);
+    selector = 1;
+    while (!*told);
+    long result = syscall(SYS_getpid);
+    read(fd, contents, 3);
+    printf("%ld %d %s", result, handled, contents);
+    return 0;
+}
+"""
+
+
+@pytest.mark.skipif(os.uname().machine != "x86_64", reason="only x86 has PR_SET_SYSCALL_USER_DISPATCH")
+def test_calls_dispatched_to_itself(mounts: Mounts, tmp_path: Path) -> None:
+    """What we have it call would be sent to its handler, and end it: it is left before anything is done to it, and with
+    it the offset that it shares with another process."""
+    program = compile_c(tmp_path, DISPATCHED, "-Wno-unused-result")
+    told = tmp_path / "told"
+    told.write_bytes(bytes(1))
+    victim = Victim()
+    try:
+        victim.run(f"import os; fd = os.open({str(mounts.old / 'f')!r}, 0); alone = os.open({str(mounts.old / 'f')!r}, 0)")
+        victim.run(
+            f"""
+import subprocess
+child = subprocess.Popen([{program!r}, "/proc/self/fd/0", {str(told)!r}], stdin=fd, stdout=subprocess.PIPE, bufsize=0)
+"""
+        )
+        if victim.run("child.stdout.read(6)") != b"ready\n":
+            pytest.skip("the kernel has no PR_SET_SYSCALL_USER_DISPATCH")
+        report = mounts.switch()
+        reasons = {(left.pid == victim.pid, left.what): left.reason for left in report.left}
+        assert report.moved == {"file": 1}
+        assert "PR_SET_SYSCALL_USER_DISPATCH" in reasons[False, "fd 0"]
+        assert "shared with process" in reasons[True, "fd 3"]
+        told.write_bytes(b"1")
+        assert victim.run("child.stdout.read()") == b"42 1 old" and victim.run("child.wait()") == 0
+        assert victim.run("os.lseek(fd, 0, os.SEEK_CUR), os.read(alone, 3)") == (0, b"new")
+        assert mounts.switch().moved == {"file": 1} and victim.run("os.read(fd, 3)") == b"new"
+    finally:
+        victim.close()
+
+
 BUSY = r"""
 #include <fcntl.h>
 #include <immintrin.h>

@@ -18,6 +18,7 @@ from spfs.surgery.kinds.locks import Locks
 from spfs.surgery.kinds.rings import Rings
 from spfs.surgery.kinds.senders import Senders
 from spfs.surgery.kinds.sockets import Sockets
+from spfs.surgery.kinds.together import Together
 from spfs.surgery.kinds.unlinked import Unlinked
 from spfs.surgery.program import Program
 from spfs.surgery.records import Description, FdTable, Process
@@ -27,7 +28,8 @@ if TYPE_CHECKING:  # imports this module
 
 # In this order they judge and act.
 KINDS: Tuple[Type[Handler], ...] = (
-    Inotify, Unlinked, Directories, Locks, Fifos, InFlight, Senders, Sockets, Connections, Epolls, Rings, Fanotify,
+    Together, Inotify, Unlinked, Directories, Locks, Fifos, InFlight, Senders, Sockets, Connections, Epolls, Rings,
+    Fanotify,
 )  # fmt: skip
 
 

@@ -16,7 +16,7 @@ from typing import Callable, Dict, Iterator, List, Optional, Tuple
 from spfs.linux import mountinfo, procfs
 from spfs.references import Kind
 from spfs.surgery.counterparts import Counterparts
-from spfs.surgery.kinds.base import Found, Handler, Scene, Survey
+from spfs.surgery.kinds.base import Found, Handler, Scene, Survey, Use
 from spfs.surgery.program import Program
 from spfs.surgery.records import Description, FdTable, Holding, Process
 
@@ -25,7 +25,8 @@ _REGISTER_FILES_UPDATE = 6
 _UPDATE = struct.Struct("<IIQ")  # struct io_uring_rsrc_update: offset, reserved, address of descriptors
 
 _ALONE = "only the ring has it: neither its flags nor its offset can be had"
-_SOCKET = "an io_uring of its process has it, or has requests under way that may be about it"
+_WAITS = "an io_uring of its process has it, or has requests under way that may be about it"
+_ASYNCHRONOUS = "a request of its process (io_submit(2), IOCB_CMD_POLL) may wait for it, which the kernel tells nobody"
 _AMBIGUOUS = "the process has it open more than once, and which one is registered cannot be told"
 
 
@@ -75,11 +76,28 @@ class Rings(Handler):
             if isinstance(holding, RegisteredFile) and holding.problem is None:
                 assert holding.description is not None
                 holding.problem = process.problem or holding.description.problem
-        for _, table in scene.tables():
-            texts = [_text(table, ring) for ring in self._rings.get(table, ())] if table.exchangeable else []
-            for one in table.exchangeable if texts else ():
-                if one.problem is None and any(_may_use(text, one.holder.inode) for text in texts):
-                    one.problem = _SOCKET
+        self._judge_waits(scene)
+
+    def _judge_waits(self, scene: Scene) -> None:
+        """What a request waits for to become ready must not be exchanged beneath it: it would wait for ever, or find
+        the end of a fifo that nobody writes to any more."""
+        fifos: Dict[int, List[Use]] = {}
+        for use in scene.uses:
+            if use.description.kind is Kind.FIFO and use.description.problem is None:
+                fifos.setdefault(id(use.table), []).append(use)
+        for process, table in scene.tables():
+            ends = fifos.get(id(table), [])
+            if not ends and not table.exchangeable:
+                continue
+            texts = [_text(table, ring) for ring in self._rings.get(table, ())]
+            polls = _ASYNCHRONOUS if process.memory is not None and b"/[aio]" in process.memory.maps else None
+            for one in table.exchangeable:
+                if one.problem is None:
+                    used = any(_may_use(text, one.holder.inode) for text in texts)
+                    one.problem = _WAITS if used else polls
+            waits = _WAITS if any(map(_has_waiting, texts)) else polls
+            for end in ends:
+                end.description.problem = end.description.problem or waits
 
     def finish(self, program: Program, table: FdTable) -> None:
         for one in table.holdings:
@@ -119,7 +137,11 @@ def _text(table: FdTable, ring: int) -> str:
 
 def _may_use(text: str, number: int) -> bool:
     """Whether socket ``number`` is registered, or requests wait for anything: the kernel does not say for what."""
-    return f"socket:[{number}]" in text or text.partition("PollList:")[2].lstrip().startswith("op=")
+    return f"socket:[{number}]" in text or _has_waiting(text)
+
+
+def _has_waiting(text: str) -> bool:
+    return text.partition("PollList:")[2].lstrip().startswith("op=")
 
 
 def _links(table: FdTable) -> Dict[str, List[int]]:
