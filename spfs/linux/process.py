@@ -65,7 +65,7 @@ class Credentials:
 
 
 class UserIds:
-    """This thread's real and effective user ids set to another's, and back to root's: ``with UserIds(real, effective)``.
+    """This thread's real and effective user ids set to another's, and back: ``with UserIds(real, effective)``.
 
     What keeps the ids of whoever asks for something, not only those of the file system, is done as another one by this.
     """

@@ -260,10 +260,10 @@ def test_calls_dispatched_to_itself(mounts: Mounts, tmp_path: Path) -> None:
     told.write_bytes(bytes(1))
     victim = Victim()
     try:
-        victim.run(f"import os; fd = os.open({str(mounts.old / 'f')!r}, 0); alone = os.open({str(mounts.old / 'f')!r}, 0)")
         victim.run(
             f"""
-import subprocess
+import os, subprocess
+fd, alone = [os.open({str(mounts.old / 'f')!r}, 0) for _ in range(2)]
 child = subprocess.Popen([{program!r}, "/proc/self/fd/0", {str(told)!r}], stdin=fd, stdout=subprocess.PIPE, bufsize=0)
 """
         )
