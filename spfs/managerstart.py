@@ -6,11 +6,10 @@ import errno
 import os
 import select
 import signal
-import sys
 import time
 
-import spfs
 from spfs.errors import SpfsError, reason
+from stubfs import interpreter
 
 TIMEOUT = 30.0  # seconds
 SOCKET_VARIABLE = "SPFS_MANAGER_SOCK"
@@ -26,18 +25,14 @@ class ManagerStart:
     def __init__(self, work_dir: str, socket_path: str, *, exit_with_spfs: bool = True) -> None:
         """SpfsError if there can be no process."""
         self._work_dir = work_dir
-        # The same spfs as is imported here. Not by -m, which looks for all modules in the current directory first.
-        package = os.path.dirname(os.path.dirname(os.path.abspath(spfs.__file__)))
-        code = f"import sys; sys.path[0] = {package!r}; from spfs.cli.manager import main; main()"
-        command = [sys.executable, "-c", code, "-d", "--work-dir", work_dir]
-        command += ["--socket-path", socket_path] + ["--exit-with-spfs"] * exit_with_spfs
-        path = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
+        arguments = ["-d", "--work-dir", work_dir, "--socket-path", socket_path]
+        command = interpreter.command("spfs.cli.manager", *arguments, *["--exit-with-spfs"] * exit_with_spfs)
         self._said, says = os.pipe()
         try:
             self._pid = os.posix_spawn(
-                sys.executable,
+                command[0],
                 command,
-                {**os.environ, "PYTHONPATH": path},
+                os.environ,
                 file_actions=[
                     (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
                     (os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0),

@@ -11,11 +11,11 @@ import errno
 import os
 import select
 import subprocess
-import sys
 import tempfile
 from types import TracebackType
 from typing import Any, List, Optional, Sequence, Tuple, Type, Union
 
+from stubfs import interpreter
 from stubfs.client import FilesystemClient
 from stubfs.errors import MissingFeatureError, StubfsError, UsageError
 from stubfs.messages import FilesystemStatus
@@ -23,7 +23,6 @@ from stubfs.messages import FilesystemStatus
 _EXIT_LIMIT = 10.0  # seconds for the process to end when it has been asked to
 _KINDS: Tuple[Type[StubfsError], ...] = (StubfsError, UsageError, MissingFeatureError)
 _ERRORS = {kind.exit_code: kind for kind in _KINDS}
-_START = "import sys; sys.path[:] = {path!r}; from stubfs.cli import main; sys.exit(main(sys.argv[1:]))"
 Directory = Union[str, "os.PathLike[str]", int]
 
 
@@ -53,8 +52,7 @@ class Mount:
         try:
             with tempfile.TemporaryFile() as messages:
                 self._process = subprocess.Popen(
-                    [sys.executable, "-I", "-c", _START.format(path=[os.path.abspath(part) for part in sys.path])]
-                    + [f"--ready-fd={tell}", f"--lifeline-fd={lifeline}", *arguments],
+                    interpreter.command("stubfs.cli", f"--ready-fd={tell}", f"--lifeline-fd={lifeline}", *arguments),
                     pass_fds=[tell, lifeline], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=messages,
                     start_new_session=True,  # what interrupts the caller is not to take the mount from under its feet
                 )  # fmt: skip

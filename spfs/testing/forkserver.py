@@ -1,6 +1,6 @@
 """A process that has imported the file system and forks one per mount: a mount then costs no start of Python.
 
-``python -m spfs.testing.forkserver SOCKET PIDFD DIRECTORY``, started by ``spfs.testing.server``. Ends when the socket
+Its arguments are a socket, a pidfd and a directory; started by ``spfs.testing.server``. Ends when the socket
 is shut down or the process of the pidfd has ended, however it did; then it removes the directory and its mounts.
 """
 
@@ -123,7 +123,3 @@ def _end(children: Dict[int, int]) -> None:
                 os.waitpid(pid, 0)
                 os.close(pidfd)
                 del children[pidfd]
-
-
-if __name__ == "__main__":
-    main()

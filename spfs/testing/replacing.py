@@ -8,8 +8,8 @@ import subprocess
 import sys
 from typing import Any, Dict
 
-import spfs
 from spfs.errors import SpfsError
+from stubfs import interpreter
 
 BIND = 4096  # MS_BIND, mount(2)
 
@@ -20,12 +20,8 @@ def replace(control: str, pid: int, mountpoint: str, **request: Any) -> Dict[str
     ``control``, ``pid``, ``mountpoint``: of the file system that is replaced; ``request`` as in ``requests.Replace``.
     """
     order = [control, pid, mountpoint, request]
-    package = os.path.dirname(os.path.dirname(os.path.abspath(spfs.__file__)))
-    path = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
-    done = subprocess.run(
-        [sys.executable, "-m", "spfs.testing.replacing"], input=json.dumps(order),
-        capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path},
-    )  # fmt: skip
+    command = interpreter.command("spfs.testing.replacing")
+    done = subprocess.run(command, input=json.dumps(order), capture_output=True, text=True)
     try:
         answer: Dict[str, Any] = json.loads(done.stdout)
     except ValueError as error:
@@ -75,7 +71,3 @@ def _replace(control: str, pid: int, mountpoint: str, request: Dict[str, Any]) -
         return step.replace(wanted, filesystem, lambda stage, details: ignore_progress(stage, details, 0.0))
     finally:
         target.close()
-
-
-if __name__ == "__main__":
-    main()

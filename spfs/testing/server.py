@@ -11,15 +11,13 @@ import os
 import select
 import signal
 import socket
-import sys
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Iterator, List, Optional, Type, Union
 
-import spfs
 from spfs.testing import places
 from spfs.testing.delayed import DEFAULT_OWN_LIMIT, DelayedMount
-from stubfs import messages, wire
+from stubfs import interpreter, messages, wire
 from stubfs.errors import MissingFeatureError, StubfsError, reason
 
 _START_LIMIT = 60.0  # seconds for a mount; it takes a tenth of one on an idle machine
@@ -127,13 +125,14 @@ class MountServer:
             try:
                 for fd in (its.fileno(), owner):
                     os.set_inheritable(fd, True)
-                package = os.path.dirname(os.path.dirname(os.path.abspath(spfs.__file__)))
-                module_path = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
+                command = interpreter.command(
+                    "spfs.testing.forkserver", str(its.fileno()), str(owner), self._directory
+                )
                 self._pid = os.posix_spawn(
-                    sys.executable,
-                    [sys.executable, "-m", "spfs.testing.forkserver", str(its.fileno()), str(owner), self._directory],
+                    command[0],
+                    command,
                     # Without root, staging files are in a temporary directory: where we can remove it.
-                    {**os.environ, "PYTHONPATH": module_path, "TMPDIR": self._directory},
+                    {**os.environ, "TMPDIR": self._directory},
                     file_actions=[
                         (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
                         (os.POSIX_SPAWN_DUP2, log, 1),
