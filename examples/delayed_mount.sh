@@ -47,7 +47,7 @@ until [ "$(spfs held --json | json 'len({entry["pid"] for entry in it})')" -eq 2
 spfs held data --json | json '", ".join(sorted("a %s of %s waits" % (e["operation"], e["name"] or e["path"]) for e in it))'
 
 # The real file system is asked for. It is tried until it comes; to give up waiting for it changes nothing.
-spfs replace data --source "$work/server" --type none --flags 4096
+spfs replace data --source "$work/server" --type none --options bind
 expect 4 spfs wait data --timeout 0.5 2>/dev/null
 spfs status data --json | json '"the server is late: %s" % it["mounts"][0]["replace"]["last_attempts"][-1]["error"]'
 

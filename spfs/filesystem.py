@@ -189,7 +189,7 @@ def look_after_end(context: Context, managed: Managed, target: Target) -> None:
 def _is_on_path(path: str, wanted: requests.Replace, target: Target) -> bool:
     from spfs import mounts
     from spfs.linux import statx
-    from spfs.linux.mountapi import MS
+    from spfs.mountoptions import MountOptions
 
     with ExitStack() as stack:
         fd = mounts.open_root(target, path, fsprocess.END_TIMEOUT)
@@ -197,7 +197,7 @@ def _is_on_path(path: str, wanted: requests.Replace, target: Target) -> bool:
         there = statx.examine("", fd, statx.AT_EMPTY_PATH)
         if not statx.is_mount_root(fd):
             return False
-        if wanted.flags & MS.BIND:
+        if MountOptions.parse(wanted.flags, wanted.options).bind:
             source_fd = mounts.open_root(target, wanted.source, fsprocess.END_TIMEOUT)
             stack.callback(os.close, source_fd)
             source = statx.examine("", source_fd, statx.AT_EMPTY_PATH)

@@ -50,6 +50,8 @@ _WORDS: Dict[str, Tuple[MS, MS]] = {
     "nosymfollow": (MS.NOSYMFOLLOW, MS(0)),
     "symfollow": (MS(0), MS.NOSYMFOLLOW),
     "defaults": (MS(0), MS(0)),
+    "bind": (MS.BIND, MS(0)),
+    "rbind": (MS.BIND | MS.REC, MS(0)),
 }
 # Words for mount(8) and fstab alone, which no kernel file system knows.
 _FSTAB = frozenset(["_netdev", "auto", "noauto", "nofail", "user", "nouser", "users", "owner", "group"])
@@ -98,7 +100,7 @@ class MountOptions(NamedTuple):
     def _checked(self) -> "MountOptions":
         if not self.bind:
             if self.flags & MS.REC:
-                raise SpfsError("cannot mount with flag MS_REC: it is for bind mounts", "add 4096 (MS_BIND)")
+                raise SpfsError("cannot mount with flag MS_REC: it is for bind mounts", "add the option bind")
             return self
         others = [word for word in self.words if word not in ("ro", "rw")]
         if others:

@@ -19,7 +19,7 @@ from spfs.errors import SpfsError, reason
 from spfs.freezer import Freezer, open_freezer
 from spfs.instances import Instance
 from spfs.linux import openat2, procfs, statx
-from spfs.linux.mountapi import MS
+from spfs.mountoptions import MountOptions
 from spfs.mountswitch import PreparedSwitch, SwitchOutcome, prepare_switch
 from spfs.processes import has_ended
 from spfs.realmount import Attempt, Retry, RetryPolicy, not_yet
@@ -449,7 +449,7 @@ def _real_mount(request: Replace, target: Target, helper_directory: Optional[str
         )
 
     # A directory that is to be bound there can be late, too: it is not there yet, as a server that does not answer yet.
-    bind = request.flags & MS.BIND
+    bind = MountOptions.parse(request.flags, request.options).bind
     policy = RetryPolicy(not_yet=frozenset([errno.ENOENT]) if bind else not_yet(request.type))
     what = f"{request.source} ({request.type})"
     real_fd = Retry(policy, timeout=request.timeout, report=report).run(attempt, what)

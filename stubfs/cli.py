@@ -19,21 +19,21 @@ from stubfs.rules import OPERATIONS, Rule
 _EPILOG = f"""\
 {options.HELP}
 rules: ACTION key=value ..., the first that matches a request decides, in every mode
-  serve                  as if it were not stub mode
-  hold                   as in stub mode; with seconds=N errno=NAME answered with an error after N seconds
+  serve                  serve it, also in stub mode
+  hold                   as in stub mode; with seconds=N errno=NAME only for N seconds, then an error
   fail                   with errno=NAME (default: EIO)
-  delay seconds=N        then on to the rules behind it
-  which requests:        operations=NAME,... path=PATTERN pids=PID,... times=N (the first N of them)
-  PATTERN is relative to the mountpoint, and * matches slashes, too. The operations:
+  delay seconds=N        then go on with the next rules
+  restricted by:         operations=NAME,... path=PATTERN pids=PID,... times=N (the first N of them)
+  PATTERN is relative to the mountpoint; * also matches slashes. The operations:
 {textwrap.fill(", ".join(sorted(OPERATIONS)), 110, initial_indent="  ", subsequent_indent="  ")}
   stubfs --mode proxy --proxy-dir /srv/data --rule 'hold operations=fsync' --rule 'delay seconds=0.05' /mnt
 
-exit status: 0 mounted (and, with -f, ended), 1 failed, 2 bad usage, 3 the machine lacks something
+exit status: 0 mounted (with -f: unmounted again); 1 failed; 2 bad usage; 3 something is missing on this machine
 
 while requests are held:
-  Who waits can be killed, and is not disturbed by any other signal. It cannot be frozen by a cgroup before it has
-  its answer. A process that waits behind it in the kernel, for a directory in which a file is being created, or for
-  a file that is being written to, can neither be killed nor is it listed.
+  A waiting process can be killed; no other signal disturbs it. A cgroup cannot freeze it until it has its answer.
+  A process that waits behind it in the kernel, for a directory in which a file is being created, or for a file that
+  is being written to, cannot be killed and is not listed.
 """
 
 
@@ -51,32 +51,33 @@ def parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     result.add_argument("source", nargs="?", metavar="SOURCE",
-                        help="the mount's source as it is shown; in mode proxy the directory itself")  # fmt: skip
+                        help="the source shown in the mount table; in proxy mode the directory to serve")  # fmt: skip
     result.add_argument("mountpoint", metavar="MOUNTPOINT",
                         help="a directory, or /dev/fd/N: serve the mount of an open /dev/fuse")  # fmt: skip
     result.add_argument("--mode", choices=[mode.value for mode in Mode], default="restore", help="default: restore")
-    result.add_argument("--proxy-dir", metavar="DIR", help="the real directory (with --mode proxy)")
+    result.add_argument("--proxy-dir", metavar="DIR", help="the directory to serve (with --mode proxy)")
     result.add_argument("--socket-path", metavar="PATH", help="control socket")
-    result.add_argument("-f", "--foreground", action="store_true", help="do not go into the background")
-    stub = result.add_argument_group("stub mode", "With --mode stub; the control socket takes the same.")
-    stub.add_argument("--timeout", metavar="SECONDS", type=float, help="answer who waits for so long with an error")
-    stub.add_argument("--errno", metavar="NAME", help="which one (default: EIO)")
+    result.add_argument("-f", "--foreground", action="store_true", help="stay in the foreground")
+    stub = result.add_argument_group("stub mode", "For --mode stub; stubfsctl has the same options.")
+    stub.add_argument("--timeout", metavar="SECONDS", type=float, help="fail requests that have waited this long")
+    stub.add_argument("--errno", metavar="NAME", help="with this error (default: EIO)")
     stub.add_argument("--exempt", metavar="PID", type=int, action="append", default=[],
-                      help="serve this process from the staging directory all the same; may be repeated")  # fmt: skip
+                      help="keep serving this process from the staging directory; may be repeated")  # fmt: skip
     result.add_argument("--rule", metavar="RULE", action="append", default=[],
-                        help="serve, hold, fail or delay some requests, see below; may be repeated")  # fmt: skip
+                        help="serve, hold, fail or delay certain requests, see below; may be repeated")  # fmt: skip
     result.add_argument("-o", metavar="OPTIONS", dest="options", action="append", default=[],
                         help="mount options, see below; may be repeated")  # fmt: skip
-    result.add_argument("--ready-fd", metavar="N", type=int, help="write one newline there when all is ready")
+    result.add_argument("--ready-fd", metavar="N", type=int, help="write a newline there when the mount is ready")
     end = result.add_mutually_exclusive_group()
-    end.add_argument("--lifeline-fd", metavar="N", type=int, help="end when the other end of this pipe is closed")
+    end.add_argument("--lifeline-fd", metavar="N", type=int, help="unmount and end when this pipe's other end closes")
     end.add_argument("--exit-with-pid", metavar="PID", type=int, help="unmount and end when this process has ended")
     result.add_argument("--log", metavar="FILE", help="append messages to FILE")
     result.add_argument("--record", metavar="FILE", help="append who waited, for what and how long, as JSON lines")
-    result.add_argument("--log-format", choices=logs.FORMATS, default="text", help="json: one object a line")
+    result.add_argument("--log-format", choices=logs.FORMATS, default="text",
+                        help="json: one object per line (default: text)")  # fmt: skip
     result.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     result.add_argument(
-        "-v", "--verbose", action="count", default=0, help="say more than what goes wrong: changes; twice: each step"
+        "-v", "--verbose", action="count", default=0, help="log more than problems: changes of state; twice: every step"
     )
     return result
 

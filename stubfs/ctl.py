@@ -10,6 +10,7 @@ import sys
 from dataclasses import asdict
 from typing import Any, Callable, Dict, List, NoReturn, Optional
 
+from stubfs import __version__
 from stubfs.client import FilesystemClient
 from stubfs.errors import StubfsError, UsageError, printable, reason
 from stubfs.rules import Rule
@@ -18,10 +19,10 @@ _NOT_IN_TIME = 4
 _CALL_LIMIT = 60.0  # seconds for the file system to answer
 
 _DESCRIPTION = """\
-Change and watch a file system that was started as "stubfs --socket-path SOCKET MOUNTPOINT"."""
+Control and watch a file system that was started as "stubfs --socket-path SOCKET MOUNTPOINT"."""
 
 _EPILOG = """\
-a program's behaviour on a server that hangs, in a script:
+in a script, to see how a program behaves when its server hangs:
   stubfs --exit-with-pid $$ --socket-path /tmp/sock --mode proxy --proxy-dir /srv/data /mnt
   stubfsctl /tmp/sock rules --rule 'hold operations=fsync'
   program /mnt/file &
@@ -29,7 +30,7 @@ a program's behaviour on a server that hangs, in a script:
   stubfsctl /tmp/sock rules --none
   wait $!
 
-exit codes: 0 done; 1 it failed; 2 usage; 3 the machine lacks something; 4 not in time"""
+exit codes: 0 done; 1 failed; 2 bad usage; 3 something is missing on this machine; 4 not done in time"""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -42,40 +43,42 @@ def parser() -> argparse.ArgumentParser:
         prog="stubfsctl", description=_DESCRIPTION, epilog=_EPILOG, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
+    result.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     result.add_argument("socket", metavar="SOCKET", help="what stubfs was given as --socket-path")
     printed = _Parser(add_help=False)
     printed.add_argument("--json", action="store_true", help="print the answer as JSON")
     commands = result.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
 
     def add(name: str, run: Callable[[argparse.Namespace, FilesystemClient], None], text: str) -> _Parser:
-        command: _Parser = commands.add_parser(name, help=text, description=f"{text}.", parents=[printed])
+        sentence = f"{text[0].upper()}{text[1:]}."
+        command: _Parser = commands.add_parser(name, help=text, description=sentence, parents=[printed])
         command.set_defaults(run=run)
         return command
 
-    add("status", _status, "show the mode, and how many requests wait")
-    mode = add("mode", _mode, "change the mode; in force when the command ends")
+    add("status", _status, "show the mode and the number of held requests")
+    mode = add("mode", _mode, "change the mode; returns when the change is in force")
     mode.add_argument("mode", choices=("restore", "stub", "proxy"))
-    mode.add_argument("--proxy-dir", metavar="DIR", help="proxy: the real directory")
-    mode.add_argument("--timeout", metavar="SECONDS", type=float, help="stub: an error for who waits so long")
-    mode.add_argument("--errno", metavar="NAME", help="stub: which one (default: EIO)")
+    mode.add_argument("--proxy-dir", metavar="DIR", help="proxy: the directory to serve")
+    mode.add_argument("--timeout", metavar="SECONDS", type=float, help="stub: fail requests that have waited this long")
+    mode.add_argument("--errno", metavar="NAME", help="stub: with this error (default: EIO)")
     mode.add_argument("--exempt", metavar="PID", type=int, action="append", default=[],
-                      help="stub: serve this process as before; may be repeated")  # fmt: skip
+                      help="stub: keep serving this process; may be repeated")  # fmt: skip
     rules = add("rules", _rules, "serve, hold, fail or delay some requests in every mode, or show the rules")
     chosen = rules.add_mutually_exclusive_group()
     chosen.add_argument("--rule", metavar="RULE", action="append", default=[],
-                        help="in place of those before: ACTION key=value ..., see stubfs --help; may be repeated"
+                        help="replaces all earlier rules: ACTION key=value ..., see stubfs --help; may be repeated"
                         )  # fmt: skip
-    chosen.add_argument("--none", action="store_true", help="end all rules")
-    held = add("held", _held, "list the requests that wait, the oldest first")
-    wait = add("wait-held", _wait_held, "wait until so many requests wait at once, and list them")
+    chosen.add_argument("--none", action="store_true", help="remove all rules")
+    held = add("held", _held, "list the held requests, oldest first")
+    wait = add("wait-held", _wait_held, "wait until this many requests are held at the same time, and list them")
     wait.add_argument("count", nargs="?", type=int, default=1, help="default: 1")
-    wait.add_argument("--timeout", metavar="SECONDS", type=float, help="wait no longer (exit code 4)")
+    wait.add_argument("--timeout", metavar="SECONDS", type=float, help="wait at most this long (exit code 4)")
     for command in (held, wait):
         command.add_argument("--operations", metavar="NAME,...", default="", help="only these operations")
-        command.add_argument("--path", metavar="PATTERN", help="only on paths like this, relative to the mountpoint")
+        command.add_argument("--path", metavar="PATTERN", help="only on matching paths, relative to the mountpoint")
         command.add_argument("--pid", metavar="PID", type=int, action="append", default=[],
                              help="only of this process; may be repeated")  # fmt: skip
-    add("quit", _quit, "unmount and end; who waits gets EIO")
+    add("quit", _quit, "unmount and end; waiting processes get EIO")
     return result
 
 

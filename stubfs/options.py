@@ -90,7 +90,7 @@ _VALUES: Dict[str, _Setter] = {
 HELP = """\
 options of -o, separated by commas:
   ro rw suid nosuid dev nodev exec noexec      as in mount(8); nosuid and nodev unless the opposite is given
-  allow_other          others than who mounts may use it; always so for root. For users only if /etc/fuse.conf
+  allow_other          let other users use it; the default for root. For others only if /etc/fuse.conf
                        has user_allow_other
   default_permissions  the kernel, too, checks mode bits. Without it the directory behind decides alone, as it
                        should; but nobody checks who opens fifos and devices and who connects to sockets

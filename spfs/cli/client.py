@@ -54,7 +54,7 @@ def parser() -> argparse.ArgumentParser:
         help=r"COMMAND;key=value;...  or a JSON object. A literal \0 in it begins the second string: mount options",
     )
     manage.add_argument("--options", help="the second string: the mount options of a mount or replace request")
-    manage.add_argument("--timeout", type=float, metavar="SECONDS", help="give up after so long (default: wait)")
+    manage.add_argument("--timeout", type=float, metavar="SECONDS", help="give up after this long (default: never)")
     manage.add_argument(
         "--socket-path",
         metavar="PATH",
@@ -64,30 +64,29 @@ def parser() -> argparse.ArgumentParser:
 
     mode = commands.add_parser("mode", help="change the mode of one file system, by its own control socket")
     mode.add_argument("--mode", required=True, choices=("restore", "stub", "proxy"))
-    mode.add_argument(
-        "--path_to_send", "--path-to-send", metavar="DIR", help="with proxy: the directory that requests shall go to"
-    )
-    mode.add_argument("--missing", choices=("leave", "carry"), help="with proxy: what becomes of files of restore mode "
-                      "that the directory lacks (default: leave)")  # fmt: skip
-    mode.add_argument("--timeout", type=float, metavar="SECONDS", help="give up after so long (default: wait)")
+    mode.add_argument("--path_to_send", "--path-to-send", metavar="DIR", help="with proxy: the directory to serve")
+    mode.add_argument("--missing", choices=("leave", "carry"),
+                      help="with proxy: leave behind, or copy there, the files of restore mode that the directory "
+                      "lacks (default: leave)")  # fmt: skip
+    mode.add_argument("--timeout", type=float, metavar="SECONDS", help="give up after this long (default: never)")
     mode.add_argument("--socket-path", metavar="PATH", required=True, help="the file system's control socket")
     mode.set_defaults(run=_mode)
 
     rules = _of_filesystem(commands, "rules", "show or set one file system's rules: serve, hold, fail, delay")
     rules.add_argument(
         "--rule", metavar="RULE", action="append", default=[],
-        help="in place of those before: ACTION key=value ..., see stubfs --help; may be repeated",
+        help="replaces all earlier rules: ACTION key=value ..., see stubfs --help; may be repeated",
     )  # fmt: skip
-    rules.add_argument("--none", action="store_true", help="end all rules")
+    rules.add_argument("--none", action="store_true", help="remove all rules")
     rules.set_defaults(run=_rules)
 
     held = _of_filesystem(commands, "held", "list the requests that one file system holds, as JSON")
     _filter(held)
     held.set_defaults(run=_held)
 
-    wait = _of_filesystem(commands, "wait-held", "wait until one file system holds so many requests at the same time")
+    wait = _of_filesystem(commands, "wait-held", "wait until one file system holds this many requests at the same time")
     wait.add_argument("--count", type=int, default=1, metavar="N", help="how many (default: 1)")
-    wait.add_argument("--timeout", type=float, metavar="SECONDS", help="wait no longer (exit code 4)")
+    wait.add_argument("--timeout", type=float, metavar="SECONDS", help="wait at most this long (exit code 4)")
     _filter(wait)
     wait.set_defaults(run=_wait_held)
     return result
@@ -102,7 +101,7 @@ def _of_filesystem(commands: Any, name: str, text: str) -> argparse.ArgumentPars
 
 def _filter(command: argparse.ArgumentParser) -> None:
     command.add_argument("--operation", action="append", default=[], metavar="NAME", help="only these operations")
-    command.add_argument("--path", metavar="PATTERN", help="only on paths like this, relative to the mountpoint")
+    command.add_argument("--path", metavar="PATTERN", help="only on matching paths, relative to the mountpoint")
     command.add_argument("--pid", action="append", default=[], type=int, help="only of these processes")
 
 

@@ -14,12 +14,12 @@ EPILOG = """\
   spfs-criu dump -t PID -D images --delayed data=/data [CRIU's options]
   spfs-criu restore -D images -d --wait [CRIU's options]
 
-All other options are CRIU's own and passed on. Without --delayed, dump takes all network file systems that the
-process has mounted. What dump found out is written beside the images (spfs-criu.json), so that restore needs no
-options of ours; --delayed KEY,source=… there names another server.
+All other options are passed on to CRIU. Without --delayed, dump takes all network file systems that the
+process has mounted. What dump finds out is written beside the images (spfs-criu.json), so that restore needs no
+such options; --delayed KEY,source=… given to restore names another server.
 
-exit codes: 0 done; 1 it failed (criu's own status if criu failed); 2 usage; 3 the machine lacks something; 4 not done
-in time"""
+exit codes: 0 done; 1 failed (criu's own status if criu failed); 2 bad usage; 3 something is missing on this machine;
+4 not done in time"""
 
 DELAYED = (
     "KEY=MOUNTPOINT[,type=FSTYPE][,source=SOURCE][,flags=NUMBER][,host=DIR][,network=host|container]"
@@ -44,17 +44,18 @@ def parser() -> Any:
             name, help=text, description=text[0].upper() + text[1:] + ".", usage=usage, allow_abbrev=False
         )
 
-    dump = add("dump", "criu dump, and write beside the images what is to be delayed", _USAGE.format("dump"))
-    restore = add("restore", "criu restore onto stand-ins, which are then replaced", _USAGE.format("restore"))
+    dump = add("dump", "run criu dump, and write beside the images what is to be delayed", _USAGE.format("dump"))
+    restore = add("restore", "run criu restore onto stand-ins, which are then replaced", _USAGE.format("restore"))
     for command in (dump, restore):
         command.add_argument("--delayed", action="append", default=[], metavar="KEY=MOUNTPOINT,…", help=DELAYED)
         command.add_argument("--criu", metavar="PATH", help="the CRIU to use (default: criu)")
-        command.add_argument("--json", action="store_true", help="print what was found out or done as JSON")
+        command.add_argument("--json", action="store_true", help="print the result as JSON")
         command.set_defaults(run=_dump if command is dump else _restore)
     restore.add_argument("--wait", action="store_true", help="return when the real file systems are in place")
-    restore.add_argument("--timeout", type=float, metavar="SECONDS", help="with --wait: no longer (exit code 4)")
+    restore.add_argument("--timeout", type=float, metavar="SECONDS",
+                         help="with --wait: at most this long (exit code 4)")  # fmt: skip
     restore.add_argument("--socket-path", metavar="PATH", help="the manager's socket (default: $SPFS_MANAGER_SOCK, or "
-                         "a manager of all restores by CRIU, which is started if need be)")  # fmt: skip
+                         "one for all restores by CRIU, which is started if needed)")  # fmt: skip
 
     act = add("action", "CRIU's action script: for runc, podman and criu restore --action-script")
     act.add_argument("--script", action="store_true", help="print a shell script that does the same faster, to be "

@@ -26,8 +26,8 @@ real file system can be mounted, puts it in their place and moves the processes 
 It is driven over a socket: by "spfs" (for people), "spfs-client" (for scripts) and by restorers such as CRIU."""
 
 EPILOG = """\
-The manager may end, or be killed, at any time: mounts and blocked processes stay as they are, and a manager
-started again with the same --work-dir takes them over and goes on.
+The manager may end or be killed at any time: mounts and waiting processes stay as they are, and a manager that is
+started again with the same --work-dir takes them over.
 """
 
 
@@ -47,7 +47,7 @@ def parser() -> argparse.ArgumentParser:
     add("--log-dir", metavar="DIR", help="directory for logs, also of the file systems (default: the work directory)")
     add("--log", metavar="FILE", help="the manager's log, relative to the log directory (default: standard error; "
         "with -d: spfs-manager.log)")  # fmt: skip
-    add("--log-format", choices=logs.FORMATS, default="text", help="json: one object a line (default: text)")
+    add("--log-format", choices=logs.FORMATS, default="text", help="json: one object per line (default: text)")
     add("--exit-with-spfs", action="store_true", help="end after the last mount is gone; also if "
         "nothing was mounted and the last client has been gone for half a minute")  # fmt: skip
     add("--version", action="version", version=f"%(prog)s {__version__}")

@@ -22,17 +22,17 @@ A delayed mount is a stand-in for a network mount that cannot be there yet. It i
 be created on it), put into stub mode (whoever touches it waits), and replaced by the real file system, under the
 processes that use it, as soon as that can be mounted.
 
-The commands but "switch" (and "timeline" of a file) talk to a manager: start one with "spfs-manager -d"."""
+All commands except "switch" (and "timeline" of a file) talk to a manager: start one with "spfs-manager -d"."""
 
 EPILOG = """\
 a delayed mount by hand:
   spfs-manager -d
   spfs mount data /mnt/data                 stand-in at /mnt/data, restore mode
-  spfs mode stub data                       whoever touches it waits from now on
+  spfs mode stub data                       from now on whoever touches it waits
   spfs replace data --source srv:/export --type nfs4 --options vers=4.2 --wait
   spfs status
 
-exit codes: 0 done; 1 it failed; 2 usage; 3 the machine lacks something; 4 not done in time"""
+exit codes: 0 done; 1 failed; 2 bad usage; 3 something is missing on this machine; 4 not done in time"""
 
 Show = Callable[[Any], None]
 Run = Callable[[argparse.Namespace, ManagerClient], None]
@@ -61,18 +61,18 @@ def parser() -> argparse.ArgumentParser:
 
     status = add("status", _status, "show the mounts, their modes, who waits, and how far their replaces are")
     status.add_argument("id", nargs="?", help="only this mount")
-    status.add_argument("-w", "--watch", action="store_true", help="go on showing it, until Ctrl-C; with --json: "
-                        "one line for each change, and one a second while requests are held")  # fmt: skip
+    status.add_argument("-w", "--watch", action="store_true", help="keep showing it, until Ctrl-C; with --json: "
+                        "one line per change, and one a second while requests are held")  # fmt: skip
 
-    metrics = add("metrics", _metrics, "show what the manager has counted, as metrics of Prometheus")
-    metrics.add_argument("--textfile", metavar="FILE", help="write them there at once as a whole, for the textfile "
-                         "collector of the node exporter (a name that ends with .prom)")  # fmt: skip
+    metrics = add("metrics", _metrics, "show the manager's counters as Prometheus metrics")
+    metrics.add_argument("--textfile", metavar="FILE", help="write them to FILE, replaced atomically, for the "
+                         "textfile collector of the node exporter (a name that ends in .prom)")  # fmt: skip
 
-    drawn = add("timeline", timeline.run, "draw what became of a mount: who waited, for what, how long; the replace")
+    drawn = add("timeline", timeline.run, "show the history of a mount: who waited, for what, how long; the replace")
     timeline.add_arguments(drawn)
     drawn.set_defaults(connect=False)
 
-    held = add("held", _held, "list the requests that wait in stub mode, and the processes that wait for them")
+    held = add("held", _held, "list the held requests and the processes that wait for them")
     held.add_argument("id", nargs="?", help="only on this mount")
     held.add_argument("--pid", type=int, help="only of this process")
 
@@ -80,93 +80,95 @@ def parser() -> argparse.ArgumentParser:
     mount.add_argument("id", help="a name of your choice, by which the other commands know the mount")
     mount.add_argument("mountpoint", help="an existing directory, as the target process sees it")
     mount.add_argument("--mode", choices=("restore", "stub", "proxy"), default="restore", help="default: restore")
-    mount.add_argument("--proxy-dir", metavar="DIR", help="with proxy: where requests go to")
+    mount.add_argument("--proxy-dir", metavar="DIR", help="with proxy: the directory to serve")
     mount.add_argument("--ns-pid", type=int, metavar="PID", help="mount in the namespaces of this process")
-    mount.add_argument("--ns-list", metavar="NAMES", help="only in these of them, e.g. user,net,mnt")
+    mount.add_argument("--ns-list", metavar="NAMES", help="only these of its namespaces, e.g. user,net,mnt")
     mount.add_argument("--root", metavar="DIR", help="root directory of the target, as --ns-pid sees it")
     mount.add_argument("--options", metavar="OPTIONS", help="the stand-in's own mount options")
 
     mode = add("mode", _mode, "change the mode; returns when the change is in force")
     mode.add_argument("mode", choices=("restore", "stub", "proxy"))
     _whom(mode)
-    mode.add_argument("--proxy-dir", metavar="DIR", help="with proxy: where requests go to")
-    mode.add_argument("--ns-pid", type=int, metavar="PID", help="look --proxy-dir up in this process's mount namespace")
+    mode.add_argument("--proxy-dir", metavar="DIR", help="with proxy: the directory to serve")
+    mode.add_argument("--ns-pid", type=int, metavar="PID", help="look up --proxy-dir in this process's mount namespace")
 
     mode.add_argument(
         "--missing", choices=("leave", "carry"), default="leave",
-        help="proxy: what was made in restore mode and DIR lacks is left behind or copied there (default: leave)",
+        help="proxy: leave behind, or copy to DIR, the files of restore mode that DIR lacks (default: leave)",
     )  # fmt: skip
-    mode.add_argument("--timeout", type=float, metavar="SECONDS", help="stub: an error for whoever waits so long")
-    mode.add_argument("--errno", metavar="NAME", help="stub: which one (default: EIO)")
+    mode.add_argument("--timeout", type=float, metavar="SECONDS", help="stub: fail requests that have waited this long")
+    mode.add_argument("--errno", metavar="NAME", help="stub: with this error (default: EIO)")
     mode.add_argument(
         "--exempt", type=int, metavar="PID", action="append", default=[],
-        help="stub: serve this process as before; may be repeated",
+        help="stub: keep serving this process; may be repeated",
     )  # fmt: skip
 
     rules = add("rules", _rules, "serve, hold, fail or delay some requests in every mode, or show the rules")
     _whom(rules)
     rules.add_argument(
         "--rule", metavar="RULE", action="append", default=[],
-        help="in place of those before: ACTION key=value ..., see stubfs --help; may be repeated",
+        help="replaces all earlier rules: ACTION key=value ..., see stubfs --help; may be repeated",
     )  # fmt: skip
-    rules.add_argument("--none", action="store_true", help="end all rules")
+    rules.add_argument("--none", action="store_true", help="remove all rules")
 
-    replace = add("replace", _replace, "replace the stand-in by the real file system, or let go what was asked before")
+    replace = add("replace", _replace, "replace the stand-in by the real file system, or release one on hold")
     _whom(replace)
-    replace.add_argument("--source", help="what to mount, e.g. server:/export")
-    replace.add_argument("--type", metavar="FSTYPE", help="its type, e.g. nfs4")
-    replace.add_argument("--options", metavar="OPTIONS", default="", help="its mount options")
+    replace.add_argument("--source", help="what to mount, e.g. server:/export, or a directory")
+    replace.add_argument("--type", metavar="FSTYPE", help="its type, e.g. nfs4; none for a bind mount")
+    replace.add_argument("--options", metavar="OPTIONS", default="", help="its mount options; bind for a bind mount")
     replace.add_argument("--flags", type=int, default=0, help="mount(2) flags as a number (default: 0)")
     # Those whose destination is the request's key, and passed on as it is.
     more = [
         replace.add_argument("--bind", dest="bindmounts", action="append", default=[], metavar="DIR",
-                             help="a bind mount of it; may be repeated"),
+                             help="a bind mount of the stand-in (all are replaced) that must be found; may be "
+                             "repeated"),
         replace.add_argument("--freeze", dest="freeze_cgroup", metavar="CGROUP",
                              help="freezer cgroup of the processes, v1 or v2"),
         replace.add_argument("--net-pid", type=int, metavar="PID",
                              help="mount in this process's network namespace (default: the mount's)"),
         replace.add_argument("--strict", action="store_true", help="change nothing if anything could not be moved"),
         replace.add_argument("--missing", choices=("leave", "carry"), default="leave",
-                             help="what was made in restore mode and the real side lacks is left behind or copied "
-                             "there (default: leave)"),
+                             help="leave behind, or copy to the real file system, the files of restore mode that it "
+                             "lacks (default: leave)"),
         replace.add_argument("--timeout", type=float, metavar="SECONDS",
-                             help="try to mount for so long (default: ever)"),
+                             help="give up if it cannot be mounted within this time (default: never)"),
     ]  # fmt: skip
     replace.set_defaults(keys=[action.dest for action in more])
     when = replace.add_mutually_exclusive_group()
-    when.add_argument("--hold", action="store_const", const="hold", dest="begin", help="not before --release")
-    when.add_argument("--release", action="store_const", const="release", dest="begin", help="begin at once")
-    replace.add_argument("--wait", action="store_true", help="return when it is done, with its report")
+    when.add_argument("--hold", action="store_const", const="hold", dest="begin", help="do not start before --release")
+    when.add_argument("--release", action="store_const", const="release", dest="begin",
+                      help="start now, also in restore mode, or release one that is on hold")  # fmt: skip
+    replace.add_argument("--wait", action="store_true", help="wait until it is done, and show its report")
 
     wait = add("wait", _wait, "wait until the replace or mode change of a mount has ended, and show its report")
-    wait.add_argument("id")
-    wait.add_argument("--held", type=int, metavar="COUNT", help="wait until so many requests are held, and show them")
-    wait.add_argument("--timeout", type=float, metavar="SECONDS", help="wait no longer (exit code 4)")
+    wait.add_argument("id", help="which mount")
+    wait.add_argument("--held", type=int, metavar="COUNT", help="wait for this many held requests instead")
+    wait.add_argument("--timeout", type=float, metavar="SECONDS", help="wait at most this long (exit code 4)")
 
-    abort = add("abort", _abort, "give up a replace or mount that is pending or running; nothing has then changed")
+    abort = add("abort", _abort, "cancel a replace or mount that is pending or running; everything stays as it was")
     _whom(abort)
 
-    unmount = add("unmount", _unmount, "take a stand-in away, wherever it is mounted")
+    unmount = add("unmount", _unmount, "unmount a stand-in everywhere it is mounted")
     _whom(unmount)
-    unmount.add_argument("--force", action="store_true", help="also if it is in use: those who wait get an error")
+    unmount.add_argument("--force", action="store_true", help="even if it is in use: waiting processes get an error")
 
     alone = commands.add_parser("switch", parents=[printed], help=switch.TEXT, description=_sentence(switch.TEXT))
     switch.add_arguments(alone)
     alone.set_defaults(run=switch.run, connect=False)
 
     shutdown = add("shutdown", _shutdown, "end the manager")
-    shutdown.add_argument("--unmount", action="store_true", help="take all mounts away first")
+    shutdown.add_argument("--unmount", action="store_true", help="unmount everything first")
     shutdown.add_argument("--force", action="store_true", help="leave the mounts to a later manager; with --unmount: "
-                          "unmount also what is in use")  # fmt: skip
+                          "unmount even what is in use")  # fmt: skip
     for name, run, text in (
-        ("completion", _completion, "print a script by which a shell completes a program's command line"),
-        ("manual", _manual, "print a program's manual page, or write those of all"),
+        ("completion", _completion, "print a shell completion script for a program"),
+        ("manual", _manual, "print the manual page of a program, or write all of them"),
     ):
         about = commands.add_parser(name, help=text, description=_sentence(text))
         if run is _completion:
             about.add_argument("shell", choices=("bash", "zsh", "tcsh"))
         else:
-            about.add_argument("-o", "--output", metavar="DIR", help="write the pages of all programs there")
+            about.add_argument("-o", "--output", metavar="DIR", help="write the pages of all programs to DIR")
         about.add_argument("program", nargs="?", choices=programs.NAMES, default="spfs", help="default: spfs")
         about.set_defaults(run=run, connect=False, json=False)
     return result

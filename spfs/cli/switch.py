@@ -20,8 +20,8 @@ from spfs.jobs import Context
 
 TEXT = "move what running programs hold (open files, mappings, directories) to another mounted file system"
 EPILOG = """\
-A file at SOURCE/path becomes the one at TARGET/path, with offset, flags and all; make the copies before. What cannot
-be moved, for instance because TARGET has no such file, stays where it is, works on, and is listed.
+A file at SOURCE/path becomes the one at TARGET/path, with its offset, flags and so on; make the copies first. What
+cannot be moved, for instance because TARGET has no such file, stays where it is, keeps working, and is listed.
 
   rsync -a /srv/old/ /srv/new/
   spfs switch --pid 4711 --source /srv/old --target /srv/new --dry-run
@@ -32,13 +32,13 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.epilog, command.formatter_class = EPILOG, argparse.RawDescriptionHelpFormatter
     who = command.add_mutually_exclusive_group(required=True)
     who.add_argument(
-        "--pid", type=int, action="append", default=[], help="this process, with what it forks meanwhile; repeatable"
+        "--pid", type=int, action="append", default=[], help="this process and what it forks meanwhile; may be repeated"
     )
-    who.add_argument("--cgroup", metavar="DIR", help="the processes of this freezer cgroup, v1 or v2, frozen meanwhile")
+    who.add_argument("--cgroup", metavar="DIR", help="the processes of this freezer cgroup, which is frozen meanwhile")
     who.add_argument("--all", action="store_true", help="every process of this machine that uses SOURCE")
-    command.add_argument("--source", required=True, metavar="DIR", help="the directory that is left")
-    command.add_argument("--target", required=True, metavar="DIR", help="a directory on another file system")
-    command.add_argument("--ns-pid", type=int, metavar="PID", help="both directories as this process sees them")
+    command.add_argument("--source", required=True, metavar="DIR", help="the directory to move away from")
+    command.add_argument("--target", required=True, metavar="DIR", help="directory to move to, on another file system")
+    command.add_argument("--ns-pid", type=int, metavar="PID", help="look up both directories as this process sees them")
     command.add_argument("--strict", action="store_true", help="change nothing if anything could not be moved")
     command.add_argument("--dry-run", action="store_true", help="only list what would be moved, and what would not")
 

@@ -22,14 +22,14 @@ _BY_SUFFIX = {".html": "html", ".htm": "html", ".svg": "svg", ".json": "trace", 
 def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "mounts", nargs="*", metavar="ID|FILE",
-        help="mounts of the manager, also those that are gone, or records (*.jsonl); default: all of the manager's",
+        help="mounts of the manager, also past ones, or record files (*.jsonl); default: all of the manager's",
     )  # fmt: skip
     command.add_argument(
         "-f", "--format", choices=FORMATS,
         help="html: one page for a browser; svg: the picture alone; trace: for chrome://tracing and Perfetto; json: "
-             "the entries of the record, one a line; default: as the name of --output says, else text",
+             "the entries of the record, one per line; default: by the suffix of --output, else text",
     )  # fmt: skip
-    command.add_argument("-o", "--output", metavar="FILE", help="write it there (default: standard output)")
+    command.add_argument("-o", "--output", metavar="FILE", help="write to FILE (default: standard output)")
 
 
 def run(options: argparse.Namespace) -> None:

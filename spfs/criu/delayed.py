@@ -12,7 +12,6 @@ import re
 from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Tuple, TypeVar
 
 from spfs.errors import SpfsError, UsageError
-from spfs.linux.mountapi import MS
 
 HOST, CONTAINER = "host", "container"
 _KEY = re.compile(r"[A-Za-z0-9_.-]{1,64}")
@@ -154,7 +153,7 @@ class Wish(NamedTuple):
             except ValueError as error:
                 raise UsageError(f"cannot understand --delayed {text}: flags: not a number") from error
         if separator:
-            values["flags"], values["options"] = _bind_flag(values.get("flags"), options)
+            values["options"] = options
         if "network" in values:
             _check_network(values["network"])
         for path in (mountpoint, values.get("host")):
@@ -195,14 +194,6 @@ class Wish(NamedTuple):
             host=self.host,
             network=self.network,
         )
-
-
-def _bind_flag(flags: Optional[int], options: str) -> Tuple[Optional[int], str]:
-    """As in fstab "bind" is written among the options."""
-    words = options.split(",")
-    if "bind" not in words:
-        return flags, options
-    return (flags or 0) | int(MS.BIND), ",".join(word for word in words if word != "bind")
 
 
 def _check_network(network: str) -> None:

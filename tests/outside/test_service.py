@@ -117,7 +117,8 @@ def _populated(cgroup: Path) -> bool:
 def install(machine: Machine) -> None:
     """By the commands of the page."""
     page = (TOP / "docs" / "howto" / "install.md").read_text()
-    commands = re.findall(r"^# (.*)$", page.partition("```console\n")[2].partition("```")[0], re.MULTILINE)
+    service = page.partition("## The service")[2]
+    commands = re.findall(r"^# (.*)$", service.partition("```console\n")[2].partition("```")[0], re.MULTILINE)
     assert len(commands) == 5
     for command in commands:
         machine.run("sh", "-c", f"cd {TOP} && PATH=/usr/local/bin:$PATH && {command}")

@@ -134,7 +134,7 @@ def test_only_places_that_are_used() -> None:
             "d=/data/,type=nfs4,source=s:/x,flags=1024,host=/h,options=rw,vers=4.2",
             Wish("d", "/data", "nfs4", "s:/x", 1024, "rw,vers=4.2", "/h"),
         ),
-        ("d=/data,type=none,source=/x,options=bind,ro", Wish("d", "/data", "none", "/x", 4096, "ro")),
+        ("d=/data,type=none,source=/x,options=bind,ro", Wish("d", "/data", "none", "/x", None, "bind,ro")),
     ],
 )
 def test_delayed_options(text: str, wish: Wish) -> None:

@@ -95,5 +95,7 @@ def test_a_bind_mount_takes_flags_only() -> None:
     assert options.bind and options.words == ()
     assert options.attributes == MountAttr.RDONLY | MountAttr.NOSUID
     assert MountOptions.parse(int(MS.BIND | MS.RDONLY), "rw").attributes == MountAttr(0)
+    assert MountOptions.parse(0, "bind,ro").flags == MS.BIND | MS.RDONLY
+    assert MountOptions.parse(0, "rbind").flags == MS.BIND | MS.REC
     with pytest.raises(SpfsError, match="size=1m"):
         MountOptions.parse(int(MS.BIND), "size=1m")
