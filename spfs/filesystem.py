@@ -60,7 +60,7 @@ def mount(context: Context, request: requests.Mount, settings: Settings) -> None
             undo.callback(fsprocess.end, pid, pidfd)
             from spfs import mounts
 
-            fsprocess.wait_ready(request.id, pidfd, ready, settings.log)
+            fsprocess.wait_ready(request.id, ready, settings.log)
         finally:
             os.close(ready)
         device = os.fstat(mount_fd).st_dev

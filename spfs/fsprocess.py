@@ -11,14 +11,13 @@ import errno
 import gc
 import logging
 import os
-import select
 import signal
 import traceback
 from typing import List, NoReturn, Sequence, Tuple
 
-from spfs.errors import SpfsError
+from spfs.errors import SpfsError, reason
 from spfs.processes import has_ended
-from stubfs import stdio
+from stubfs import readiness, stdio
 from stubfs.errors import StubfsError
 
 START_TIMEOUT = 20.0  # seconds from fork to ready; it takes a hundredth of one on an idle machine
@@ -97,31 +96,17 @@ def _rename(words: Sequence[str]) -> None:
         pass  # a kernel without this: it is shown with the manager's arguments
 
 
-def wait_ready(what: str, pidfd: int, ready: int, log: str) -> None:
-    """Until it has told ``ready``. SpfsError with its last words if it ends before, or takes too long."""
-    poll = select.poll()
-    poll.register(ready, select.POLLIN)
-    if not poll.poll(START_TIMEOUT * 1000):
-        raise SpfsError(
-            f"cannot start the file system: {what}: not ready after {START_TIMEOUT:.0f} s",
-            f"see {log}",
-            errno.ETIMEDOUT,
-        )
-    if os.read(ready, 1):
-        return
-    poll.register(pidfd, select.POLLIN)
-    poll.unregister(ready)
-    poll.poll(END_TIMEOUT * 1000)
-    raise SpfsError(f"cannot start the file system: {what}: {_last_words(log)}", "", errno.EIO)
-
-
-def _last_words(log: str) -> str:
+def wait_ready(id: str, ready: int, log: str) -> None:
+    """Until it is ready. SpfsError with what it tells if it cannot be, or takes too long."""
     try:
-        with open(log, "rb") as file:
-            lines = file.read()[-4096:].decode(errors="replace").strip().splitlines()
-    except OSError:
-        lines = []
-    return lines[-1] if lines else "it ended without a message"
+        readiness.wait(ready, START_TIMEOUT)
+    except StubfsError as error:
+        raise SpfsError(f"cannot start the file system: {id}: {error.message}", error.hint, error.errno) from error
+    except TimeoutError as error:
+        why = reason(error)
+        raise SpfsError(f"cannot start the file system: {id}: {why}", f"see {log}", errno.ETIMEDOUT) from error
+    except EOFError as error:
+        raise SpfsError(f"cannot start the file system: {id}: it has died", f"see {log}", errno.EIO) from error
 
 
 def end(pid: int, pidfd: int) -> None:

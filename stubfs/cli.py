@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import logging
 import os
 import sys
@@ -10,7 +11,7 @@ import textwrap
 from dataclasses import replace
 from typing import List, NoReturn, Optional, Tuple
 
-from stubfs import __version__, daemon, fusemount, logs, options, stdio
+from stubfs import __version__, daemon, fusemount, logs, options, readiness, stdio
 from stubfs.errors import StubfsError, UsageError, reason
 from stubfs.modes import Mode, StubOptions
 from stubfs.options import MountOptions
@@ -67,7 +68,8 @@ def parser() -> argparse.ArgumentParser:
                         help="serve, hold, fail or delay certain requests, see below; may be repeated")  # fmt: skip
     result.add_argument("-o", metavar="OPTIONS", dest="options", action="append", default=[],
                         help="mount options, see below; may be repeated")  # fmt: skip
-    result.add_argument("--ready-fd", metavar="N", type=int, help="write a newline there when the mount is ready")
+    result.add_argument("--ready-fd", metavar="N", type=int, help="write a newline there when the mount is ready, "
+                        "or an error, as JSON")
     end = result.add_mutually_exclusive_group()
     end.add_argument("--lifeline-fd", metavar="N", type=int, help="unmount and end when this pipe's other end closes")
     end.add_argument("--exit-with-pid", metavar="PID", type=int, help="unmount and end when this process has ended")
@@ -85,19 +87,24 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Optional[List[str]] = None) -> int:
     """Mount and serve; returns the exit status. In the background the parent returns when all is ready."""
     stdio.open_missing()
+    ready = None
     try:
-        return _run(sys.argv[1:] if arguments is None else arguments)
-    except StubfsError as error:
-        print(f"stubfs: {error}", file=sys.stderr)
-        return error.exit_code
-    except OSError as error:
-        where = f"{error.filename!s}: " if error.filename is not None else ""
-        print(f"stubfs: cannot start: {where}{reason(error)}", file=sys.stderr)
-        return StubfsError.exit_code
+        given = sys.argv[1:] if arguments is None else arguments
+        settings = parser().parse_args(given)
+        ready = _inherited("--ready-fd", settings.ready_fd)
+        _run(*_with_mount_options(settings, given), ready)
+    except StubfsError as known:
+        error = known
+    except OSError as system:
+        where = f"{system.filename!s}: " if system.filename is not None else ""
+        error = StubfsError(f"cannot start: {where}{reason(system)}", errno=system.errno or errno.EIO)
+    print(f"stubfs: {error}", file=sys.stderr)
+    if ready is not None:
+        readiness.tell_error(ready, error)
+    return error.exit_code
 
 
-def _run(arguments: List[str]) -> int:
-    settings, mount_options = _parse(arguments)
+def _run(settings: argparse.Namespace, mount_options: MountOptions, ready: Optional[int]) -> NoReturn:
     mode = Mode(settings.mode)
     if mode is Mode.PROXY and settings.proxy_dir is None:
         settings.proxy_dir = settings.source
@@ -115,13 +122,7 @@ def _run(arguments: List[str]) -> int:
         mount_options = replace(mount_options, source=settings.source)
     device = fusemount.device_fd_of(settings.mountpoint)
     mountpoint = settings.mountpoint if device is not None else fusemount.check_mountpoint(settings.mountpoint)
-    ready, lifeline = settings.ready_fd, settings.lifeline_fd
-    for name, fd in (("--ready-fd", ready), ("--lifeline-fd", lifeline)):
-        try:
-            if fd is not None:
-                os.set_inheritable(fd, False)
-        except (OSError, OverflowError) as error:
-            raise UsageError(f"cannot use {name} {fd}: {reason(error)}", "pass an open descriptor") from error
+    lifeline = _inherited("--lifeline-fd", settings.lifeline_fd)
     daemon.close_inherited(fd for fd in (device, ready, lifeline) if fd is not None)
     if settings.exit_with_pid is not None:
         lifeline = _pidfd(settings.exit_with_pid)
@@ -137,12 +138,17 @@ def _run(arguments: List[str]) -> int:
         tell(0)
         stdio.let_go(-1 if log_fd is None else log_fd)
     if ready is not None:
-        try:
-            os.write(ready, b"\n")
-        except OSError:
-            pass  # nobody wants to know any more
-        os.close(ready)
+        readiness.tell_ready(ready)
     server.serve(lifeline)
+
+
+def _inherited(name: str, fd: Optional[int]) -> Optional[int]:
+    try:
+        if fd is not None:
+            os.set_inheritable(fd, False)
+    except (OSError, OverflowError) as error:
+        raise UsageError(f"cannot use {name} {fd}: {reason(error)}", "pass an open descriptor") from error
+    return fd
 
 
 def _pidfd(pid: int) -> int:
@@ -152,9 +158,10 @@ def _pidfd(pid: int) -> int:
         raise UsageError(f"cannot end with process {pid}: {reason(error)}", "give the id of one that runs") from error
 
 
-def _parse(arguments: List[str]) -> Tuple[argparse.Namespace, MountOptions]:
+def _with_mount_options(
+    settings: argparse.Namespace, arguments: List[str]
+) -> Tuple[argparse.Namespace, MountOptions]:
     """What -o gives, as mount(8) and fstab(5) have no other place for it, goes behind what the command line says."""
-    settings = parser().parse_args(arguments)
     mount_options = options.parse_options(",".join(settings.options))
     if mount_options.settings:
         given = [f"--{name}={value}" for name, value in mount_options.settings.items()]

@@ -7,7 +7,7 @@ why, and in ``hint`` what to do. Only the command line turns them into an exit s
 from __future__ import annotations
 
 import errno as _errno
-from typing import Optional
+from typing import Any, Dict, Mapping, Optional
 
 
 def printable(text: str) -> str:
@@ -48,6 +48,17 @@ class MissingFeatureError(StubfsError):
     """The machine lacks something (libfuse, /dev/fuse, rights)."""
 
     exit_code = 3
+
+
+def to_data(error: StubfsError) -> Dict[str, Any]:
+    """For the way to another process."""
+    return {"message": error.message, "hint": error.hint, "errno": error.errno, "exit_code": error.exit_code}
+
+
+def from_data(data: Mapping[str, Any]) -> StubfsError:
+    """What to_data was given, of the same kind."""
+    kinds = {kind.exit_code: kind for kind in (UsageError, MissingFeatureError)}
+    return kinds.get(data["exit_code"], StubfsError)(data["message"], data["hint"], data["errno"])
 
 
 def reason(error: Optional[BaseException]) -> str:

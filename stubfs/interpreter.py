@@ -8,10 +8,12 @@ from typing import List
 
 import stubfs
 
-# The standard library and site-packages come first, then what only this process looks at. Isolated (-I), and not by -m
-# or a bare -c: those look in the current directory first, where a user's signal.py would be taken for Python's.
+# -c, as -m, puts the current directory in front, where a user's signal.py would be taken for Python's. What only this
+# process looks at comes last, behind the standard library.
 _CODE = """\
 import sys
+if not sys.path[0]:
+    del sys.path[0]
 if {top!r} not in sys.path:
     sys.path.insert(0, {top!r})
 sys.path += [place for place in {places!r} if place not in sys.path]
@@ -21,9 +23,8 @@ sys.exit(main())
 
 
 def command(module: str, *arguments: str) -> List[str]:
-    """The command line; ``arguments`` are sys.argv[1:] there. Environment variables of Python's are ignored."""
+    """The command line; ``arguments`` are sys.argv[1:] there."""
     top = os.path.dirname(os.path.dirname(os.path.abspath(stubfs.__file__)))
     places = [os.path.abspath(place) for place in sys.path]
-    no_bytecode = ["-B"] * sys.dont_write_bytecode
     code = _CODE.format(top=top, places=places, module=module)
-    return [sys.executable, "-I", *no_bytecode, "-c", code, *arguments]
+    return [sys.executable, *["-I"] * sys.flags.isolated, "-c", code, *arguments]

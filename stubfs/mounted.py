@@ -9,20 +9,18 @@ from __future__ import annotations
 
 import errno
 import os
-import select
 import subprocess
 import tempfile
 from types import TracebackType
-from typing import Any, List, Optional, Sequence, Tuple, Type, Union
+from typing import Any, List, Optional, Sequence, Type, Union
 
-from stubfs import interpreter
+from stubfs import interpreter, readiness
 from stubfs.client import FilesystemClient
-from stubfs.errors import MissingFeatureError, StubfsError, UsageError
+from stubfs.errors import StubfsError, UsageError, reason
 from stubfs.messages import FilesystemStatus
+from stubfs.modes import Mode
 
 _EXIT_LIMIT = 10.0  # seconds for the process to end when it has been asked to
-_KINDS: Tuple[Type[StubfsError], ...] = (StubfsError, UsageError, MissingFeatureError)
-_ERRORS = {kind.exit_code: kind for kind in _KINDS}
 Directory = Union[str, "os.PathLike[str]", int]
 
 
@@ -58,24 +56,22 @@ class Mount:
                 )  # fmt: skip
                 os.close(tell)
                 tell = -1
-                if not select.select([ready], [], [], timeout)[0]:
+                try:
+                    readiness.wait(ready, timeout)
+                except TimeoutError as error:
                     self._process.kill()
                     raise StubfsError(
-                        f"cannot mount on {self.path}: not ready in {timeout:g} s", "give it longer: timeout=",
-                        errno.ETIMEDOUT,
-                    )  # fmt: skip
-                if os.read(ready, 1):
-                    return
-                status = self._process.wait()
-                messages.seek(0)
-                text = messages.read().decode(errors="backslashreplace").strip().rpartition("\n")[2]
+                        f"cannot mount on {self.path}: {reason(error)}", "give it longer: timeout=", errno.ETIMEDOUT
+                    ) from error
+                except EOFError as error:
+                    status = self._process.wait()
+                    messages.seek(0)
+                    last = messages.read().decode(errors="backslashreplace").strip().rpartition("\n")[2]
+                    raise StubfsError(f"cannot mount on {self.path}: {last or status}", "", errno.EIO) from error
         finally:
             for fd in (ready, tell, lifeline):
                 if fd >= 0:
                     os.close(fd)
-        raise _ERRORS.get(status, StubfsError)(
-            text[len("stubfs: ") :] if text.startswith("stubfs: ") else f"cannot mount on {self.path}: {text or status}"
-        )
 
     @property
     def pid(self) -> int:
@@ -153,6 +149,8 @@ def mount(
     to; ``timeout`` in seconds is that of the start and of each control call. Raises UsageError, MissingFeatureError or
     another StubfsError, and then nothing is left behind.
     """
+    if mode not in [known.value for known in Mode]:
+        raise UsageError(f"cannot mount on {os.fspath(mountpoint)}: {mode!r}: no such mode", "restore, stub or proxy")
     arguments = ["--mode", mode]
     if directory is not None:
         arguments += ["--proxy-dir", os.fspath(directory)]

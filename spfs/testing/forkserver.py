@@ -17,7 +17,7 @@ from typing import Any, Dict, NoReturn
 
 from spfs.testing import places
 from stubfs import daemon, libfuse, logs, messages, stdio, wire
-from stubfs.errors import StubfsError, reason
+from stubfs.errors import StubfsError, reason, to_data
 from stubfs.modes import Mode
 from stubfs.options import MountOptions
 
@@ -96,7 +96,7 @@ def _file_system(request: Dict[str, Any], connection: int, log: int, owner: int)
             server = daemon.Daemon(request["mountpoint"], Mode.RESTORE, None, request["socket"], options)
         except StubfsError as error:
             status = error.exit_code
-            wire.send(tell, _error(error), prefix=messages.STATUS.pack(-error.errno))
+            wire.send(tell, messages.encode(to_data(error)), prefix=messages.STATUS.pack(-error.errno))
         else:
             with tell:
                 wire.send(tell, messages.encode({"pid": os.getpid()}), prefix=messages.STATUS.pack(0))
@@ -105,10 +105,6 @@ def _file_system(request: Dict[str, Any], connection: int, log: int, owner: int)
         logging.exception("the file system has failed")
     finally:
         os._exit(status)
-
-
-def _error(error: StubfsError) -> bytes:
-    return messages.encode({"message": error.message, "hint": error.hint, "exit_code": error.exit_code})
 
 
 def _end(children: Dict[int, int]) -> None:

@@ -18,7 +18,7 @@ from typing import Any, Iterator, List, Optional, Type, Union
 from spfs.testing import places
 from spfs.testing.delayed import DEFAULT_OWN_LIMIT, DelayedMount
 from stubfs import interpreter, messages, wire
-from stubfs.errors import MissingFeatureError, StubfsError, reason
+from stubfs.errors import StubfsError, from_data, reason
 
 _START_LIMIT = 60.0  # seconds for a mount; it takes a tenth of one on an idle machine
 _END_LIMIT = 20.0  # seconds for the fork server to end: longer than it waits for file systems
@@ -197,8 +197,7 @@ class MountServer:
             answer = messages.decode(payload)
             (status,) = messages.STATUS.unpack(prefix)
             if status:
-                kind = MissingFeatureError if answer["exit_code"] == MissingFeatureError.exit_code else StubfsError
-                raise kind(answer["message"], answer["hint"], -status)
+                raise from_data(answer)
             return os.pidfd_open(answer["pid"])
 
     def _no_answer(self, mountpoint: str, why: str, log: int) -> StubfsError:

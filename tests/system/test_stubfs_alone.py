@@ -271,10 +271,11 @@ class TestPython:
     def test_errors_have_a_type_and_leave_nothing(self, mountpoint: Path) -> None:
         with pytest.raises(UsageError, match="-o nonsense"):
             stubfs.mount(mountpoint, options="nonsense")
-        with pytest.raises(UsageError, match="invalid choice"):
+        with pytest.raises(UsageError, match="'nonsense': no such mode"):
             stubfs.mount(mountpoint, "nonsense")
-        with pytest.raises(StubfsError, match="cannot mount on /nowhere"):
+        with pytest.raises(StubfsError, match="cannot mount on /nowhere") as caught:
             stubfs.mount("/nowhere")
+        assert caught.value.errno == errno.ENOENT and caught.value.hint == "make it: mkdir -p /nowhere"
         with stubfs.mount(mountpoint):
             with pytest.raises(StubfsError, match="is mounted there already"):
                 stubfs.mount(mountpoint)

@@ -283,8 +283,11 @@ class TestRefusals:
         read, write = os.pipe()
         refused(str(tmp_path / "none"), "--ready-fd", str(write), pass_fds=[write])
         os.close(write)
-        assert os.read(read, 1) == b""
-        os.close(read)
+        with os.fdopen(read) as pipe:
+            assert json.load(pipe) == {
+                "message": f"cannot mount on {tmp_path}/none: No such file or directory",
+                "hint": f"make it: mkdir -p {tmp_path}/none", "errno": errno.ENOENT, "exit_code": 1,
+            }  # fmt: skip
         assert not sock.exists() and str(tmp_path) not in Path("/proc/self/mountinfo").read_text()
 
 
