@@ -1,4 +1,4 @@
-"""inotify(7) and fanotify(7), as far as the watches of somebody else's instance are changed by a copy of it."""
+"""inotify(7), fanotify(7), epoll(7): the watches of somebody else's instance, as far as they are changed by a copy."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import functools
 import os
 import termios
 
+from spfs.linux.machine import EPOLL_EVENT
 from stubfs.libc import bind
 
 FAN_MARK_ADD = 0x1
@@ -26,6 +27,18 @@ _rm_watch = bind("inotify_rm_watch", ctypes.c_int, ctypes.c_int)
 _fanotify_mark = bind(
     "fanotify_mark", ctypes.c_int, ctypes.c_uint, ctypes.c_uint64, ctypes.c_int, ctypes.c_char_p
 )
+_epoll_ctl = bind("epoll_ctl", ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_char_p)
+_EPOLL_ADD, _EPOLL_DEL = 1, 2
+
+
+def register(instance: int, number: int, events: int, data: int) -> None:
+    """epoll_ctl(2) for descriptor ``number`` of ours, with data of 64 bits."""
+    _epoll_ctl(instance, _EPOLL_ADD, number, EPOLL_EVENT.pack(events, data))
+
+
+def unregister(instance: int, number: int) -> None:
+    """FileNotFoundError if what ``number`` refers to is not registered by that number."""
+    _epoll_ctl(instance, _EPOLL_DEL, number, None)
 
 
 def add_watch(instance: int, target: int, mask: int) -> int:

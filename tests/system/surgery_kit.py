@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Sequence
 
@@ -215,6 +216,24 @@ def tasks_stopped(pid: int) -> List[str]:
         data = Path(f"/proc/{pid}/task/{tid}/stat").read_bytes()
         states.append(chr(data[data.rindex(b")") + 2]))
     return [state for state in states if state not in "RSD"]
+
+
+@contextmanager
+def traced(pid: int) -> Iterator[int]:
+    """By another process, whose pid is given."""
+    with subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            f"from spfs.linux import ptrace; ptrace.seize({pid}, 0); print('on', flush=True); input()",
+        ],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as tracer:
+        assert tracer.stdout is not None and tracer.stdout.readline() == "on\n"
+        yield tracer.pid
+        tracer.communicate("\n")
 
 
 COMPILER_FLAGS = ["-O1", "-Wall", "-Werror"]

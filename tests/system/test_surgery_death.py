@@ -7,13 +7,12 @@ import os
 import random
 import signal
 import subprocess
-import sys
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List
 
 import pytest
-from surgery_kit import Mounts, Victim, compile_c, tasks_stopped
+from surgery_kit import Mounts, Victim, compile_c, tasks_stopped, traced
 
 from spfs.linux import ptrace
 from spfs.linux.x86_64 import X86_64
@@ -259,24 +258,6 @@ def test_victim_ends_between(mounts: Mounts, victim: Victim) -> None:
     other.run(f"import os; fd = os.open({str(mounts.old / 'f1')!r}, 0)")
     _, report = mounts.prepared_switch(between=other.close)
     assert report.moved == {"file": 20, "cwd": 1} and report.left == []
-
-
-@contextmanager
-def traced(pid: int) -> Iterator[int]:
-    """By another process, whose pid is given."""
-    with subprocess.Popen(
-        [
-            sys.executable,
-            "-c",
-            f"from spfs.linux import ptrace; ptrace.seize({pid}, 0); print('on', flush=True); input()",
-        ],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    ) as tracer:
-        assert tracer.stdout is not None and tracer.stdout.readline() == "on\n"
-        yield tracer.pid
-        tracer.communicate("\n")
 
 
 def test_traced_by_somebody_else(mounts: Mounts, victim: Victim) -> None:

@@ -8,7 +8,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from surgery_kit import Mounts, Victim, compile_c, mounts, victim
+from surgery_kit import Mounts, Victim, compile_c, mounts, traced, victim
 
 from spfs.testing import process_state, wait_until
 
@@ -383,11 +383,76 @@ def test_executable_of_an_unprivileged_process(mounts: Mounts, tmp_path: Path) -
     wait_until(lambda: mounts.users() == [])
 
 
-def test_registration_that_nobody_can_change(mounts: Mounts, victim: Victim, fifo: str) -> None:
-    """Made for a descriptor that was closed while a duplicate lives: reported, as epoll(7) warns of it."""
-    victim.run(f"r = os.open({fifo!r}, os.O_RDWR); e = select.epoll(); e.register(r, select.EPOLLIN)")
-    victim.run("d = os.dup(r); os.close(r)")
+def test_registration_for_a_descriptor_that_was_closed(mounts: Mounts, victim: Victim, fifo: str) -> None:
+    """A duplicate keeps it alive (epoll(7), Q6)."""
+    victim.run(
+        f"""
+r, other = os.open({fifo!r}, os.O_RDWR), os.open({fifo!r}, os.O_RDWR)
+e = select.epoll(); e.register(r, select.EPOLLIN | select.EPOLLET)
+high = fcntl.fcntl(other, 0, 900); e.register(high, select.EPOLLIN); os.close(high)
+d = os.dup(r); os.close(r)
+"""
+    )
     preparation, report = mounts.prepared_switch()
-    (left,) = preparation.left
-    assert left.kind == "epoll registration" and "closed" in left.reason and report.moved == {"fifo": 1}
-    assert victim.run("os.write(d, b'x'), os.read(d, 1)") == (1, b"x")
+    assert report.left == preparation.left == [] and report.moved == {"fifo": 2}
+    assert victim.run("e.poll(0)") == []
+    victim.run("os.write(other, b'x')")
+    assert victim.run("sorted(e.poll(5)) == [(r, select.EPOLLIN), (high, select.EPOLLIN)]")
+    assert victim.run("e.poll(0) == [(high, select.EPOLLIN)], os.read(d, 1), e.poll(0)") == (True, b"x", [])
+
+
+def test_registration_that_is_in_two_processes(mounts: Mounts, victim: Victim, fifo: str) -> None:
+    """One has the instance alone, and sleeps in it; the other one the descriptor that it was registered by."""
+    victim.run(
+        f"""
+r = os.open({fifo!r}, os.O_RDWR); e = select.epoll(); e.register(r, select.EPOLLIN)
+here, there = os.pipe()
+child = os.fork()
+if not child:
+    os.close(r); os.write(there, repr(e.poll(30)).encode()); os._exit(0)
+e.close()
+"""
+    )
+    child = victim.run("child")
+    wait_until(lambda: "epoll" in Path(f"/proc/{child}/wchan").read_text(), what="the child to wait")
+    report = mounts.switch()
+    assert (report.moved, report.left) == ({"fifo": 1}, [])
+    assert victim.run("os.write(r, b'x'), os.read(here, 100) == repr([(r, 1)]).encode()") == (1, True)
+    victim.run("os.waitpid(child, 0)")
+
+
+def test_registration_that_nobody_can_change(mounts: Mounts, victim: Victim, fifo: str) -> None:
+    """What it was made for is in a process that must stay: so does it, and goes on working; both go later."""
+    victim.run(
+        f"""
+r = os.open({fifo!r}, os.O_RDWR); e = select.epoll(); e.register(r, select.EPOLLIN)
+start, go = os.pipe()
+child = os.fork()
+if not child:
+    e.close(); os.read(start, 1); os.write(r, b'x'); os.read(start, 1); os._exit(0)
+os.close(r)
+"""
+    )
+    with traced(victim.run("child")):
+        (left,) = mounts.switch().left
+        assert left.kind == "fifo" and left.pid == victim.run("child")
+    assert mounts.switch().moved == {"fifo": 1}
+    assert victim.run("os.write(go, b'x'), e.poll(10) == [(r, select.EPOLLIN)]") == (1, True)
+    victim.run("os.write(go, b'x'); os.waitpid(child, 0)")
+
+
+def test_registration_of_what_is_out_of_reach(mounts: Mounts, victim: Victim, fifo: str) -> None:
+    """The fifo lies in a queue, and stays there: nothing is done, and it is reported; received, it goes."""
+    victim.run(
+        f"""
+r = os.open({fifo!r}, os.O_RDWR); e = select.epoll(); e.register(r, select.EPOLLIN)
+a, b = socket.socketpair(); socket.send_fds(a, [b'x'], [r]); os.close(r)
+"""
+    )
+    reasons = {left.kind: left.reason for left in mounts.switch().left}
+    assert reasons.keys() == {"epoll registration", "descriptor in flight"}
+    assert "out of reach" in reasons["epoll registration"]
+    victim.run("_, (d,), _, _ = socket.recv_fds(b, 1, 1)")
+    report = mounts.switch()
+    assert (report.moved, report.left) == ({"fifo": 1}, [])
+    assert victim.run("os.write(d, b'x'), e.poll(5) == [(r, select.EPOLLIN)]") == (1, True)

@@ -124,6 +124,23 @@ threads = [threading.Thread(target=lambda: accepted.append(one.accept())),
         client.close()
 
 
+def test_registered_by_a_number_that_was_closed(covered: Mounts, victim: Victim) -> None:
+    """epoll(7), Q6: a duplicate keeps the socket, and who connects is announced."""
+    path = str(covered.old / "bound")
+    victim.run(
+        f"""
+one = socket.socket(socket.AF_UNIX); one.bind({path!r}); one.listen()
+e = select.epoll(); e.register(one, select.EPOLLIN); number = one.fileno(); two = one.dup(); one.close()
+"""
+    )
+    report = covered.switch(when_stopped=over(covered))
+    assert (report.moved, report.left) == ({"socket": 1}, [])
+    with socket.socket(socket.AF_UNIX) as client:
+        assert victim.run("e.poll(0)") == []
+        client.connect(path)
+        assert victim.run("e.poll(5) == [(number, select.EPOLLIN)]")
+
+
 def test_shared_by_workers(covered: Mounts, victim: Victim) -> None:
     """A server that has forked: all of them have the new one, by whichever descriptor."""
     victim.run(

@@ -10,40 +10,25 @@ import os
 import stat
 from typing import Iterable, Iterator, List
 
-from spfs.linux import procfs, statx
+from spfs.linux import procfs
 from spfs.linux.machine import EPOLL_EVENT
-from spfs.references import Kind
-from spfs.surgery.kinds.base import Found, Handler, Scene, from_kernel_device
+from spfs.surgery.kinds.base import Found, Handler, from_kernel_device
 from spfs.surgery.program import Program
-from spfs.surgery.records import EpollEntry, FdTable, Holding, Process
+from spfs.surgery.records import EpollEntry, FdTable, Process
 
 _EPOLL_ADD, _EPOLL_DEL = 1, 2
-_STALE = "the descriptor that it was made for is closed (epoll(7), Q6): nobody can change it any more"
 
 
 class Epolls(Handler):
     def look(self, found: Found) -> None:
         # Also one with nothing in it: a moment later it may have.
         if stat.S_IFMT(found.object.mode) == 0 and _is_epoll(found.table, found.number):
-            found.table.epolls[found.number] = list(_entries(found.number, found.info().lines))
+            found.table.epolls[found.number] = list(entries(found.number, found.info().lines))
 
     def changed(self, process: Process) -> bool:
         return any(
             _read(table) != table.epolls for table in process.tables if table.epolls and _has_pollable(table)
         )
-
-    def judge(self, scene: Scene) -> None:
-        """Report what was registered by a descriptor that nobody has any more: it can be neither removed nor made."""
-        known = {(use.number, use.description.object.inode) for use in scene.uses}
-        for process, table in scene.tables():
-            reported = {holding.what for holding in table.holdings}
-            for entry in (entry for entries in table.epolls.values() for entry in entries):
-                if entry.device != self.device or (entry.number, entry.inode) in known:
-                    continue
-                holder = statx.Object(entry.device, entry.inode, 0, 0, 0, 0, 0, 0, 0)
-                stale = Holding(entry.epoll, Kind.EPOLL, entry.inode, holder, f"for {entry.number}", problem=_STALE)
-                if stale.what not in reported:
-                    table.holdings.append(stale)
 
     def before(self, program: Program, table: FdTable, number: int) -> None:
         remove(program, table, number)
@@ -82,7 +67,7 @@ def _read(table: FdTable) -> "dict[int, List[EpollEntry]]":
             info = procfs.parse_fdinfo(procfs.read(f"/proc/{table.tid}/fdinfo/{number}"))
         except (FileNotFoundError, ProcessLookupError):
             continue
-        found[number] = list(_entries(number, info.lines))
+        found[number] = list(entries(number, info.lines))
     return found
 
 
@@ -92,13 +77,14 @@ def _of(table: FdTable, number: int) -> Iterator[EpollEntry]:
         return
     held = table.held.get(number)
     objects = [held.object] if held is not None else [h.holder for h in table.holdings if h.number == number]
-    for entries in table.epolls.values():
-        for entry in entries:
+    for registered in table.epolls.values():
+        for entry in registered:
             if entry.number == number and (entry.device, entry.inode) in [(o.device, o.inode) for o in objects]:
                 yield entry
 
 
-def _entries(epoll: int, lines: Iterable[str]) -> Iterator[EpollEntry]:
+def entries(epoll: int, lines: Iterable[str]) -> Iterator[EpollEntry]:
+    """What fdinfo tells of an epoll instance that has descriptor ``epoll``."""
     for line in lines:
         if not line.startswith("tfd:"):
             continue

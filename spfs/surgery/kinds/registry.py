@@ -15,6 +15,7 @@ from spfs.surgery.kinds.fifos import Fifos
 from spfs.surgery.kinds.inflight import InFlight
 from spfs.surgery.kinds.inotify import Inotify
 from spfs.surgery.kinds.locks import Locks
+from spfs.surgery.kinds.orphans import Orphans
 from spfs.surgery.kinds.rings import Rings
 from spfs.surgery.kinds.senders import Senders
 from spfs.surgery.kinds.sockets import Sockets
@@ -28,8 +29,8 @@ if TYPE_CHECKING:  # imports this module
 
 # In this order they judge and act.
 KINDS: Tuple[Type[Handler], ...] = (
-    Together, Inotify, Unlinked, Directories, Locks, Fifos, InFlight, Senders, Sockets, Connections, Epolls, Rings,
-    Fanotify,
+    Together, Inotify, Unlinked, Directories, Locks, Fifos, InFlight, Senders, Sockets, Connections, Epolls,
+    Orphans, Rings, Fanotify,
 )  # fmt: skip
 
 
