@@ -219,8 +219,16 @@ class Answers:
         self._has_pages(request.node)
         # In the caller's name: it decides whether the file keeps its set-id bits.
         worker.act_for(request)
-        fd = file.appending(bool(flags & os.O_APPEND) and not write_flags & protocol.WRITE_CACHE)
-        request.answer(protocol.WRITE_OUT.pack(os.pwrite(fd, data, offset), 0))
+        if flags & os.O_APPEND and not write_flags & protocol.WRITE_CACHE:
+            written, at = file.append(data)
+            request.answer(protocol.WRITE_OUT.pack(written, 0))
+            if written and at != offset:
+                # The file has grown by somebody else's doing, or it is another one by now: the kernel, which goes by
+                # the size that it knows of, has put the data at that place into its cache. It has locked the pages
+                # until now.
+                request.device.invalidate(request.node, offset, written)
+        else:
+            request.answer(protocol.WRITE_OUT.pack(os.pwrite(file.appending(False), data, offset), 0))
 
     def _has_pages(self, number: int) -> None:
         node = self._nodes.get(number)

@@ -67,6 +67,13 @@ class OpenFile:
                     )
             return self.opposite
 
+    def append(self, data: memoryview) -> Tuple[int, int]:
+        """How many bytes were written, and at which offset. For one thread at a time, which the kernel's lock of a file
+        that is written to takes care of."""
+        fd = self.appending(True)
+        written = os.write(fd, data)
+        return written, os.lseek(fd, 0, os.SEEK_CUR) - written
+
     def close(self) -> None:
         fds = [self.fd, self.opposite, *self.former]
         self.fd = self.opposite = -1

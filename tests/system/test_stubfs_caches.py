@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import mmap
 import os
 import subprocess
@@ -144,6 +145,30 @@ def test_the_same_for_two_real_directories(fs: Filesystem, tmp_path: Path) -> No
         fs.proxy(other)
         assert first_bytes(mapping) == b"O" * PAGES
     assert (fs.real / "f").read_bytes()[:2] == b"WR" and (other / "f").read_bytes() == b"O" * SIZE
+
+
+def test_what_was_appended_is_cached_where_it_went(fs: Filesystem) -> None:
+    """The kernel believes that the file ends where it did when it was last asked for its size."""
+    (fs.path / "log").write_bytes(b"")
+    (fs.real / "log").write_bytes(b"R" * SIZE)
+    with open(fs.path / "log", "r+b", buffering=0) as file:
+        fd = file.fileno()
+        fcntl.fcntl(fd, fcntl.F_SETFL, os.O_APPEND)
+        fs.client.mode("stub")
+        writer = fs.run(lambda: os.write(fd, b"A" * SIZE))
+        fs.wait_held()
+        fs.proxy()
+        assert writer.result() == SIZE
+        # Within what the kernel takes for the file: it does not ask for the size then.
+        wait_until(lambda: os.pread(fd, SIZE, 0) == b"R" * SIZE, 5)
+        assert os.fstat(fd).st_size == 2 * SIZE
+        with open(fs.real / "log", "ab") as behind:
+            behind.write(b"O" * SIZE)
+        assert os.write(fd, b"B" * SIZE) == SIZE
+        wait_until(lambda: os.pread(fd, SIZE, 2 * SIZE) == b"O" * SIZE, 5)
+        assert os.fstat(fd).st_size == 4 * SIZE
+        with mmap.mmap(fd, 4 * SIZE, prot=mmap.PROT_READ) as mapping:
+            assert first_bytes(mapping) == b"R" * PAGES + b"A" * PAGES + b"O" * PAGES + b"B" * PAGES
 
 
 def test_names_and_attributes(fs: Filesystem) -> None:
