@@ -139,9 +139,18 @@ class Entries:
 
         def link(backing: Backing, path: bytes) -> os.stat_result:
             old = self._nodes.path(number)
-            if old is not None:
+            if old is None:
+                return self._objects.by_own_fd(number, lambda fd: backing.link_fd(fd, path), stale())
+            try:
                 return backing.link(old, path)
-            return self._objects.by_own_fd(number, lambda fd: backing.link_fd(fd, path), stale())
+            except PermissionError:
+                # Perhaps of the way to a name that the caller has not used: it may have come by another one, or by an
+                # open file.
+                fd = backing.pin(old)
+                try:
+                    return backing.link_fd(fd, path)
+                finally:
+                    os.close(fd)
 
         self._nodes.change()
         try:

@@ -243,6 +243,27 @@ def test_who_has_got_into_a_directory_need_not_find_the_way_again(fs: Filesystem
     assert fs.run(work).result() == expected
 
 
+def test_a_file_is_linked_by_the_name_that_is_used(fs: Filesystem) -> None:
+    """Not by another one, which the caller cannot get to; nor by any, where it has the file open."""
+    os.close(os.open(fs.path / "mine", os.O_CREAT | os.O_WRONLY))
+    os.chown(fs.path / "mine", ALICE, ALICE)
+    (fs.path / "closed").mkdir(0o700)
+    os.link(fs.path / "mine", fs.path / "closed" / "also")
+    (fs.path / "closed" / "open").write_text("")
+    (fs.path / "closed" / "open").chmod(0o666)
+    opened = os.open(fs.path / "closed" / "open", os.O_RDWR)
+
+    def link() -> Any:
+        os.link("mine", "second")
+        return os.stat("second").st_nlink, outcome(
+            lambda: os.link(f"/proc/self/fd/{opened}", "third", src_dir_fd=opened, follow_symlinks=True)
+        )
+
+    assert beneath(fs, ALICE, [], link) == (3, None)
+    assert os.stat(fs.path / "third").st_ino == os.fstat(opened).st_ino
+    os.close(opened)
+
+
 def test_an_open_file_needs_no_permission_any_more(fs: Filesystem) -> None:
     (fs.path / "file").write_text("text")
     os.chown(fs.path / "file", ALICE, ALICE)
