@@ -159,7 +159,7 @@ class Daemon:
                 f"cannot give the top directory its owner: {reason(error)}", "leave out uid= and gid=, or become root",
                 error.errno or errno.EPERM,
             ) from error  # fmt: skip
-        self._session = Session(device, mode, staging, directory, self._stub_options, self._rules)
+        self._session = Session(device, mode, staging, directory, self._stub_options, self._rules, own_device)
         if self._record is not None:
             self._record_waits(self._record)
         # First of all, so that nobody waits for a mount that is going away.

@@ -5,14 +5,17 @@ Methods raise OSError for the errno to answer with.
 
 from __future__ import annotations
 
+import errno
 import os
 import time
 from typing import Callable, Optional, Tuple
 
 from stubfs import protocol
 from stubfs.backing import Backing, allowed_flags
+from stubfs.credentials import ourselves
 from stubfs.handles import HandleTable, OpenFile
 from stubfs.lanes import Worker
+from stubfs.nested import NestedMounts
 from stubfs.nodes import Node, NodeTable, Orphan
 from stubfs.objects import Objects, backing_of, fd_link, stale
 from stubfs.protocol import BODY, Opcode
@@ -26,11 +29,13 @@ class Entries:
     """``may_vouch``: whether the kernel may believe the attributes that answer a request, for a moment."""
 
     def __init__(
-        self, nodes: NodeTable, handles: HandleTable, objects: Objects, may_vouch: Callable[[Request], bool]
-    ) -> None:
+        self, nodes: NodeTable, handles: HandleTable, objects: Objects, nested: NestedMounts,
+        may_vouch: Callable[[Request], bool],
+    ) -> None:  # fmt: skip
         self._nodes = nodes
         self._handles = handles
         self._objects = objects
+        self._nested = nested
         self._may_vouch = may_vouch
 
     # --- find
@@ -42,7 +47,14 @@ class Entries:
         tries = 0
         while node is None:
             seen = self._nodes.changes
-            status = self._objects.by_path(request, Backing.stat, name)
+            try:
+                status = self._objects.by_path(request, Backing.stat, name)
+            except OSError as error:
+                if self._nodes.child(request.node, name) is not None:
+                    with ourselves():
+                        if self._nested.would_go(error, self._nodes.child_path(request.node, name), request.tid):
+                            raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM)) from error
+                raise
             # In the end an answer that was true a moment ago will do: the kernel asks again before it uses it.
             node = self._nodes.enter(request.node, name, status, backing.number, seen if tries < _RETRIES else None)
             tries += 1

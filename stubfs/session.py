@@ -25,6 +25,7 @@ from stubfs.interrupts import Interrupts
 from stubfs.lanes import Lane, Monitor, Worker
 from stubfs.libfuse import Session as LibfuseSession
 from stubfs.modes import Mode, ModeSwitch, State, StubOptions
+from stubfs.nested import NestedMounts
 from stubfs.nodes import NodeTable, Orphan
 from stubfs.objects import Objects
 from stubfs.protocol import BODY, ROOT_NODE, InitFlags, Opcode, opcode_name
@@ -54,11 +55,12 @@ _Handler = Callable[[Worker, Request], object]
 
 
 class Session:
-    """Serves the mount behind ``device_fd``, which stays the caller's. start() calls ``on_end`` at its end."""
+    """Serves the mount behind ``device_fd``, which stays the caller's; ``own_device`` is its st_dev, if known. start() calls
+    ``on_end`` at its end."""
 
     def __init__(
         self, device_fd: int, mode: Mode, staging: Staging, directory: Optional[int] = None,
-        options: StubOptions = StubOptions(), rules: Sequence[Rule] = (),
+        options: StubOptions = StubOptions(), rules: Sequence[Rule] = (), own_device: Optional[int] = None,
     ) -> None:  # fmt: skip
         self.device = Device(device_fd)
         self.nodes = NodeTable()
@@ -81,7 +83,7 @@ class Session:
         self._draining = 0
         objects = Objects(self.nodes, self.handles, self._has_locked_pages)
         self._answers = answers = Answers(self.nodes, self.handles, objects)
-        entries = Entries(self.nodes, self.handles, objects, self._may_vouch)
+        entries = Entries(self.nodes, self.handles, objects, NestedMounts(own_device), self._may_vouch)
         # Served with the caller's credentials.
         self._by_caller: Dict[int, _Handler] = {
             Opcode.LOOKUP: entries.lookup,

@@ -278,6 +278,32 @@ def test_an_open_file_needs_no_permission_any_more(fs: Filesystem) -> None:
     assert beneath(fs, ALICE, [], work) == (b"tex", 3, "EACCES")
 
 
+def test_nobody_unmounts_by_being_refused(fs: Filesystem) -> None:
+    """The kernel takes off what is mounted on a name when a lookup of it fails."""
+    closed = fs.path / "closed"
+    top = closed / "a b" / "mnt"
+    top.mkdir(parents=True)
+    (closed / "plain").mkdir()
+    context = syscalls.fsopen("tmpfs")
+    try:
+        syscalls.fsconfig(context, None)
+        nested = syscalls.fsmount(context, 0)
+    finally:
+        os.close(context)
+    try:
+        syscalls.move_mount(nested, os.fsencode(top))
+        (top / "file").write_text("nested")
+        closed.chmod(0o700)
+        paths = ["closed/a b/mnt/file", "closed/a b", "closed/plain"]
+        found = [beneath(fs, ALICE, [], lambda path=path: os.stat(path)) for path in paths]
+        assert found == ["ENOMEM", "ENOMEM", "EACCES"]
+        assert os.path.ismount(top) and (top / "file").read_text() == "nested"
+    finally:
+        os.close(nested)
+        syscalls.umount2(os.fsencode(top), syscalls.MNT_DETACH)
+    assert beneath(fs, ALICE, [], lambda: os.stat("closed/a b")) == "EACCES"
+
+
 def squash_root(store: Path, mountpoint: Path) -> None:
     """Serve ``store`` as a server with root_squash does: whoever comes as root is nobody."""
     genuine = ThreadIdentity.of
