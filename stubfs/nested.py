@@ -1,9 +1,9 @@
 """What is mounted on the mount itself: not to be lost by a lookup that fails.
 
 When the lookup of a name that it knows fails, the kernel forgets the name and takes off whatever is mounted on it or
-beneath, in every mount namespace (fuse_dentry_revalidate() in fs/fuse/dir.c, d_invalidate() in fs/dcache.c). It does so
-also if the caller was only refused: somebody without any rights could unmount what belongs to others. The one errno with
-which it does not, and that is no signal's, is ENOMEM.
+beneath, in every mount namespace (fuse_dentry_revalidate() in fs/fuse/dir.c, d_invalidate() in fs/dcache.c). Also if
+the caller was only refused: somebody without any rights could unmount what belongs to others. The one errno with which
+it does not, and that is no signal's, is ENOMEM.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ class NestedMounts:
         self._device = None if device is None else b"%d:%d" % (os.major(device), os.minor(device))
 
     def would_go(self, error: OSError, path: Optional[bytes], tid: int) -> bool:
-        """Whether something is mounted on ``path`` or beneath it, in the mount namespace of the thread ``tid``, and gone
-        if a lookup of ``path`` is answered with this error. To be called with our own rights."""
+        """Whether something is mounted on ``path`` or beneath it, in the mount namespace of the thread ``tid``, and
+        would be gone if a lookup of ``path`` were answered with this error. To be called with our own rights."""
         if self._device is None or path is None or error.errno in _GONE:
             return False
         try:

@@ -55,8 +55,10 @@ _Handler = Callable[[Worker, Request], object]
 
 
 class Session:
-    """Serves the mount behind ``device_fd``, which stays the caller's; ``own_device`` is its st_dev, if known. start() calls
-    ``on_end`` at its end."""
+    """Serves the mount behind ``device_fd``, which stays the caller's; ``own_device`` is its st_dev, if known.
+
+    start() calls ``on_end`` at its end.
+    """
 
     def __init__(
         self, device_fd: int, mode: Mode, staging: Staging, directory: Optional[int] = None,

@@ -20,6 +20,7 @@ from stubfs import protocol, syscalls
 RECENT = 10**18  # nanoseconds since the epoch: what is later was set by the kernel
 FALLOC_FL_ZERO_RANGE = 0x10  # linux/falloc.h
 FS_IOC_GETFLAGS, FS_IOC_SETFLAGS = 0x80086601, 0x40086602  # linux/fs.h
+FS_APPEND_FL = 0x20
 F_OFD_GETLK, F_OFD_SETLK = 36, 37  # linux/fcntl.h
 
 
@@ -73,7 +74,8 @@ class Hands:
 
     def one_of_type(self, slot: int, kind: int) -> int:
         """The number of an open file of this type (S_IFMT bits). KeyError if there is none."""
-        return Some({known: known for known, fd in self.files.items() if stat.S_IFMT(os.fstat(fd).st_mode) == kind})[slot]
+        of_it = [known for known, fd in self.files.items() if stat.S_IFMT(os.fstat(fd).st_mode) == kind]
+        return Some(zip(of_it, of_it))[slot]
 
     # --- open files
 
@@ -174,6 +176,8 @@ class Hands:
         return os.sendfile(self.files[slot], self.files[other], 0, count)
 
     def _size_to_map(self, slot: int) -> int:
+        if self.getflags(slot) & FS_APPEND_FL:
+            raise ValueError("the kernel does not know of that of a FUSE file")
         status = os.fstat(self.files[slot])
         # A look at a hole through a mapping allocates blocks, on tmpfs; other file systems do that when it is written.
         if status.st_size > min(2**20, status.st_blocks * 512):

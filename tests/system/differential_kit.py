@@ -149,8 +149,8 @@ def furnish(top: bytes) -> None:
         os.mkdir(os.path.join(top, name))
         os.chmod(os.path.join(top, name), 0o777)
     os.symlink(b"d", os.path.join(top, b"s"))
-    files = ((b"a", ALICE, 0o666), (b"b", BOB, 0o640), (b"c", ROOT, 0o600), (b"d/a", ALICE, 0o664), (b"d/b", ROOT, 0o666))
-    for name, owner, mode in files:
+    files = [(b"a", ALICE, 0o666), (b"b", BOB, 0o640), (b"c", ROOT, 0o600), (b"d/a", ALICE, 0o664)]
+    for name, owner, mode in [*files, (b"d/b", ROOT, 0o666)]:
         fd = os.open(os.path.join(top, name), os.O_CREAT | os.O_WRONLY)
         try:
             os.write(fd, name * 3000)

@@ -60,6 +60,22 @@ def test_nobody_gets_them_in_stub_mode(fs: Filesystem) -> None:
             assert asking.result() == 7
 
 
+def test_nobody_gets_those_of_an_exempt_process(fs: Filesystem) -> None:
+    with open(fs.path / "f") as file:
+        for _ in range(5):
+            read, write = os.pipe()
+            asking = fs.run(lambda: os.read(read, 1) and os.fstat(file.fileno()).st_size)
+            fs.client.mode("stub", exempt=[os.getpid()])
+            os.stat(fs.path / "f")
+            os.write(write, b"x")
+            os.close(read)
+            os.close(write)
+            fs.wait_held()
+            fs.proxy()
+            assert asking.result() == 12
+            fs.client.mode("restore")
+
+
 def test_rules_for_them_are_in_force_at_once(fs: Filesystem) -> None:
     with open(fs.path / "f") as file:
         for _ in range(ROUNDS):
@@ -68,6 +84,8 @@ def test_rules_for_them_are_in_force_at_once(fs: Filesystem) -> None:
             with pytest.raises(OSError) as caught:
                 os.fstat(file.fileno())
             assert caught.value.errno == errno.EDQUOT
+            with pytest.raises(OSError):
+                os.stat(fs.path / "f")  # not with what the lookup has brought
             fs.client.set_rules([])
 
 

@@ -346,62 +346,108 @@ def test_where_root_has_no_rights(tmp_path: Path) -> None:
 
 
 def test_no_race_leads_out_of_the_tree(tmp_path: Path) -> None:
-    """Somebody swaps a directory for a link to the outside while names beneath it are used."""
+    """Somebody swaps a directory, and files, for links to the outside while they and names beneath are used."""
     outside = tmp_path / "outside"
     outside.mkdir()
     (outside / "file").write_text("outside")
-    marks = outside.stat().st_mtime_ns
+    (outside / "secret").touch()
+    marks = [os.stat(path) for path in (outside, outside / "file")]
     with mounted(tmp_path, "proxy") as fs:
-        real = fs.real / "d"
-        real.mkdir()
-        (real / "file").write_text("inside")
-        os.symlink(outside, fs.real / "link")
+        real = fs.real
+        (real / "d").mkdir()
+        for name in ("d/file", "top", "d/inner"):
+            (real / name).write_text("inside")
+        for name, target in (("d", outside), ("top", outside / "file"), ("d/inner", outside / "file")):
+            os.symlink(target, real / f"{name}-link")
 
-        def swap() -> None:
-            while True:
-                syscalls.renameat2(syscalls.AT_FDCWD, bytes(real), syscalls.AT_FDCWD, bytes(fs.real / "link"), 2)
+        def swap(directory: int, name: bytes) -> Callable[[], None]:
+            def run() -> None:
+                while True:
+                    syscalls.renameat2(directory, name, directory, name + b"-link", 2)
 
-        top = os.open(fs.path / "d", os.O_PATH | os.O_DIRECTORY)
-        fs.run(swap)
-        source, seen, deadline = random.Random(7), {"inside": 0, "error": 0}, time.monotonic() + 4
-        actions: List[Callable[[], Any]] = [
-            lambda: os.stat("file", dir_fd=top),
-            lambda: os.close(os.open("new", os.O_CREAT | os.O_WRONLY, dir_fd=top)),
-            lambda: os.mkdir("dir", dir_fd=top),
-            lambda: os.rmdir("dir", dir_fd=top),
-            lambda: os.unlink("new", dir_fd=top),
-            lambda: os.rename("file", "other", src_dir_fd=top, dst_dir_fd=top),
-            lambda: os.rename("other", "file", src_dir_fd=top, dst_dir_fd=top),
-            lambda: os.link("file", "hard", src_dir_fd=top, dst_dir_fd=top),
-            lambda: os.unlink("hard", dir_fd=top),
-            lambda: os.symlink("x", "soft", dir_fd=top),
-            lambda: os.unlink("soft", dir_fd=top),
-            lambda: os.chmod("file", 0o600, dir_fd=top),
-            lambda: os.utime("file", (5, 5), dir_fd=top),
-            lambda: os.listdir(top),
-        ]
+            return run
 
-        def read() -> None:
-            fd = os.open("file", os.O_RDONLY, dir_fd=top)
+        behind = os.open(real, os.O_PATH), os.open(real / "d", os.O_PATH)
+        mount = os.open(fs.path, os.O_PATH | os.O_DIRECTORY)
+        inner = os.open(fs.path / "d", os.O_PATH | os.O_DIRECTORY)
+        for swapped in ((behind[0], b"d"), (behind[0], b"top"), (behind[1], b"inner")):
+            fs.run(swap(*swapped))
+        kinds = ((inner, "file"), (mount, "top"), (inner, "inner"))
+        source, deadline = random.Random(7), time.monotonic() + 6
+        seen = {(name, what): 0 for _, name in kinds for what in ("inside", "error")}
+        flags = os.O_NOFOLLOW  # or the kernel would follow the link, as it should, and not us
+
+        def read(at: int, name: str) -> None:
+            fd = os.open(name, os.O_RDONLY | flags, dir_fd=at)
             try:
-                assert os.read(fd, 100) == b"inside"
+                assert os.read(fd, 100) in (b"inside", b"")
             finally:
                 os.close(fd)
 
+        def truncate(at: int, name: str) -> None:
+            os.close(os.open(name, os.O_RDWR | os.O_TRUNC | flags, dir_fd=at))
+
+        def write(at: int, name: str) -> None:
+            fd = os.open(name, os.O_WRONLY | flags, dir_fd=at)
+            try:
+                os.write(fd, b"inside")
+            finally:
+                os.close(fd)
+
+        def beside(at: int, name: str) -> None:
+            os.close(os.open("new", os.O_CREAT | os.O_WRONLY | flags, dir_fd=at))
+            os.unlink("new", dir_fd=at)
+
+        def directory(at: int, name: str) -> None:
+            os.mkdir("dir", dir_fd=at)
+            os.rmdir("dir", dir_fd=at)
+
+        def link(at: int, name: str) -> None:
+            os.link(name, "hard", src_dir_fd=at, dst_dir_fd=at, follow_symlinks=False)
+            os.unlink("hard", dir_fd=at)
+
+        def owner(at: int, name: str) -> None:
+            os.chown(name, 5, 5, dir_fd=at, follow_symlinks=False)
+
+        def times(at: int, name: str) -> None:
+            os.utime(name, (5, 5), dir_fd=at, follow_symlinks=False)
+
+        def mode(at: int, name: str) -> None:
+            fd = os.open(name, os.O_PATH | flags, dir_fd=at)
+            try:
+                os.chmod(f"/proc/self/fd/{fd}", 0o600)
+                os.setxattr(f"/proc/self/fd/{fd}", "trusted.mark", b"")
+            finally:
+                os.close(fd)
+
+        def look(at: int, name: str) -> None:
+            assert os.stat(name, dir_fd=at, follow_symlinks=False).st_ino != marks[1].st_ino
+            assert "secret" not in os.listdir(f"/proc/self/fd/{at}")
+
+        actions: List[Callable[[int, str], None]] = [
+            write, truncate, beside, directory, link, owner, times, mode, look
+        ]  # fmt: skip
         try:
             while time.monotonic() < deadline:
-                for action in (read, source.choice(actions)):
-                    try:
-                        action()
-                        seen["inside"] += 1
-                    except OSError:
-                        seen["error"] += 1
+                for at, name in kinds:
+                    for action in (write, read, source.choice(actions)):
+                        try:
+                            action(at, name)
+                            seen[name, "inside"] += 1
+                        except OSError:
+                            seen[name, "error"] += 1
         finally:
-            os.close(top)
-        # Both happened: the link was in the way, and it was not.
+            for fd in (*behind, inner, mount):
+                os.close(fd)
+        # Both happened with each: the link was in the way, and it was not.
         assert min(seen.values()) > 50, seen
-    assert os.listdir(outside) == ["file"] and (outside / "file").read_text() == "outside"
-    assert outside.stat().st_mtime_ns == marks and (outside / "file").stat().st_mtime > 5
+    assert sorted(os.listdir(outside)) == ["file", "secret"] and (outside / "file").read_text() == "outside"
+    for before, path in zip(marks, (outside, outside / "file")):
+        after = os.stat(path)
+        assert (after.st_mode, after.st_uid, after.st_mtime_ns, after.st_ctime_ns, after.st_nlink) == (
+            before.st_mode, before.st_uid, before.st_mtime_ns, before.st_ctime_ns, before.st_nlink
+        )  # fmt: skip
+    assert os.listxattr(outside / "file") == []
 
 
 def test_links_are_the_readers_own_affair(fs: Filesystem, tmp_path: Path) -> None:
