@@ -126,7 +126,11 @@ class Sides(RuleBasedStateMachine):
 
     def comparable(self, value: Any) -> Any:
         if isinstance(value, dict):
-            return {key: item for key, item in value.items() if key in self.times or key not in ("atime", "mtime")}
+            return {
+                key: self.comparable(item)
+                for key, item in value.items()
+                if key in self.times or key not in ("atime", "mtime")
+            }
         return tuple(map(self.comparable, value)) if isinstance(value, tuple) else value
 
     @initialize(mode=st.sampled_from([0o777, 0o1777, 0o755, 0o2777]))
