@@ -76,7 +76,8 @@ class Kind(enum.Enum):
 
 @dataclass(frozen=True)
 class HeldReference:
-    """Whose (``pid`` of the thread group), what, and ``reason``: why it stays where it is (None: it need not).
+    """Whose (``pid`` of the thread group; 0: the kernel's own), what, and ``reason``: why it stays where it is (None:
+    it need not).
 
     ``what`` tells which one within the process ("fd 3", "mapping 7f00-7f01", "cwd"); ``path`` is relative to the file
     system's root, None when it has no name.

@@ -23,7 +23,7 @@ from spfs.freezer import Freezer
 from spfs.linux import machine
 from spfs.linux.arch import Architecture
 from spfs.references import HeldReference, LeftReference, MountRoot, Resolver
-from spfs.surgery import execution, report
+from spfs.surgery import execution, report, unowned
 from spfs.surgery.account import Account, Identity
 from spfs.surgery.census import Census
 from spfs.surgery.compare import Comparison
@@ -123,6 +123,8 @@ class Switch:
             self._turn.close()
             raise
         self._exclude = _Excluded(exclude, self._guard.pid)
+        self._within = within
+        self._unowned: List[LeftReference] = []
         self._late = late
         self._freeze_timeout = freeze_timeout
         self._gadgets = GadgetFinder(device, architecture)
@@ -152,14 +154,17 @@ class Switch:
         """
         self._census.find()
         processes = self._census.processes.values()
-        left = report.left(processes)
+        if unowned.KERNEL in self._chosen:
+            self._unowned = [one for one in unowned.held(self._device) if self._within(one.path)]
+        left = [*report.left(processes), *self._unowned]
         self._refuse(left)
         users = [process for process in processes if process.uses_mount]
         return Preparation({process.pid: process.command for process in users}, report.references(users), left)
 
     def references(self) -> Iterator[HeldReference]:
         """After ``prepare``: all that the processes hold, each with the reason why it would stay, if it would."""
-        return report.held(self._census.processes.values())
+        yield from report.held(self._census.processes.values())
+        yield from self._unowned
 
     def _refuse(self, left: List[LeftReference]) -> None:
         if self._strict and left:
@@ -191,7 +196,7 @@ class Switch:
             census.find()
             if not self._account.has_untried(census.processes.values()) and not self._came_loose(stuck):
                 break
-        left = self._account.left(census.processes.values())
+        left = [*self._account.left(census.processes.values()), *self._unowned]
         return SwitchReport(
             everybody, dict(self._account.moved), left, self._blackout, dict(self._stages), number, self._began
         )

@@ -132,6 +132,43 @@ def test_fifo_that_a_request_waits_for(mounts: Mounts, victim: Victim, call: str
         writer.close()
 
 
+@needs_ring
+def test_buffers_registered_with_a_ring(mounts: Mounts, victim: Victim) -> None:
+    """The ring has their pages: what it reads would never be seen in others."""
+    path = mounts.file("f", b"x" * 8192, b"y" * 8192)
+    victim.run(
+        RING
+        + f"""
+f = os.open({path!r}, os.O_RDWR); m, n = [mmap.mmap(f, 4096, mmap.MAP_PRIVATE) for _ in range(2)]
+m[0], n[0] = 97, 97; address = ctypes.addressof(ctypes.c_char.from_buffer(m))
+def register_buffer():
+    assert libc.syscall(427, ring, 0, struct.pack('QQ', address, 4096), 1) == 0, ctypes.get_errno()
+a, b = os.pipe(); os.write(b, b'through')
+def read_fixed(length):
+    with mmap.mmap(ring, 4096) as queues, mmap.mmap(ring, 256, offset=0x10000000) as entries:
+        mask, tail = struct.unpack_from('I', queues, sq_mask)[0], struct.unpack_from('I', queues, sq_tail)[0]
+        # IORING_OP_READ_FIXED, of the pipe
+        entry = struct.pack('BBHiQQI', 4, 0, 0, a, 2**64 - 1, address, length).ljust(64, bytes(1))
+        entries[64 * (tail & mask):64 * (tail & mask) + 64] = entry
+        struct.pack_into('I', queues, sq_array + 4 * (tail & mask), tail & mask)
+        count(queues, sq_tail)
+        assert libc.syscall(426, ring, 1, 1, 1, None, 0) == 1, ctypes.get_errno()
+        count(queues, cq_head)
+    return m[:length]
+"""
+    )
+    # After everything was looked at, for one that comes late.
+    _, report = mounts.prepared_switch(between=lambda: victim.run("register_buffer()"))
+    assert [(left.kind, "registered with an io_uring" in left.reason) for left in report.left] == [
+        ("private mapping", True)
+    ]
+    assert report.moved["private mapping"] == 1 and victim.run("n[:3], m[:3]") == (b"axx", b"axx")
+    assert victim.run("read_fixed(7)") == b"through"
+    victim.run("assert libc.syscall(427, ring, 1, None, 0) == 0")  # IORING_UNREGISTER_BUFFERS
+    assert mounts.switch().moved == {"private mapping": 1} and mounts.users() == []
+    assert victim.run("m[:8]") == b"throughx"
+
+
 READ_LATER = """
 def enter(complete):
     return libc.syscall(426, ring, 0, complete, 1, None, 0)

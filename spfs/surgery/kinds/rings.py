@@ -18,15 +18,17 @@ from spfs.references import Kind
 from spfs.surgery.counterparts import Counterparts
 from spfs.surgery.kinds.base import Found, Handler, Scene, Survey, Use
 from spfs.surgery.program import Program
-from spfs.surgery.records import Description, FdTable, Holding, Process
+from spfs.surgery.records import Description, FdTable, Holding, Memory, Process
 
 _ENTRY = re.compile(r" *(\d+): (.*)")
+_BUFFER = re.compile(r"^ *\d+: 0x([0-9a-f]+)/(\d+)$", re.MULTILINE)
 _REGISTER_FILES_UPDATE = 6
 _UPDATE = struct.Struct("<IIQ")  # struct io_uring_rsrc_update: offset, reserved, address of descriptors
 
 _ALONE = "only the ring has it: neither its flags nor its offset can be had"
 _WAITS = "an io_uring of its process has it, or has requests under way that may be about it"
 _ASYNCHRONOUS = "a request of its process (io_submit(2), IOCB_CMD_POLL) may wait for it, which the kernel tells nobody"
+_BUFFERS = "it has a buffer that is registered with an io_uring"
 _AMBIGUOUS = "the process has it open more than once, and which one is registered cannot be told"
 
 
@@ -76,28 +78,17 @@ class Rings(Handler):
             if isinstance(holding, RegisteredFile) and holding.problem is None:
                 assert holding.description is not None
                 holding.problem = process.problem or holding.description.problem
-        self._judge_waits(scene)
-
-    def _judge_waits(self, scene: Scene) -> None:
-        """What a request waits for to become ready must not be exchanged beneath it: it would wait for ever, or find
-        the end of a fifo that nobody writes to any more."""
         fifos: Dict[int, List[Use]] = {}
         for use in scene.uses:
             if use.description.kind is Kind.FIFO and use.description.problem is None:
                 fifos.setdefault(id(use.table), []).append(use)
         for process, table in scene.tables():
             ends = fifos.get(id(table), [])
-            if not ends and not table.exchangeable:
-                continue
             texts = [_text(table, ring) for ring in self._rings.get(table, ())]
-            polls = _ASYNCHRONOUS if process.memory is not None and b"/[aio]" in process.memory.maps else None
-            for one in table.exchangeable:
-                if one.problem is None:
-                    used = any(_may_use(text, one.holder.inode) for text in texts)
-                    one.problem = _WAITS if used else polls
-            waits = _WAITS if any(map(_has_waiting, texts)) else polls
-            for end in ends:
-                end.description.problem = end.description.problem or waits
+            if ends or table.exchangeable:
+                _judge_waits(process, table, ends, texts)
+            if process.memory is not None:
+                _judge_buffers(process.memory, texts)
 
     def finish(self, program: Program, table: FdTable) -> None:
         for one in table.holdings:
@@ -106,6 +97,29 @@ class Rings(Handler):
                 update = program.put(_UPDATE.pack(one.index, 0, fds))
                 entry = program.add("io_uring_register", one.number, _REGISTER_FILES_UPDATE, update, 1)
                 program.expect(entry, _teller(one))
+
+
+def _judge_waits(process: Process, table: FdTable, fifos: List[Use], texts: List[str]) -> None:
+    """What a request waits for to become ready must not be exchanged beneath it: it would wait for ever, or find the
+    end of a fifo that nobody writes to any more."""
+    polls = _ASYNCHRONOUS if process.memory is not None and b"/[aio]" in process.memory.maps else None
+    for one in table.exchangeable:
+        if one.problem is None:
+            used = any(_may_use(text, one.holder.inode) for text in texts)
+            one.problem = _WAITS if used else polls
+    waits = _WAITS if any(map(_has_waiting, texts)) else polls
+    for use in fifos:
+        use.description.problem = use.description.problem or waits
+
+
+def _judge_buffers(memory: Memory, texts: List[str]) -> None:
+    """The ring has the pages, not the addresses: other pages in their place would be none of its."""
+    found = (pair for text in texts for pair in _BUFFER.findall(text))
+    buffers = [range(int(start, 16), int(start, 16) + int(size)) for start, size in found]
+    for region in memory.regions if buffers else ():
+        mapping = region.mapping
+        if region.problem is None and any(one.start < mapping.end and mapping.start < one.stop for one in buffers):
+            region.problem = _BUFFERS
 
 
 def _teller(one: RegisteredFile) -> Callable[[int], None]:

@@ -1,0 +1,81 @@
+"""What the kernel has open for itself is no process's: it is reported, and left alone."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+from typing import Iterator
+
+import pytest
+from surgery_kit import Mounts, Victim, mounts, victim
+
+from spfs.references import LeftReference
+from spfs.surgery import unowned
+from spfs.switch import Refused
+
+__all__ = ["mounts", "victim"]
+
+pytestmark = [pytest.mark.needs_root, pytest.mark.needs_ptrace]
+
+
+def attach(path: Path) -> str:
+    """A loop device for the file; its path."""
+    done = subprocess.run(["losetup", "--find", "--show", "--read-only", str(path)], stdout=subprocess.PIPE, text=True)
+    if done.returncode != 0:
+        pytest.skip("no loop device can be had here (losetup fails)")
+    return done.stdout.strip()
+
+
+@pytest.fixture
+def loop(mounts: Mounts) -> Iterator[str]:
+    mounts.both(lambda root: (root / "dir").mkdir())
+    mounts.file("dir/image", b"old".ljust(1 << 20), b"new".ljust(1 << 20))
+    device = attach(mounts.old / "dir/image")
+    yield device
+    subprocess.run(["losetup", "--detach", device], check=True)
+
+
+def test_loop_device(mounts: Mounts, victim: Victim, loop: str) -> None:
+    victim.run(f"fd = os.open({str(mounts.old / 'dir/image')!r}, 0)")
+    with pytest.raises(Refused, match=f"{loop} .dir/image. of process 0"):
+        mounts.switch(strict=True)
+    preparation, report = mounts.prepared_switch()
+    assert preparation.left == report.left and report.moved == {"file": 1}
+    (left,) = report.left
+    assert (left.pid, left.kind, left.what, left.path) == (0, "loop device", loop, "dir/image")
+    assert Path(loop).read_bytes()[:3] == b"old" and victim.run("os.read(fd, 3)") == b"new"
+
+
+def test_loop_device_of_who_was_not_asked_for(mounts: Mounts, victim: Victim, loop: str) -> None:
+    victim.run(f"fd = os.open({str(mounts.old / 'dir/image')!r}, 0)")
+    report = mounts.switch(chosen=[victim.pid])
+    assert (report.moved, report.left) == ({"file": 1}, [])
+
+
+def test_swap_file(tmp_path: Path) -> None:
+    """Beneath another mount than the file system of its neighbours, which does not have it."""
+    image, place = tmp_path / "image", tmp_path / "a place"
+    image.write_bytes(bytes(8 << 20))
+    place.mkdir()
+    subprocess.run(["mkfs.ext4", "-q", str(image)], check=True)
+    subprocess.run(["mount", "-o", "loop", str(image), str(place)], check=True)
+    try:
+        (place / "swap").write_bytes(bytes(1 << 20))
+        (place / "swap").chmod(0o600)
+        subprocess.run(["mkswap", "--quiet", str(place / "swap")], check=True)
+        subprocess.run(["swapon", "--priority", "0", str(place / "swap")], check=True)
+        try:
+            (left,) = unowned.held(os.stat(place).st_dev)
+            assert (left.kind, left.path) == ("swap file", "swap")
+            (left,) = [one for one in unowned.held(os.stat(tmp_path).st_dev) if _is_of(one, image)]
+            assert left.kind == "loop device"
+        finally:
+            subprocess.run(["swapoff", str(place / "swap")], check=True)
+        assert unowned.held(os.stat(place).st_dev) == []
+    finally:
+        subprocess.run(["umount", str(place)], check=True)
+
+
+def _is_of(one: LeftReference, image: Path) -> bool:
+    return one.path is not None and str(image).endswith(one.path)
