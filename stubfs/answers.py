@@ -133,7 +133,7 @@ class Answers:
             status = os.fstat(self._objects.by_handle(worker, request, fh).fd)
         else:
             status = self._status(request)
-        request.answer(protocol.attr_out(request.node, status))
+        request.device.send(protocol.attr_reply(request.unique, request.node, status))
         return status
 
     def setattr(self, worker: Worker, request: Request) -> None:
@@ -164,12 +164,13 @@ class Answers:
             return os.fstat(fd)
 
         if valid & _FH:
+            caller = worker.identity.current
             file = self._objects.by_handle(worker, request, fh)
-            worker.act_for(request)
+            worker.identity.assume(caller)  # again, where the file had to be opened anew in its opener's name
             status = as_far_as_may_be(change, file.fd)
         else:
             status = self._objects.by_fd(request, change)
-        request.answer(protocol.attr_out(request.node, status))
+        request.device.send(protocol.attr_reply(request.unique, request.node, status))
 
     def open(self, worker: Worker, request: Request) -> None:
         flags, _ = protocol.OPEN_IN.unpack_from(request.buffer, BODY)
@@ -311,21 +312,17 @@ class Answers:
     def readdir(self, worker: Worker, request: Request) -> None:
         fh, offset, size, _, _, _, _ = protocol.READ_IN.unpack_from(request.buffer, BODY)
         file = self._objects.by_handle(worker, request, fh)
-        parent, number_of, dirent = request.node, self._nodes.entry_number, protocol.dirent
+        dirent = protocol.dirent
         entries = []
         with file.lock:
             if file.position != offset:
                 os.lseek(file.fd, offset - (offset >> 63 << 64), os.SEEK_SET)
                 file.position = offset
             data = syscalls.getdents64(file.fd, size)
-            generation, device = file.generation, os.fstat(file.fd).st_dev
+            number_of = self._nodes.entry_numbers(request.node, file.generation, os.fstat(file.fd).st_dev)
             following = file.position
-            for following, inode, kind, name in protocol.native_dirents(data, len(data)):
-                if name == b"." or name == b"..":
-                    number = parent if name == b"." else self._above(parent)
-                else:
-                    number = number_of(parent, name, (generation, device, inode))
-                entry = dirent(number, following, kind, name)
+            for following, inode, kind, name in protocol.native_dirents(data):
+                entry = dirent(number_of(name, inode), following, kind, name)
                 size -= len(entry)
                 if size < 0:
                     # FUSE's entries are a little larger than the system's: the rest is read again next time.
@@ -334,10 +331,6 @@ class Answers:
                 entries.append(entry)
             file.position = following & 0xFFFFFFFFFFFFFFFF if following != -1 else -1
         request.answer(b"".join(entries))
-
-    def _above(self, directory: int) -> int:
-        node = self._nodes.get(directory)
-        return node.names[0][0].number if node is not None and node.names else directory
 
 
 def _seek(fd: int, offset: int, whence: int) -> int:

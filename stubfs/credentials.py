@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from typing import Callable, Dict, Iterator, NamedTuple, Optional, Tuple, TypeVar
 
 from stubfs import syscalls
+from stubfs.syscalls import effective_of
 
 _VALID = 0.2  # seconds for which a thread's groups and capabilities are believed
 _KEPT = 1024
@@ -150,8 +151,8 @@ class ThreadIdentity:
 
     def __init__(self) -> None:
         self.current = ROOT
-        # Of (thread, user, group): when it was looked up, its effective capabilities then, and what it may do here.
-        self._known: Dict[Tuple[int, int, int], Tuple[float, int, Credentials]] = {}
+        # Of (thread, user, group): when it was looked up, its capabilities then if it had any, and what it may do here.
+        self._known: Dict[Tuple[int, int, int], Tuple[float, bytes, Credentials]] = {}
         self._privileged = os.geteuid() == 0
         self._capabilities = syscalls.Capabilities()
         self._permitted = self._capabilities.permitted(0)
@@ -170,18 +171,20 @@ class ThreadIdentity:
         key = (tid, uid, gid)
         known = self._known.get(key)
         try:
-            if known is not None and now - known[0] < _VALID:
+            if known is not None:
+                since, sets, credentials = known
                 # Who gives capabilities up has done so for its very next request.
-                if not known[1] or self._capabilities.effective(tid) == known[1]:
-                    return known[2]
+                if now - since < _VALID and (not sets or self._capabilities.are(tid, sets)):
+                    return credentials
             self.assume(ROOT)  # with hidepid, others see nothing of a process
-            effective = self._capabilities.effective(tid)
+            sets = self._capabilities.sets(tid)
+            effective = effective_of(sets)
             credentials = self._look(uid, gid, tid, effective)
         except (OSError, ValueError):
             return Credentials(uid, gid)
         if len(self._known) >= _KEPT:
             self._known.clear()
-        self._known[key] = (now, effective, credentials)
+        self._known[key] = (now, sets if effective else b"", credentials)
         return credentials
 
     def _look(self, uid: int, gid: int, tid: int, effective: int) -> Credentials:
@@ -206,7 +209,7 @@ class ThreadIdentity:
     def assume(self, credentials: Credentials) -> None:
         """OSError as setgroups(2)."""
         current = self.current
-        if credentials == current or not self._privileged:
+        if credentials is current or credentials == current or not self._privileged:
             return
         if credentials.groups != current.groups:
             syscalls.setgroups(credentials.groups)

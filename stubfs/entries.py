@@ -66,7 +66,7 @@ class Entries:
             # Else each stat(2) would be two requests. What changes them on this mount makes the kernel forget them.
             valid = 1
             node.vouched = time.monotonic()
-        if request.answer(protocol.entry_out(node.number, 0, status, valid) + opened):
+        if request.device.send(protocol.entry_reply(request.unique, node.number, status, valid, opened)):
             return True
         self._nodes.forget(node.number, 1)  # nobody took the reference
         return False

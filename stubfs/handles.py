@@ -48,9 +48,11 @@ class OpenFile:
     def open_flags(self) -> int:
         """FOPEN_* for the reply to whoever opened it.
 
-        In the staging directory closing has nothing to report; from Linux 5.16 on no FLUSH is sent then.
+        Closing has nothing to report in the staging directory, nor to who could not write; from Linux 5.16 on no FLUSH
+        is sent then.
         """
-        return protocol.FOPEN_NOFLUSH if self.in_staging else 0
+        reads = self.flags & os.O_ACCMODE == os.O_RDONLY
+        return protocol.FOPEN_NOFLUSH if reads or self.in_staging else 0
 
     def appending(self, wanted: bool) -> int:
         """An fd whose pwrite(2) goes to the end of the file, or obeys the offset.

@@ -1,9 +1,12 @@
 """Threads that serve requests: one at a time per source, and another one as soon as that one is stuck.
 
 A lane is a source of requests (the device; the held ones that are let go) with one thread, its owner, that fetches
-and serves. When the owner has slept inside one request for about a millisecond, the monitor makes another thread
+and serves. When the owner has slept inside one request for a few milliseconds, the monitor makes another thread
 the owner. So a request that hangs in the real file system never stops the others, and no hand-over costs the
 usual case anything. A few idle threads are kept.
+
+To look costs a busy mount about 20 microseconds, so the monitor does it often only while it finds somebody stuck: for a
+second after each hand-over.
 
 Where the CPUs are busy, an owner is mostly in the middle of a request, because it waits for a CPU. A second thread
 would wait for the same, and for the interpreter besides; so an owner that does not sleep is left alone for longer.
@@ -22,9 +25,12 @@ from stubfs.protocol import BUFFER_SIZE
 from stubfs.request import Device, Request
 
 _log = logging.getLogger(__name__)
-_TICK = 0.001  # seconds after which an owner inside the same request counts as stuck
-_PATIENCE = 20  # ticks for an owner inside the same request that runs or waits for a CPU
-_IDLE_TICKS = 20  # without a request before the monitor sleeps
+# Seconds between two looks; an owner inside the same request at both counts as stuck.
+_TICK = 0.004
+_ALERT_TICK = 0.001
+_ALERT = 1.0  # seconds for which a hand-over makes the monitor look more often
+_PATIENCE = 0.02  # seconds for an owner inside the same request that runs or waits for a CPU
+_IDLE = 0.02  # seconds without a request before the monitor sleeps
 _SPARE_THREADS = 3  # per lane
 
 
@@ -46,9 +52,12 @@ class Worker:
 
     def act_for(self, request: Request) -> None:
         """Take on the credentials of who has made the request. OSError as setgroups(2)."""
-        known = request.credentials
         identity = self.identity
-        identity.assume(known if known is not None else identity.of(request.uid, request.gid, request.tid))
+        credentials = request.credentials
+        if credentials is None:
+            credentials = identity.of(request.uid, request.gid, request.tid)
+        if credentials is not identity.current:
+            identity.assume(credentials)
 
     def sleeps(self) -> bool:
         """Whether its thread waits for something else than a CPU (the state in /proc/PID/stat, proc(5))."""
@@ -68,6 +77,7 @@ class Monitor:
 
     def __init__(self) -> None:
         self._lanes: List["Lane"] = []
+        self._alert_until = 0.0  # monotonic
         self.asleep = False
         self._awake = threading.Semaphore(0)
         self._ended = False
@@ -87,15 +97,21 @@ class Monitor:
         self._ended = True
         self.wake()
 
+    def alert(self) -> None:
+        """Somebody was stuck: others may be soon."""
+        self._alert_until = time.monotonic() + _ALERT
+
     def _run(self) -> None:
-        idle = 0
+        active_at = time.monotonic()
         while not self._ended:
             active = False
+            now = time.monotonic()
             for lane in self._lanes:
-                active = lane.check() or active
-            idle = 0 if active else idle + 1
-            if idle < _IDLE_TICKS:
-                time.sleep(_TICK)  # a thousand times per second: an Event's wait() costs more
+                active = lane.check(now) or active
+            if active:
+                active_at = now
+            if now - active_at < _IDLE:
+                time.sleep(_ALERT_TICK if now < self._alert_until else _TICK)  # an Event's wait() costs more
                 continue
             self.asleep = True
             # An owner sets busy before it looks at asleep; so one of the two sees the other.
@@ -103,7 +119,7 @@ class Monitor:
                 self.asleep = False
             else:
                 self._awake.acquire()
-            idle = 0
+            active_at = time.monotonic()
 
 
 class Lane:
@@ -130,7 +146,7 @@ class Lane:
         self._spare: List[Worker] = []
         self._owner: Optional[Worker] = None
         self._seen = 0
-        self._same = 0  # ticks that the owner has spent inside one request
+        self._since = 0.0  # when the owner was first found inside its request; monotonic
         self._ended = False
         monitor.watch(self)
 
@@ -168,27 +184,29 @@ class Lane:
         owner = self._owner
         return [worker for worker in self.workers if worker.busy and worker is not owner]
 
-    def check(self) -> bool:
-        """Replace an owner that has not got on since the last call. Whether there was anything going on."""
+    def check(self, now: float) -> bool:
+        """Replace an owner that has not got on since the last call. Whether there was anything going on.
+
+        ``now``: monotonic.
+        """
         owner = self._owner
         if owner is None:
             return False
         count, busy = owner.count, owner.busy
-        active = busy or count != self._seen
-        self._same = self._same + 1 if busy and count == self._seen else 0
-        if self._same and not self._ended and (owner.sleeps() or self._same > _PATIENCE):
+        if count != self._seen:
+            self._seen, self._since = count, now
+            return True
+        if busy and not self._ended and (owner.sleeps() or now - self._since > _PATIENCE):
             with self._lock:
                 # It may have got on while we looked.
                 if owner is self._owner and owner.busy and owner.count == count:
                     try:
                         self._own()
-                        owner = self._owner
-                        count = owner.count
-                        self._same = 0
+                        self._seen, self._since = self._owner.count, now
+                        self._monitor.alert()
                     except RuntimeError as error:
                         _log.error("cannot start another thread: %s; requests wait for the stuck one", error)
-        self._seen = count
-        return active
+        return busy
 
     def _run(self, worker: Worker) -> None:
         worker.tid = threading.get_native_id()

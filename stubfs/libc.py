@@ -37,6 +37,15 @@ def bind(name: str, *argtypes: Any, restype: Any = ctypes.c_int) -> Any:
     return function
 
 
+def bind_quick(name: str) -> Any:
+    """The libc function ``name``, returning an int, at a third of the price: for what each request needs.
+
+    It must never wait, because no other thread runs meanwhile; and nothing is converted or checked: the arguments are
+    pointers of byref(), and the caller looks at the result.
+    """
+    return ctypes.PyDLL(None)[name]
+
+
 def bind_syscall(name: str, number: int, *argtypes: Any) -> Callable[..., int]:
     """The raw system call ``number``, for what glibc does not export, or wraps in a way that does not fit."""
     function = _libc["syscall"]

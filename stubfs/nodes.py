@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import stat
 import threading
-from typing import Dict, List, NamedTuple, Optional, Tuple
+from typing import Callable, Dict, List, NamedTuple, Optional, Tuple
 
 from stubfs.protocol import ROOT_NODE, UNKNOWN_INO
 
@@ -30,16 +30,16 @@ Identity = Tuple[int, int, int]
 
 
 class Node:
-    __slots__ = ("number", "names", "identity", "kind", "lookups", "children", "has_pages", "vouched", "orphan")
+    __slots__ = ("number", "names", "entries", "identity", "kind", "lookups", "has_pages", "vouched", "orphan")
 
     def __init__(self, number: int, kind: int) -> None:
         self.number = number
         # Parent and name of each known name, the latest first. A new tuple at each change: it is read without the lock.
         self.names: Tuple[Tuple["Node", bytes], ...] = ()
+        self.entries: Dict[bytes, "Node"] = {}  # the known names in it
         self.identity: Optional[Identity] = None
         self.kind = kind  # S_IFMT bits
         self.lookups = 0  # references that the kernel has
-        self.children = 0  # names whose parent it is
         self.has_pages = False  # the kernel may have cached contents of it
         self.vouched = 0.0  # when the kernel was last told to believe its attributes for a moment; monotonic
         self.orphan: Optional[Orphan] = None
@@ -51,7 +51,6 @@ class NodeTable:
         root = Node(ROOT_NODE, stat.S_IFDIR)
         root.lookups = 1
         self._nodes: Dict[int, Node] = {ROOT_NODE: root}
-        self._names: Dict[Tuple[int, bytes], Node] = {}
         self._objects: Dict[Identity, Node] = {}
         self._next = _FIRST_ALTERNATIVE
         # How often names began and ended to change: what was found out in between may be of no use.
@@ -65,7 +64,8 @@ class NodeTable:
         return self._nodes.get(number)
 
     def child(self, parent: int, name: bytes) -> Optional[Node]:
-        return self._names.get((parent, name))
+        above = self._nodes.get(parent)
+        return above.entries.get(name) if above is not None else None
 
     def path(self, number: int) -> Optional[bytes]:
         """Relative to the root, which is b""; None if the node is unknown or it or a parent has no name any more."""
@@ -88,13 +88,25 @@ class NodeTable:
         above = self.path(parent)
         return None if above is None else above + b"/" + name
 
-    def entry_number(self, parent: int, name: bytes, identity: Identity) -> int:
-        """The number that a directory entry has, or will most probably get when it is looked up."""
-        node = self._names.get((parent, name)) or self._objects.get(identity)
-        if node is not None:
+    def entry_numbers(self, parent: int, generation: int, device: int) -> Callable[[bytes, int], int]:
+        """A function of name and inode number, for a directory's entries: the number that one has, or will most
+        probably get when it is looked up."""
+        directory = self._nodes.get(parent)
+        entries = directory.entries if directory is not None else {}
+        above = directory.names[0][0].number if directory is not None and directory.names else parent
+        itself_and_above = {b".": parent, b"..": above}
+
+        def number(name: bytes, inode: int) -> int:
+            node = entries.get(name)
+            if node is None:
+                if name in itself_and_above:
+                    return itself_and_above[name]
+                node = self._objects.get((generation, device, inode))
+                if node is None:
+                    return inode if self._is_free(inode) else UNKNOWN_INO
             return node.number
-        inode = identity[2]
-        return inode if self._is_free(inode) else UNKNOWN_INO
+
+        return number
 
     # --- references of the kernel
 
@@ -109,7 +121,7 @@ class NodeTable:
         identity = (generation, status.st_dev, status.st_ino)
         kind = stat.S_IFMT(status.st_mode)
         with self._lock:
-            node = self._names.get((parent, name))
+            node = self.child(parent, name)
             if node is None or node.identity != identity or node.kind != kind:
                 if seen is not None and seen != self.changes:
                     return None
@@ -179,7 +191,7 @@ class NodeTable:
         while left:
             node = left.pop()
             # A directory stays, without references, as long as one of its children is known.
-            if node is None or node.lookups or node.children or self._nodes.get(node.number) is not node:
+            if node is None or node.lookups or node.entries or self._nodes.get(node.number) is not node:
                 continue
             del self._nodes[node.number]
             left += [self._unname(node, parent.number, name) for parent, name in node.names]
@@ -194,17 +206,15 @@ class NodeTable:
         above = self._nodes.get(parent)
         if above is not None:
             node.names = ((above, name), *node.names)
-            above.children += 1
-            self._names[parent, name] = node
+            above.entries[name] = node
 
     def _unname(self, node: Node, parent: int, name: bytes) -> Optional[Node]:
         """The parent, which may be dropped now."""
         for above, known in node.names:
             if above.number == parent and known == name:
                 node.names = tuple(one for one in node.names if one != (above, name))
-                if self._names.get((parent, name)) is node:
-                    del self._names[parent, name]
-                above.children -= 1
+                if above.entries.get(name) is node:
+                    del above.entries[name]
                 return above
         return None
 
@@ -220,7 +230,7 @@ class NodeTable:
             node = self._nodes.get(number)
             if node is None or node.identity != (generation, status.st_dev, status.st_ino):
                 return None
-            former = self._names.get((parent, name))
+            former = self.child(parent, name)
             if former is not node:
                 if former is not None:
                     self._remove(former, parent, name, None)
@@ -231,7 +241,7 @@ class NodeTable:
     def remove(self, parent: int, name: bytes, orphan: Optional[Orphan]) -> bool:
         """The name is gone. Takes over ``orphan``'s fd if there is a node to keep it; False: the caller closes it."""
         with self._lock:
-            node = self._names.get((parent, name))
+            node = self.child(parent, name)
             return node is not None and self._remove(node, parent, name, orphan)
 
     def _remove(self, node: Node, parent: int, name: bytes, orphan: Optional[Orphan]) -> bool:
@@ -266,8 +276,8 @@ class NodeTable:
         """As remove() for what had the new name before."""
         with self._lock:
             kept = False
-            node = self._names.get((old_parent, old))
-            replaced = self._names.get((parent, name))
+            node = self.child(old_parent, old)
+            replaced = self.child(parent, name)
             if node is not None and node is replaced:
                 return False  # two names of one file: rename(2) does nothing
             if replaced is not None:
@@ -280,7 +290,7 @@ class NodeTable:
 
     def exchange(self, old_parent: int, old: bytes, parent: int, name: bytes) -> None:
         with self._lock:
-            nodes = self._names.get((old_parent, old)), self._names.get((parent, name))
+            nodes = self.child(old_parent, old), self.child(parent, name)
             places = (old_parent, old), (parent, name)
             # Nothing is dropped in between: both parents have a reference of the kernel, which names them.
             for node, place in zip(nodes, places):

@@ -122,12 +122,19 @@ OUT_HEADER = struct.Struct("=IiQ")  # len error unique
 ATTR = struct.Struct("=QQQqqqIIIIIIIIII")
 ENTRY = struct.Struct("=QQQQII")  # nodeid generation entry_valid attr_valid and their nanoseconds; ATTR follows
 ATTR_OUT = struct.Struct("=QII")  # attr_valid, nanoseconds, padding; ATTR follows
+# What begins a whole reply with attributes, which follow.
+_ENTRY_REPLY = struct.Struct(OUT_HEADER.format + ENTRY.format[1:])
+_ATTR_REPLY = struct.Struct(OUT_HEADER.format + ATTR_OUT.format[1:])
 OPEN_OUT = struct.Struct("=QII")  # fh open_flags padding
 INIT_OUT = struct.Struct("=IIIIHHIIHHI28x")
 FORGET_ONE = struct.Struct("=QQ")  # nodeid nlookup
 DIRENT = struct.Struct("=QqII")  # ino off namelen type; the name follows, padded to 8 bytes
-_PADDED_DIRENTS = [struct.Struct(f"{DIRENT.format}{length}s") for length in range(0, 264, 8)]
+_PACK_DIRENT = [struct.Struct(f"{DIRENT.format}{-(-length // 8) * 8}s").pack for length in range(256)]  # by the name's
 NATIVE_DIRENT = struct.Struct("=QqHB")  # struct linux_dirent64: ino off reclen type; the name follows
+# Whole ones, by an eighth of their length, which is always a multiple of 8.
+_UNPACK_NATIVE_DIRENT = [
+    struct.Struct(f"=QqHB{max(size - NATIVE_DIRENT.size, 0)}s").unpack_from for size in range(0, 288, 8)
+]
 
 GETATTR_IN = struct.Struct("=IIQ")  # flags dummy fh
 SETATTR_IN = struct.Struct("=IIQQQQQQIIIIIIII")
@@ -203,9 +210,9 @@ def encode_device(device: int) -> int:
     return (minor & 0xFF) | (major << 8) | ((minor & ~0xFF) << 12)
 
 
-def attr_out(node: int, status: os.stat_result) -> bytes:
-    """A GETATTR or SETATTR reply; never valid for longer than the answer itself."""
-    return ATTR_OUT.pack(0, 0, 0) + attr(node, status)
+def attr_reply(unique: int, node: int, status: os.stat_result) -> bytes:
+    """The whole reply to a GETATTR or SETATTR; never valid for longer than the answer itself."""
+    return _ATTR_REPLY.pack(_ATTR_REPLY.size + ATTR.size, 0, unique, 0, 0, 0) + attr(node, status)
 
 
 def statx_out(node: int, found: bytes) -> bytes:
@@ -230,13 +237,15 @@ def basic_statx(status: os.stat_result) -> bytes:
     )
 
 
-def entry_out(node: int, generation: int, status: os.stat_result, valid: int = 0) -> bytes:
-    """A LOOKUP reply. The name may not be cached, the attributes for ``valid`` nanoseconds.
+def entry_reply(unique: int, node: int, status: os.stat_result, valid: int = 0, opened: bytes = b"") -> bytes:
+    """The whole reply to a LOOKUP, or to what makes a name; ``opened``: the OPEN_OUT of a CREATE. The name may not be
+    cached, the attributes for ``valid`` nanoseconds.
 
     The kernel rounds them up to ticks of its clock (fuse_time_to_jiffies() in fs/fuse/dir.c): 1 ns is at least one
     tick, and less than two.
     """
-    return ENTRY.pack(node, generation, 0, 0, 0, valid) + attr(node, status)
+    size = _ENTRY_REPLY.size + ATTR.size + len(opened)
+    return _ENTRY_REPLY.pack(size, 0, unique, node, 0, 0, 0, 0, valid) + attr(node, status) + opened
 
 
 def statfs_out(status: os.statvfs_result) -> bytes:
@@ -248,14 +257,14 @@ def statfs_out(status: os.statvfs_result) -> bytes:
 
 def dirent(node: int, offset: int, kind: int, name: bytes) -> bytes:
     length = len(name)
-    return _PADDED_DIRENTS[(length + 7) >> 3].pack(node, offset, length, kind, name)
+    return _PACK_DIRENT[length](node, offset, length, kind, name)
 
 
-def native_dirents(data: bytes, length: int) -> Iterator[Tuple[int, int, int, bytes]]:
+def native_dirents(data: bytes) -> Iterator[Tuple[int, int, int, bytes]]:
     """(offset of the next entry, inode number, type, name) of each entry in a getdents64 buffer."""
-    position = 0
-    while position < length:
-        inode, offset, size, kind = NATIVE_DIRENT.unpack_from(data, position)
-        name_at = position + NATIVE_DIRENT.size
-        yield offset, inode, kind, data[name_at : data.index(0, name_at)]
+    position, end = 0, len(data)
+    while position < end:
+        size = data[position + 16] | data[position + 17] << 8
+        inode, offset, _, kind, name = _UNPACK_NATIVE_DIRENT[size >> 3](data, position)
+        yield offset, inode, kind, name.partition(b"\0")[0]  # what is behind it is not always zero
         position += size

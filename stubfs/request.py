@@ -25,10 +25,14 @@ class Device:
 
     def reply(self, unique: int, error: int, payload: bytes = b"") -> bool:
         """Answer with ``payload``, or with an errno. False: nobody waits for the answer any more."""
+        return self.send(OUT_HEADER.pack(OUT_HEADER.size + len(payload), -error, unique) + payload)
+
+    def send(self, reply: bytes) -> bool:
+        """As reply(), with the header in front."""
         try:
-            os.write(self.fd, OUT_HEADER.pack(OUT_HEADER.size + len(payload), -error, unique) + payload)
+            os.write(self.fd, reply)
         except OSError as failure:
-            return self._lost(unique, failure)
+            return self._lost(OUT_HEADER.unpack_from(reply)[2], failure)
         return True
 
     def reply_data(self, unique: int, data: memoryview) -> bool:

@@ -7,6 +7,7 @@ across an operation on a backing directory.
 
 from __future__ import annotations
 
+import enum
 import errno
 import logging
 import os
@@ -54,6 +55,17 @@ _MAX_BACKGROUND = 65535  # with the default of 12, twelve held readaheads would 
 _Handler = Callable[[Worker, Request], object]
 
 
+class _Manner(enum.Enum):
+    """How requests of a kind are served."""
+
+    BY_CALLER = "with the caller's credentials"
+    BY_HANDLE = "what an open file may do was decided when it was opened"
+    AT_ONCE = "never held: nobody waits for them, or the answer is the same in every mode"
+
+
+_BY_CALLER, _BY_HANDLE, _AT_ONCE = _Manner
+
+
 class Session:
     """Serves the mount behind ``device_fd``, which stays the caller's; ``own_device`` is its st_dev, if known.
 
@@ -81,13 +93,15 @@ class Session:
         self._monitor = Monitor()
         self._reading = Lane("reader", self.device, self._monitor, self._read, self._serve, self._end)
         self._releasing = Lane("release", self.device, self._monitor, self._next_held, self._serve_released, self._end)
+        self._lanes = (self._reading, self._releasing)
         self._drained = threading.Condition()
         self._draining = 0
         objects = Objects(self.nodes, self.handles, self._has_locked_pages)
         self._answers = answers = Answers(self.nodes, self.handles, objects)
         entries = Entries(self.nodes, self.handles, objects, NestedMounts(own_device), self._may_vouch)
-        # Served with the caller's credentials.
-        self._by_caller: Dict[int, _Handler] = {
+        self._handlers: Dict[int, Tuple[_Handler, _Manner]] = {}
+        self._unlisted: Tuple[_Handler, _Manner] = (self._unknown, _BY_CALLER)
+        self._handle(_BY_CALLER, {
             Opcode.LOOKUP: entries.lookup,
             Opcode.GETATTR: self._getattr,
             Opcode.STATX: self._statx,
@@ -111,9 +125,8 @@ class Session:
             Opcode.LISTXATTR: self._getxattr,
             Opcode.REMOVEXATTR: answers.removexattr,
             Opcode.ACCESS: self._access,
-        }
-        # What an open file may do was decided when it was opened.
-        self._by_handle: Dict[int, _Handler] = {
+        })  # fmt: skip
+        self._handle(_BY_HANDLE, {
             Opcode.READ: answers.read,
             Opcode.WRITE: answers.write,
             Opcode.FLUSH: answers.flush,
@@ -125,9 +138,8 @@ class Session:
             Opcode.COPY_FILE_RANGE: answers.copy_file_range,
             Opcode.COPY_FILE_RANGE_64: answers.copy_file_range,
             Opcode.IOCTL: answers.ioctl,
-        }
-        # Never held: nobody waits for them, or the answer is the same in every mode.
-        self._at_once: Dict[int, _Handler] = {
+        })  # fmt: skip
+        self._handle(_AT_ONCE, {
             Opcode.FORGET: self._forget,
             Opcode.BATCH_FORGET: self._batch_forget,
             Opcode.INTERRUPT: self._interrupt,
@@ -136,10 +148,13 @@ class Session:
             Opcode.RELEASEDIR: answers.release,
             Opcode.DESTROY: lambda worker, request: request.answer(),
             Opcode.NOTIFY_REPLY: lambda worker, request: None,
-        }
-        # The kernel does without them from then on, also where it could not wait.
-        for opcode in (Opcode.POLL, Opcode.BMAP):
-            self._at_once[opcode] = self._unknown
+            # The kernel does without them from then on, also where it could not wait.
+            Opcode.POLL: self._unknown,
+            Opcode.BMAP: self._unknown,
+        })  # fmt: skip
+
+    def _handle(self, manner: _Manner, handlers: Dict[int, _Handler]) -> None:
+        self._handlers.update((opcode, (handler, manner)) for opcode, handler in handlers.items())
 
     # --- life
 
@@ -198,27 +213,22 @@ class Session:
     # --- serving
 
     def _serve(self, worker: Worker, request: Request) -> None:
-        while True:
+        state = worker.state = self.state
+        while state is not self.state:  # a change began in between, and has not seen us
             state = worker.state = self.state
-            if state is self.state:  # else a change began in between and has not seen us
-                break
-        assert isinstance(state, State)
         request.state = state
-        opcode = request.opcode
+        handler, manner = self._handlers.get(request.opcode, self._unlisted)
         try:
-            handler = self._at_once.get(opcode)
-            if handler is not None:
+            if manner is _AT_ONCE:
                 handler(worker, request)
             elif state.serves_all or self._is_let_through(worker, request, state):
-                handler = self._by_handle.get(opcode)
-                if handler is None:
+                if manner is _BY_CALLER:
                     worker.act_for(request)
-                    handler = self._by_caller.get(opcode, self._unknown)
                 handler(worker, request)
         except OSError as error:
             request.fail(error.errno or errno.EIO)
         except Exception:
-            _log.exception("cannot serve %s", opcode_name(opcode))
+            _log.exception("cannot serve %s", opcode_name(request.opcode))
             request.fail(errno.EIO)
         finally:
             worker.state = None
@@ -240,7 +250,7 @@ class Session:
             request.fail(treatment.rule.errno)
         else:
             kept = request if request.wait is not None else request.copy()
-            if kept.credentials is None and kept.opcode in self._by_caller:
+            if kept.credentials is None and self._handlers.get(kept.opcode, self._unlisted)[1] is _BY_CALLER:
                 # Now, not when thousands are let go at once: it takes a look into /proc.
                 kept.credentials = worker.identity.of(kept.uid, kept.gid, kept.tid)
             self.held.add(kept, state, treatment)
@@ -285,7 +295,7 @@ class Session:
 
     def _getattr(self, worker: Worker, request: Request) -> None:
         if request.node == ROOT_NODE and request.state is not None and request.state.backing is None:
-            request.answer(protocol.attr_out(ROOT_NODE, self._root_status))
+            self.device.send(protocol.attr_reply(request.unique, ROOT_NODE, self._root_status))
             return
         status = self._answers.getattr(worker, request)
         if request.node == ROOT_NODE:
@@ -398,7 +408,7 @@ class Session:
             worker.request = request
             request.state = state
             try:
-                self._by_handle[request.opcode](worker, request)
+                self._handlers[request.opcode][0](worker, request)
             except OSError as error:
                 request.fail(error.errno or errno.EIO)
 
@@ -414,11 +424,11 @@ class Session:
     def _has_locked_pages(self, node: int) -> bool:
         if len(self.held) and self.held.data_ranges(node):
             return True
-        return any(
-            worker.request.opcode == Opcode.READ and worker.request.node == node
-            for lane in (self._reading, self._releasing)
-            for worker in lane.stuck()
-        )
+        for lane in self._lanes:
+            for worker in lane.stuck():
+                if worker.request.opcode == Opcode.READ and worker.request.node == node:
+                    return True
+        return False
 
     def end_orphaned_reads(self) -> None:
         """Answer the held READs that nobody waits for any more."""

@@ -6,12 +6,14 @@ With ``libfuse`` the only module of the package that uses ctypes. Every function
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
+import struct
 from enum import IntFlag
 from functools import lru_cache
 from typing import Any, Optional, Sequence
 
-from stubfs.libc import bind, bind_syscall, machine_syscall
+from stubfs.libc import bind, bind_quick, bind_syscall, machine_syscall
 
 AT_FDCWD = -100
 AT_SYMLINK_NOFOLLOW = 0x100
@@ -76,8 +78,8 @@ _getdents64 = bind("getdents64", ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t,
 _setgroups = bind_syscall(
     "setgroups", machine_syscall((116, 159)), ctypes.c_size_t, ctypes.POINTER(ctypes.c_uint32)
 )
-# Of a header (struct __user_cap_header_struct) and two sets of 32 bits each (struct __user_cap_data_struct).
-_capget = bind("capget", ctypes.c_void_p, ctypes.c_void_p)
+# Of a header (struct __user_cap_header_struct) and the sets.
+_capget = bind_quick("capget")
 _capset = bind("capset", ctypes.c_void_p, ctypes.c_void_p)
 _setfsuid = bind("setfsuid", ctypes.c_uint32)
 _setfsgid = bind("setfsgid", ctypes.c_uint32)
@@ -157,28 +159,52 @@ def setgroups(groups: Sequence[int]) -> None:
     _setgroups(len(groups), (ctypes.c_uint32 * len(groups))(*groups))
 
 
+# struct __user_cap_data_struct, twice: effective, permitted, inheritable; the lower halves, then the upper ones.
+_CAPABILITY_SETS = struct.Struct("=6I")
+
+
+def effective_of(sets: bytes) -> int:
+    low, _, _, high, _, _ = _CAPABILITY_SETS.unpack(sets)
+    return int(low | high << 32)
+
+
 class Capabilities:
     """Capabilities as masks, where capget(2) and capset(2) want them: an object for each thread that uses it."""
 
     def __init__(self) -> None:
         self._header = (ctypes.c_uint32 * 2)(0x20080522, 0)  # _LINUX_CAPABILITY_VERSION_3, linux/capability.h
-        self._sets = (ctypes.c_uint32 * 6)()  # effective, permitted, inheritable: lower halves, then upper ones
-        self._arguments = ctypes.addressof(self._header), ctypes.addressof(self._sets)
+        self._sets = bytearray(_CAPABILITY_SETS.size)
+        own = (ctypes.c_char * len(self._sets)).from_buffer(self._sets)
+        self._arguments = ctypes.byref(self._header), ctypes.byref(own)
+
+    def _get(self, tid: int) -> None:
+        self._header[1] = tid
+        if _capget(*self._arguments) < 0:  # nothing else is wrong with the arguments
+            raise ProcessLookupError(errno.ESRCH, os.strerror(errno.ESRCH), "capget")
+
+    def sets(self, tid: int) -> bytes:
+        """Of any thread, all of them as the kernel gives them; 0 means the calling one."""
+        self._get(tid)
+        return bytes(self._sets)
+
+    def are(self, tid: int, sets: bytes) -> bool:
+        """Whether those of a thread still are what sets() gave."""
+        self._get(tid)
+        return self._sets == sets
 
     def effective(self, tid: int) -> int:
-        """Of any thread; 0 means the calling one."""
-        self._header[1] = tid
-        _capget(*self._arguments)
-        return self._sets[0] | self._sets[3] << 32
+        return effective_of(self.sets(tid))
 
     def permitted(self, tid: int) -> int:
-        self.effective(tid)
-        return self._sets[1] | self._sets[4] << 32
+        _, low, _, _, high, _ = _CAPABILITY_SETS.unpack(self.sets(tid))
+        return int(low | high << 32)
 
     def set(self, effective: int, permitted: int) -> None:
         """Of the calling thread alone; nothing is inheritable then."""
         self._header[1] = 0
-        self._sets[:] = [effective & 0xFFFFFFFF, permitted & 0xFFFFFFFF, 0, effective >> 32, permitted >> 32, 0]
+        _CAPABILITY_SETS.pack_into(
+            self._sets, 0, effective & 0xFFFFFFFF, permitted & 0xFFFFFFFF, 0, effective >> 32, permitted >> 32, 0
+        )
         _capset(*self._arguments)
 
 

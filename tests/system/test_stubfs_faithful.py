@@ -69,7 +69,7 @@ class TestDirectories:
 
         def entries(fd: int, size: int) -> Dict[bytes, int]:
             data = syscalls.getdents64(fd, size)
-            return {name: offset for offset, _, _, name in protocol.native_dirents(data, len(data))}
+            return {name: offset for offset, _, _, name in protocol.native_dirents(data)}
 
         fd = os.open(fs.path, os.O_RDONLY | os.O_DIRECTORY)
         try:

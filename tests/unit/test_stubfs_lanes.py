@@ -64,7 +64,7 @@ def _begin(served: Served, action: Callable[[], object]) -> Worker:
     served.actions.put(act)
     assert begun.wait(_LIMIT)
     (worker,) = served.lane.workers
-    served.lane.check()
+    served.lane.check(time.monotonic())
     return worker
 
 
@@ -74,7 +74,7 @@ def test_an_owner_that_sleeps_is_replaced_and_stands_by_afterwards(served: Serve
     deadline = time.monotonic() + _LIMIT
     while not worker.sleeps():
         assert time.monotonic() < deadline
-    served.lane.check()
+    served.lane.check(time.monotonic())
     assert len(served.lane.workers) == 2
     other = threading.Event()
     served.actions.put(other.set)
@@ -88,7 +88,7 @@ def test_an_owner_that_runs_is_left_alone(served: Served) -> None:
     worker = _begin(served, lambda: hashlib.pbkdf2_hmac("sha256", b"", b"", 1_000_000))
     seen = []
     for _ in range(3):
-        served.lane.check()
+        served.lane.check(time.monotonic())
         seen.append(worker.busy)
     assert seen[0], "the computation is too short for this machine"
     assert len(served.lane.workers) == 1
@@ -98,9 +98,9 @@ def test_an_owner_that_runs_for_too_long_is_replaced(served: Served, monkeypatch
     monkeypatch.setattr(Worker, "sleeps", lambda worker: False)
     go_on = threading.Event()
     _begin(served, lambda: go_on.wait(_LIMIT))
-    for _ in range(lanes._PATIENCE):
-        served.lane.check()
+    since = served.lane._since
+    served.lane.check(since + lanes._PATIENCE)
     assert len(served.lane.workers) == 1
-    served.lane.check()
+    served.lane.check(since + lanes._PATIENCE + 0.001)
     assert len(served.lane.workers) == 2
     go_on.set()

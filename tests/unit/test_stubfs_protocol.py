@@ -79,7 +79,7 @@ def test_native_entries() -> None:
         return (protocol.NATIVE_DIRENT.pack(1, offset, size, 8) + name).ljust(size, b"\0")
 
     data = native(5, b"x") + native(-3, b"\xff" * 255)
-    assert list(protocol.native_dirents(data, len(data))) == [(5, 1, 8, b"x"), (-3, 1, 8, b"\xff" * 255)]
+    assert list(protocol.native_dirents(data)) == [(5, 1, 8, b"x"), (-3, 1, 8, b"\xff" * 255)]
 
 
 def test_names() -> None:

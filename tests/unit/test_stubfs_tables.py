@@ -74,11 +74,11 @@ class TestNodes:
         assert len({20, 1, UNKNOWN_INO, *(node.number for node in taken)}) == 6
 
         def number(generation: int, device: int, inode: int) -> int:
-            return nodes.entry_number(1, b"unknown", (generation, device, inode))
+            return nodes.entry_numbers(1, generation, device)(b"unknown", inode)
 
         assert number(1, 9, 20) == 20 and number(2, 9, 20) == taken[0].number
         assert number(1, 9, 77) == 77 and number(1, 8, 20) == UNKNOWN_INO
-        assert nodes.entry_number(1, b"b", (1, 8, 20)) == taken[0].number
+        assert nodes.entry_numbers(1, 1, 8)(b"b", 20) == taken[0].number
 
     def test_a_hard_link_is_the_same_node(self) -> None:
         nodes = NodeTable()

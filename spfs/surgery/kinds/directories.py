@@ -112,7 +112,7 @@ def _list(fd: int) -> List[Entry]:
             data = getdents64(fd, _BUFFER)
             if not data:
                 return found
-            found += [Entry(name, following) for following, _, _, name in native_dirents(data, len(data))]
+            found += [Entry(name, following) for following, _, _, name in native_dirents(data)]
     finally:
         os.close(fd)
 
