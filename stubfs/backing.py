@@ -20,6 +20,7 @@ _T = TypeVar("_T")
 _INSIDE = int(Resolve.BENEATH | Resolve.NO_SYMLINKS | Resolve.NO_MAGICLINKS)
 _PATH_MAX = 4096  # limits.h: of one path that a call takes, with its NUL; a tree may be deeper
 _PARENT = os.O_PATH | os.O_DIRECTORY
+_SLASH = ord("/")  # to look for: for b"/" in bytes, "in" takes a multiple of the time
 # What a caller's open flags may ask of the backing file. Not O_DIRECT: our buffers are not aligned as it wants, and
 # FUSE has bypassed the page cache already.
 _OPEN_FLAGS = (
@@ -46,7 +47,7 @@ LINK_REMAP = b"security.spfs.link_remap"
 
 
 def _status(name: bytes, parent: int) -> os.stat_result:
-    return os.stat(name, dir_fd=parent, follow_symlinks=False)
+    return os.lstat(name, dir_fd=parent)
 
 
 class Backing:
@@ -106,9 +107,9 @@ class Backing:
             self._done(parent)
 
     def stat(self, path: bytes) -> os.stat_result:
-        if b"/" not in path:
+        if _SLASH not in path:
             try:
-                return os.stat(path or b".", dir_fd=self.fd, follow_symlinks=False)
+                return os.lstat(path or b".", dir_fd=self.fd)
             except PermissionError:
                 pass
         return self._in_parent(path, _status)
@@ -116,7 +117,7 @@ class Backing:
     def open(self, path: bytes, flags: int, mode: int = 0) -> int:
         """open(2) with these flags, following nothing; the caller closes the fd."""
         try:
-            if b"/" not in path:
+            if _SLASH not in path:
                 # Nothing to resolve, and no link to follow: what os has does it, at half the price.
                 return os.open(path or b".", flags | os.O_NOFOLLOW | os.O_CLOEXEC, mode, dir_fd=self.fd)
             return syscalls.openat2(self.fd, path, flags, mode, _INSIDE)
@@ -193,7 +194,7 @@ class Backing:
         parent, name = self._parent(path)
         try:
             os.link(f"/proc/self/fd/{fd}", name, dst_dir_fd=parent, follow_symlinks=True)
-            return os.stat(name, dir_fd=parent, follow_symlinks=False)
+            return os.lstat(name, dir_fd=parent)
         finally:
             self._done(parent)
 

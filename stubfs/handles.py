@@ -13,7 +13,6 @@ import resource
 import threading
 from typing import Dict, List, Optional, Tuple
 
-from stubfs import protocol
 from stubfs.backing import Backing, allowed_flags, reopen_flags
 from stubfs.credentials import Credentials, ThreadIdentity, insist, ourselves
 from stubfs.nodes import NodeTable
@@ -44,15 +43,6 @@ class OpenFile:
         self.lock = threading.Lock()  # reopening, and a directory's position
         self.opposite = -1  # of fd, as to O_APPEND; -1: not needed yet
         self.in_staging = in_staging  # where it was opened
-
-    def open_flags(self) -> int:
-        """FOPEN_* for the reply to whoever opened it.
-
-        Closing has nothing to report in the staging directory, nor to who could not write; from Linux 5.16 on no FLUSH
-        is sent then.
-        """
-        reads = self.flags & os.O_ACCMODE == os.O_RDONLY
-        return protocol.FOPEN_NOFLUSH if reads or self.in_staging else 0
 
     def appending(self, wanted: bool) -> int:
         """An fd whose pwrite(2) goes to the end of the file, or obeys the offset.

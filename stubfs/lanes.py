@@ -39,7 +39,6 @@ class Worker:
 
     def __init__(self, device: Device) -> None:
         self.buffer = memoryview(bytearray(BUFFER_SIZE))
-        self.buffers = [self.buffer]
         self.output = memoryview(bytearray(BUFFER_SIZE))
         self.read_request = Request(device, self.buffer)
         self.request: Request = self.read_request  # the one being served

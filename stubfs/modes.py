@@ -111,14 +111,12 @@ class State:
     aside: Optional["State"] = None
     serves_all: bool = field(init=False)  # without a question: what nearly every request finds
     vouches: bool = field(init=False)  # the kernel may believe attributes for a moment: nobody wants to see requests
+    is_aside: bool = field(init=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "serves_all", self.gate is Gate.NOTHING and not self.rules)
         object.__setattr__(self, "vouches", self.serves_all and self.mode is not Mode.STUB)
-
-    @property
-    def is_aside(self) -> bool:
-        return self.mode is Mode.STUB and self.backing is not None
+        object.__setattr__(self, "is_aside", self.mode is Mode.STUB and self.backing is not None)
 
     def treat(self, request: Request, paths_of: PathsOf) -> Treatment:
         """What becomes of the request. Not asked for those that are answered in every mode."""

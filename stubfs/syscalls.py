@@ -188,9 +188,9 @@ class Capabilities:
         return bytes(self._sets)
 
     def are(self, tid: int, sets: bytes) -> bool:
-        """Whether those of a thread still are what sets() gave."""
-        self._get(tid)
-        return self._sets == sets
+        """Whether those of a thread, if it is there, still are what sets() gave."""
+        self._header[1] = tid
+        return _capget(*self._arguments) >= 0 and self._sets == sets
 
     def effective(self, tid: int) -> int:
         return effective_of(self.sets(tid))
