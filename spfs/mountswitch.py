@@ -66,6 +66,16 @@ class PreparedSwitch:
         """The pids of our helper processes. They hold the old mounts, and must not be stopped."""
         return frozenset(helper.pid for helper in self._helpers.values())
 
+    @property
+    def mountpoints(self) -> FrozenSet[str]:
+        """What is mounted on the old ones is mounted there: paths relative to the root of the file system."""
+        return frozenset(
+            os.path.relpath(os.path.join(one.root, os.path.relpath(mount.mountpoint, one.mountpoint)), "/")
+            for one in self._instances.values()
+            for mount in one.nested
+            if mount.parent_id == one.mount_id
+        )
+
     def prepare(self, real_fd: int) -> None:
         """Clones and helpers. For ``prepare_switch``, which closes this object if it fails."""
         found = list(self._instances.values())

@@ -229,6 +229,8 @@ class _Step:
                             raise
                         self._progress("frozen", {"attempt": attempt, "error": error.message})
             self._ended.expected = True
+            if prepared.mountpoints and (report.left or outcomes[0].left):
+                self._uncover()
             known = {"blackout": report.blackout, "blackout_began": report.began, "moved": dict(report.moved)}
             self._progress("switched", known)
             prepared.verify()
@@ -319,6 +321,15 @@ class _Step:
             self._bare = False
             self.notes.append(f"{self._filesystem.mountpoint}: nothing was mounted there any more; now it is")
         prepared.prepare_nested()
+        if prepared.mountpoints:
+            self._client.cover(prepared.mountpoints, self._filesystem.device)
+
+    def _uncover(self) -> None:
+        """For those that stay on the file system: they are on no way from which they could start anew."""
+        try:
+            self._client.cover((), self._filesystem.device)
+        except StubfsError:  # it has ended
+            pass
 
     def _hold_again(self) -> None:
         """Back to the mode in which nothing gets through, if that is where we came from."""

@@ -80,6 +80,16 @@ def _field(status: bytes, name: bytes) -> bytes:
     return status[start : status.index(b"\n", start)]
 
 
+def shows_device(tid: int, device: int) -> bool:
+    """Is anything of file system ``device`` (st_dev) mounted in a thread's mount namespace, as far as can be told?"""
+    wanted = b" %d:%d " % (os.major(device), os.minor(device))
+    try:
+        with open(f"/proc/{tid}/mountinfo", "rb") as table:  # up to its root
+            return any(wanted in line for line in table)
+    except OSError:
+        return True
+
+
 def command_line(pid: int) -> str:
     """How a process was called, its beginning; "" for nobody, kernel threads, and one that is gone."""
     try:

@@ -120,6 +120,14 @@ class FilesystemClient:
         """Those that set_rules() has set, or the command line."""
         return [Rule.from_json(item) for item in self._ask("rules")["rules"]]
 
+    def cover(self, paths: Iterable[str], device: int) -> None:
+        """The mount is to be taken off, with what is mounted on ``paths`` (relative to its root): who is on his way
+        there then is sent to what comes in its place. Until the next change of mode or rules; no paths end it.
+
+        ``device``: the st_dev of the mount.
+        """
+        self._ask("cover", paths=list(paths), device=device)
+
     def held(
         self, operations: Sequence[str] = (), path: Optional[str] = None, pids: Sequence[int] = ()
     ) -> List[HeldRequest]:

@@ -15,6 +15,7 @@ from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Tup
 from stubfs import messages, wire
 from stubfs.callers import Processes
 from stubfs.carry import Carrying
+from stubfs.covered import Covered
 from stubfs.errors import StubfsError, UsageError, reason
 from stubfs.messages import FilesystemStatus, Handle, HeldRequest, Reply
 from stubfs.modes import Mode, StubOptions, check_directory
@@ -58,6 +59,7 @@ class Commands:
             "status": self._status,
             "mode": self._mode,
             "rules": self._rules,
+            "cover": self._cover,
             "held": self._held,
             "wait_held": self._wait_held,
             "handles": self._handles,
@@ -154,6 +156,15 @@ class Commands:
                 raise UsageError(f"cannot set the rules: a list of at most {_MAX_RULES} is needed")
             self._session.switch.set_rules([Rule.from_json(item) for item in rules])
         return {"rules": [rule.as_json() for rule in self._session.switch.rules]}, ()
+
+    def _cover(self, call: Call) -> Reply:
+        paths, device = call.request.get("paths"), call.request.get("device")
+        if not isinstance(paths, list) or len(paths) > _MAX_RULES or not all(type(path) is str for path in paths):
+            raise UsageError(f"cannot cover mountpoints: paths: a list of at most {_MAX_RULES} is needed")
+        if type(device) is not int or device < 0:
+            raise UsageError("cannot cover mountpoints: device: a number is needed")
+        self._session.switch.cover(Covered({os.fsencode(path) for path in paths}, device) if paths else None)
+        return {}, ()
 
     def _held(self, call: Call) -> Reply:
         matcher, paths_of = _matcher(call.request), self._session.paths_of

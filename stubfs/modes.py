@@ -254,6 +254,13 @@ class ModeSwitch:
             _log.info("%d rules", len(rules))
             return new
 
+    def cover(self, covered: Optional[ActiveRule]) -> None:
+        """Put a rule in force before all others, in place of one of before (None: none), until the next change."""
+        with self._changing:
+            old = self._server.state
+            rules = (*self._first, *self._rules, *self._last)
+            self._put_in_force(old, replace(old, rules=rules if covered is None else (covered, *rules)))
+
     def _put_in_force(self, old: State, new: State) -> bool:
         """False: something read under the old state is still under way."""
         self._keep_time(new)

@@ -115,6 +115,49 @@ def test_who_is_on_what_is_mounted_on_it_has_a_path_to_it(scene: Scene, propagat
     scene.replaced()
 
 
+WALKER = """
+import os, threading
+stop, seen, wrong = threading.Event(), 0, []
+def walk():
+    global seen
+    while not stop.is_set():
+        try:
+            with open(nested + "/own") as own, open(single) as file:
+                found = own.read(), file.read()
+            found += (os.stat(nested).st_dev, os.stat(single).st_ino, os.access(nested + "/none", os.F_OK))
+            if found != expected:
+                wrong.append(repr(found))
+        except OSError as error:
+            wrong.append(repr(error))
+        seen += 1
+walker = threading.Thread(target=walk)
+walker.start()
+"""
+
+
+def test_who_is_on_his_way_to_what_is_mounted_on_it_gets_there(scene: Scene) -> None:
+    """Without anything of the mount open, so nobody stops him: the mount is taken off under his feet."""
+    scene.delay()
+    fill(scene)
+    nested = scene.mount("-t", "tmpfs", "nested", str(scene.mnt / "directory"))
+    (nested / "own").write_text("own")
+    (scene.base / "single").write_text("single")
+    single = scene.mount("--bind", str(scene.base / "single"), str(scene.mnt / "file"))
+    expected = ("own", "single", nested.stat().st_dev, single.stat().st_ino, False)
+    walkers = [scene.victim() for _ in range(4)]
+    for walker in walkers:
+        walker.run(f"nested, single, expected = {(str(nested), str(single), expected)!r}")
+        walker.run(WALKER)
+    scene.client.mode("stub")
+    assert scene.replace()["left"] == []
+    for walker in walkers:
+        so_far = walker.run("seen")
+        wait_until(lambda: walker.run("seen") > so_far)
+        walker.run("stop.set(); walker.join()")
+        assert walker.run("wrong") == []
+    scene.replaced()
+
+
 @pytest.mark.parametrize("whom", ["job", "helper"])
 @paused_at("handing over", "handed over")
 def test_killed_while_what_is_mounted_on_it_is_handed_over(scene: Scene, whom: str) -> None:
