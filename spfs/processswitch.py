@@ -17,11 +17,12 @@ from spfs.errors import SpfsError, reason
 from spfs.freezer import Freezer, open_freezer
 from spfs.instances import Instance, instances, pin_namespace
 from spfs.linknames import LinkNames, with_other_devices
-from spfs.linux import mountapi, statx
+from spfs.linux import mountapi, procfs, statx
 from spfs.mounts import open_root
 from spfs.nschild import Answer
 from spfs.references import HeldReference, MountRoot
 from spfs.surgery.selection import Everybody, Family, Members
+from spfs.surgery.theatre import task_state
 from spfs.switch import Switch
 from spfs.target import Target
 
@@ -77,7 +78,7 @@ def _prepared(request: SwitchRequest, protect: Sequence[int]) -> Iterator[Switch
         if request.device is not None:
             device, found, prefix = request.device, instances(request.device, [place]), ""
         else:
-            device, found, prefix = _source(place, request.source or "/")
+            device, found, prefix = _source(place, "/" if request.source is None else request.source)
         for link in with_other_devices(device, found):
             where = f"{request.source or '/'} in {place.describe()}"
             raise _indistinct(where, f"{_read(link)} ({link}) has another device number than its mount")
@@ -111,10 +112,23 @@ def _prepared(request: SwitchRequest, protect: Sequence[int]) -> Iterator[Switch
 def _chosen(request: SwitchRequest, freezer: Freezer) -> Container[int]:
     if request.pids:
         for pid in request.pids:
-            if not os.path.exists(f"/proc/{pid}"):
-                raise SpfsError(f"cannot switch process {pid}: there is none", errno=errno.ESRCH)
+            _refuse_other_than_process(pid)
         return Family(request.pids)
     return Members(freezer.pids) if request.only_cgroup else Everybody()
+
+
+def _refuse_other_than_process(pid: int) -> None:
+    """There is a /proc/PID of each thread, and of what has no descriptors and no memory at all."""
+    try:
+        status = procfs.parse_status(procfs.read(f"/proc/{pid}/status"))
+        ended = task_state(pid) in "ZX" and len(procfs.tasks(pid)) < 2
+    except (FileNotFoundError, ProcessLookupError) as error:
+        raise SpfsError(f"cannot switch process {pid}: there is none", errno=errno.ESRCH) from error
+    if status.group != pid:
+        raise SpfsError(f"cannot switch process {pid}: it is a thread of process {status.group}", "name that one")
+    if status.kernel_thread or ended:
+        why = "it has ended, and nobody has waited for it" if ended else "it is a thread of the kernel"
+        raise SpfsError(f"cannot switch process {pid}: {why}", errno=errno.ESRCH)
 
 
 def _source(place: Target, path: str) -> Tuple[int, List[Instance], str]:
@@ -150,6 +164,8 @@ def _read(link: str) -> str:
 
 def _open(place: Target, path: str) -> int:
     try:
+        if not path:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
         return open_root(place, path)
     except OSError as error:
         raise SpfsError(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import errno
 import json
 import os
 import select
@@ -14,8 +15,9 @@ import signal
 from types import FrameType
 from typing import Any, Callable, Dict, Optional
 
-from spfs import jobs
+from spfs import features, jobs
 from spfs.cli import tables
+from spfs.errors import SpfsError
 from spfs.jobs import Context
 
 TEXT = "move what running programs hold (open files, mappings, directories) to another mounted file system"
@@ -44,11 +46,12 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
+    features.require("root")
     here = os.getcwd()  # the job works elsewhere. Joined and no more: ".." behind a symbolic link is the kernel's
     cgroup = None if options.cgroup is None else os.path.join(here, options.cgroup)
     source, target = options.source, options.target
     if options.ns_pid is None:  # else they are as that process sees them, from its root
-        source, target = os.path.join(here, source), os.path.join(here, target)
+        source, target = (os.path.join(here, path) if path else "" for path in (source, target))
 
     def work(context: Context) -> None:
         from spfs import processswitch as step
@@ -75,6 +78,13 @@ def run(options: argparse.Namespace) -> None:
         tables.references(answer["references"])
     else:
         tables.switched(answer)
+    if options.strict and not options.dry_run and answer["left"]:
+        raise SpfsError(
+            f"cannot move everything: {len(answer['left'])} of the references stay, for reasons that showed only when"
+            " the first ones had been moved",
+            "they are listed; ask again when the reasons are gone",
+            errno.EBUSY,
+        )
 
 
 def _in_process(work: Callable[[Context], None]) -> Dict[str, Any]:

@@ -50,6 +50,7 @@ def parse_stat(data: bytes) -> Stat:
 class Status:
     """The fields of /proc/PID/status in use."""
 
+    group: int  # the process that it is a thread of; its own number if it is the first one
     tracer: int
     kernel_thread: bool
     uid: int  # of the file system credentials, as gid and groups
@@ -66,6 +67,7 @@ def parse_status(data: bytes) -> Status:
         key, _, value = line.partition(":")
         values[key] = value.strip()
     return Status(
+        group=int(values.get("Tgid", "0")),
         tracer=int(values.get("TracerPid", "0")),
         kernel_thread=values.get("Kthread", "0") == "1" or "VmSize" not in values,
         uid=int(values["Uid"].split()[3]),

@@ -26,8 +26,8 @@ SIZE = 256  # of struct statx
 DEVICE_WORDS = (34, 35)  # major and minor, as 32-bit words of the structure
 SIZE_OFFSET = 40  # of stx_size, in bytes
 _MOUNT_ROOT = 0x2000  # STATX_ATTR_MOUNT_ROOT, since Linux 5.8
-# 16: links, uid, gid; 28: mode; 32: ino, size; 128: device number of a device node; 136: device; 144: mount id
-_LAYOUT = struct.Struct("<16xIIIHxx Q Q 80x II II Q")
+# 16: links, uid, gid; 28: mode; 32: ino, size, blocks; 128: device number of a device node; 136: device; 144: mount id
+_LAYOUT = struct.Struct("<16xIIIHxx Q Q Q 72x II II Q")
 
 _statx = bind("statx", ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_uint, ctypes.c_void_p)
 
@@ -45,11 +45,13 @@ class Object:
     uid: int
     gid: int
     rdev: int  # of a device node, as st_rdev
+    allocated: int  # bytes that it takes on its file system: less than its size if it has holes
 
 
 def decode(data: Union[bytes, bytearray], offset: int = 0) -> Object:
-    links, uid, gid, mode, inode, size, rmajor, rminor, major, minor, mount_id = _LAYOUT.unpack_from(data, offset)
-    return Object(os.makedev(major, minor), inode, mode, mount_id, size, links, uid, gid, os.makedev(rmajor, rminor))
+    links, uid, gid, mode, inode, size, blocks, *numbers, mount_id = _LAYOUT.unpack_from(data, offset)
+    rdev, device = os.makedev(*numbers[:2]), os.makedev(*numbers[2:])
+    return Object(device, inode, mode, mount_id, size, links, uid, gid, rdev, blocks * 512)
 
 
 def examine(path: str, dirfd: int = AT_FDCWD, flags: int = 0) -> Object:

@@ -17,7 +17,9 @@ from spfs.linux import procfs, statx
 from spfs.linux.process import Credentials
 from spfs.references import MountRoot, Resolver
 from spfs.surgery.records import Carried
+from stubfs import syscalls
 
+_KEEP_SIZE = 1  # FALLOC_FL_KEEP_SIZE
 _NAME = ".spfs-%s"  # for the moment in which a file system must have one
 _NO_TMPFILE = (errno.EOPNOTSUPP, errno.EISDIR, errno.ENOENT, errno.EINVAL)  # open(2): EISDIR before Linux 3.11
 
@@ -48,7 +50,13 @@ class Nameless:
         if found.real:
             return f"/proc/self/fd/{found.remains}"
         if found.made < 0:
-            found.made = _make(old, status, root)
+            made = _make(old, status, root)
+            try:
+                _reserve(made, old)
+            except OSError:
+                os.close(made)
+                raise
+            found.made = made
         return f"/proc/self/fd/{found.made}"
 
     def carried(self, old: statx.Object) -> Optional[Carried]:
@@ -82,6 +90,17 @@ def _make(old: statx.Object, status: procfs.Status, root: MountRoot) -> int:
         # A server that does not trust our root may let the user do it (who then owns the file).
         with Credentials(status.uid, status.gid, status.groups):
             return _make_beneath(old, root.fd)
+
+
+def _reserve(fd: int, old: statx.Object) -> None:
+    """Have room for the contents, which come when it is too late to say that there is none. OSError ENOSPC, EDQUOT …"""
+    length = min(old.size, old.allocated) if stat.S_ISREG(old.mode) else 0
+    try:
+        if length:
+            syscalls.fallocate(fd, _KEEP_SIZE, 0, length)
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.ENOSYS):
+            raise
 
 
 def _make_beneath(old: statx.Object, directory: int) -> int:

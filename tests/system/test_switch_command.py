@@ -210,6 +210,13 @@ def test_strict_moves_all_or_nothing(mounts: Mounts, victims: List[Victim]) -> N
         (["--pid", "{pid}", "--source", "{old}/nothing", "--target", "{new}"], 1, "No such file or directory"),
         (["--pid", "{pid}", "--source", "{old}", "--target", "{new}/file"], 1, "Not a directory"),
         (["--pid", "999999999", "--source", "{old}", "--target", "{new}"], 1, "there is none"),
+        (["--pid", "0", "--source", "{old}", "--target", "{new}"], 1, "there is none"),
+        (["--pid", "2", "--source", "{old}", "--target", "{new}"], 1, "it is a thread of the kernel"),
+        (["--pid", "{thread}", "--source", "{old}", "--target", "{new}"], 1, "a thread of process {pid} (name that one)"),
+        (["--pid", "{dead}", "--source", "{old}", "--target", "{new}"], 1, "it has ended"),
+        (["--pid", "{pid}", "--source", "{old}", "--target", "{old}"], 1, "the file system that is left"),
+        (["--pid", "{pid}", "--source", "", "--target", "{new}"], 1, "cannot switch:  in our own namespaces: No such"),
+        (["--pid", "{pid}", "--source", "{old}", "--target", ""], 1, "cannot switch:  in our own namespaces: No such"),
         (["--cgroup", "/nowhere", "--source", "{old}", "--target", "{new}"], 1, "cannot use freezer cgroup"),
         (["--ns-pid", "999999999", "--all", "--source", "{old}", "--target", "{new}"], 1, "no such process"),
         (["--source", "{old}", "--target", "{new}"], 2, "one of the arguments --pid --cgroup --all is required"),
@@ -220,11 +227,79 @@ def test_strict_moves_all_or_nothing(mounts: Mounts, victims: List[Victim]) -> N
 def test_what_cannot_be_is_said(
     mounts: Mounts, victims: List[Victim], arguments: List[str], status: int, words: str
 ) -> None:
-    names = {"old": str(mounts.old), "new": str(mounts.new), "pid": str(victims[0].pid)}
-    done = run("spfs.cli.spfs", "switch", *(argument.format(**names) for argument in arguments))
-    assert done.returncode == status and words in done.stderr, done.stderr
+    victims[0].run("import threading; over = threading.Event(); thread = threading.Thread(target=over.wait)")
+    victims[0].run("thread.start()")
+    names = {"old": mounts.old, "new": mounts.new, "pid": victims[0].pid, "thread": victims[0].run("thread.native_id")}
+    with subprocess.Popen(["true"]) as names["dead"]:
+        dead = names["dead"].pid
+        wait_until(lambda: process_state(dead) == "Z")
+        names["dead"] = dead
+        done = run("spfs.cli.spfs", "switch", *(argument.format(**names) for argument in arguments))
+    victims[0].run("over.set()")
+    assert done.returncode == status and words.format(**names) in done.stderr, done.stderr
     assert done.stdout == "" and len(done.stderr.splitlines()) == 1
     assert holds(victims[0]) == [b"old", b"old"]
+
+
+def test_somebody_without_rights_is_told(mounts: Mounts, victims: List[Victim]) -> None:
+    command = ["setpriv", "--reuid=65534", "--clear-groups", sys.executable, "-m", "spfs.cli.spfs", "switch"]
+    done = subprocess.run(
+        [*command, "--all", *between(mounts)],
+        env={**os.environ, **ENVIRONMENT},
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=TIMEOUT,
+    )
+    assert done.returncode == 3 and "running as user 65534, not as root" in done.stderr, done.stderr
+
+
+@pytest.fixture
+def full(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 64 KiB on which there is hardly any room."""
+    path = tmp_path / "full"
+    path.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "full", str(path)], check=True)
+    (path / "file").write_bytes(b"new file".ljust(40000))
+    yield path
+    subprocess.run(["umount", "-l", str(path)], check=True)
+
+
+def test_a_target_without_room_for_what_has_no_name(mounts: Mounts, victims: List[Victim], full: Path) -> None:
+    """That is known ahead: by a dry run, with strict, and to who has such a file with holes, for which there is room."""
+    one, where = victims[0], ["--source", str(mounts.old), "--target", str(full)]
+    one.run("os.close(b); gone = os.open(top + '/gone', os.O_RDWR | os.O_CREAT)")
+    one.run("os.pwrite(gone, b'x' * 50000, 0); os.unlink(top + '/gone')")
+    dry = switch("--dry-run", "--pid", str(one.pid), *where)["references"]
+    reasons = {item["path"]: item["reason"] for item in dry}
+    assert reasons["file"] is None and "No space left on device" in reasons[None]
+    refused = run("spfs.cli.spfs", "switch", "--strict", "--pid", str(one.pid), *where)
+    assert refused.returncode == 1 and "No space left on device" in refused.stderr
+    assert one.run("os.pread(a, 3, 0)") == b"old"
+    left = switch("--pid", str(one.pid), *where)["left"]
+    assert [item["path"] for item in left] == [None] and "No space left on device" in left[0]["reason"]
+    assert one.run("os.pread(a, 3, 0), len(os.pread(gone, 99999, 0))") == (b"new", 50000)
+    one.run("os.ftruncate(gone, 0); os.ftruncate(gone, 1 << 20); os.pwrite(gone, b'end', (1 << 20) - 3)")
+    assert switch("--strict", "--pid", str(one.pid), *where)["moved"] == {"file": 1}
+    assert one.run("os.fstat(gone).st_size, os.pread(gone, 3, (1 << 20) - 3)") == (1 << 20, b"end")
+
+
+@pytest.mark.parametrize("how", [(), ("--json",)])
+def test_strict_ends_with_an_error_if_something_stays_in_the_last_moment(
+    mounts: Mounts, victims: List[Victim], how: "tuple[str]"
+) -> None:
+    """What is met when the first ones have been moved cannot be undone: it is listed, and no success."""
+    code = "import sys; from spfs import jobs, processswitch; from spfs.cli import spfs\n" + (
+        "real = processswitch.switch\n"
+        "def switch(request, *given):\n"
+        "    real(request, *given)\n"
+        "    return {'moved': {}, 'left': [{'pid': 1, 'command': 'c', 'kind': 'file', 'what': 'fd 3', 'path': 'p',"
+        " 'reason': 'met late'}]}\n"
+        "processswitch.switch = switch; spfs.main()"
+    )
+    command = [sys.executable, "-c", code, "switch", "--strict", *how, "--pid", str(victims[0].pid), *between(mounts)]
+    done = subprocess.run(command, env={**os.environ, **ENVIRONMENT}, capture_output=True, text=True, timeout=TIMEOUT)
+    assert done.returncode == 1 and "cannot move everything: 1 of the references" in done.stderr
+    assert "met late" in done.stdout
 
 
 # The command with a job that stands still in the blackout until it is killed, or told to go on.
