@@ -45,7 +45,7 @@ class Object:
     uid: int
     gid: int
     rdev: int  # of a device node, as st_rdev
-    allocated: int  # bytes that it takes on its file system: less than its size if it has holes
+    allocated: int = 0  # bytes that it takes on its file system: less than its size if it has holes
 
 
 def decode(data: Union[bytes, bytearray], offset: int = 0) -> Object:
