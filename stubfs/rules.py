@@ -78,7 +78,7 @@ def _operations(value: object) -> Tuple[str, ...]:
         raise ValueError("give a list of operations")
     for name in value:
         if name not in OPERATIONS:
-            raise ValueError(f"{name[:50]} is none; they are {', '.join(sorted(OPERATIONS))}")
+            raise ValueError(f"{name[:50]}: no such operation; one of: {', '.join(sorted(OPERATIONS))}")
     return tuple(value)
 
 

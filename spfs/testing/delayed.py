@@ -7,13 +7,14 @@ import os
 import select
 import signal
 import stat
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple, Type, Union
+from typing import Any, Dict, List, Optional, Sequence, Tuple, Type, Union
 
-from spfs.testing import places
+from spfs.testing import files, places
+from spfs.testing.files import PathLike
 from stubfs.client import FilesystemClient
 from stubfs.errors import MissingFeatureError, StubfsError, UsageError, reason
 from stubfs.messages import FilesystemStatus, HeldRequest
@@ -22,8 +23,6 @@ from stubfs.rules import Rule
 DEFAULT_OWN_LIMIT = 60.0  # seconds
 _CALL_LIMIT = 60.0  # seconds for the file system to answer
 _END_LIMIT = 5.0  # seconds for it to end
-
-PathLike = Union[str, "os.PathLike[str]"]
 
 
 @dataclass(eq=False)
@@ -64,8 +63,9 @@ class DelayedMount:
 
     It begins with the files that are created on it, or those of ``proxy``. ``stub`` lets everybody wait who touches
     it, ``hang``, ``fail`` and ``slow`` are for some requests only: by operation (as ``held`` names them), by path
-    (a pattern relative to the root, ``*`` matches slashes), by process, for the first so many ``times``. The one set
-    last decides first. ``release`` ends it all. All are in force on return; what waits is let go by then.
+    (a pattern relative to the root, or beginning with the mountpoint; ``*`` matches slashes), by process, for the
+    first so many ``times``. The one set last decides first. ``release`` ends it all. All are in force on return; what
+    waits is let go by then.
 
     ``own_limit``: after so many seconds of waiting this process itself gets ETIMEDOUT (None: never), so that a test
     that touches its own hanging mount fails instead of hanging where no signal reaches it.
@@ -101,7 +101,12 @@ class DelayedMount:
     def __repr__(self) -> str:
         return f"<DelayedMount {self.path} {'closed' if self.closed else self._mode}>"
 
+    def _pattern(self, path: Optional[PathLike]) -> Optional[str]:
+        return None if path is None else files.inside(str(self.path), path)
+
     def _client(self) -> FilesystemClient:
+        if self.closed:
+            raise StubfsError(f"cannot use {self.path}: it is closed", "", errno_module.ENOTCONN)
         # One per call: calls that wait must not keep those of other threads waiting.
         return FilesystemClient(self.socket_path, _CALL_LIMIT)
 
@@ -110,7 +115,8 @@ class DelayedMount:
     def create_file(
         self, path: PathLike, content: Union[str, bytes] = b"", *, size: Optional[int] = None, mode: int = 0o644
     ) -> Path:
-        """A file at ``path``, relative to the root, and its parents; its path. With a ``size``: a hole of it.
+        """A file at ``path``, relative to the root or beginning with the mountpoint, and its parents; its path. With a
+        ``size``: a hole of it.
 
         Without a request to the mount, so also while everybody waits. EEXIST if there is something, and EROFS when a
         real directory is served, which it is then to be made in.
@@ -118,56 +124,33 @@ class DelayedMount:
         data = content.encode() if isinstance(content, str) else content
         if size is not None and data:
             raise UsageError(f"cannot create {path}: it cannot have content and a size")
-        with self._staging(path) as root:
-            self._create(root, path, stat.S_IFREG | mode, size)
-            if data:
-                fd = _open_beneath(root, os.fspath(path).lstrip("/"), os.O_WRONLY)
-                with os.fdopen(fd, "wb") as file:
-                    file.write(data)
-        return self._path_of(path)
+        return self._create(path, stat.S_IFREG | mode, data, size)
 
     def create_dir(self, path: PathLike, mode: int = 0o755) -> Path:
         """As create_file."""
-        with self._staging(path) as root:
-            self._create(root, path, stat.S_IFDIR | mode)
-        return self._path_of(path)
+        return self._create(path, stat.S_IFDIR | mode)
 
     def create_fifo(self, path: PathLike, mode: int = 0o644) -> Path:
         """As create_file."""
-        with self._staging(path) as root:
-            self._create(root, path, stat.S_IFIFO | mode)
-        return self._path_of(path)
+        return self._create(path, stat.S_IFIFO | mode)
 
-    def _path_of(self, path: PathLike) -> Path:
-        return self.path / os.fspath(path).lstrip("/")
-
-    @contextmanager
-    def _staging(self, path: PathLike) -> Iterator[int]:
+    def _create(self, path: PathLike, mode: int, content: bytes = b"", size: Optional[int] = None) -> Path:
         if self._real is not None:
             raise StubfsError(
                 f"cannot create {path}: {self.path} serves {self._real}", "make it there", errno_module.EROFS
             )
+        name = files.inside(str(self.path), path).lstrip("/")
         with self._client() as client:
             root = client.staging()
         try:
-            yield root
+            files.create(root, name, mode, content, size)
         except OSError as error:
             raise StubfsError(
                 f"cannot create {path} on {self.path}: {reason(error)}", "", error.errno or errno_module.EIO
             ) from error
         finally:
             os.close(root)
-
-    def _create(self, root: int, path: PathLike, mode: int, size: Optional[int] = None) -> None:
-        from spfs import restore  # when it is needed: a good part of what a test would wait for
-
-        name = os.fspath(path).lstrip("/")
-        try:
-            os.close(_open_beneath(root, name, os.O_PATH | os.O_NOFOLLOW))
-        except FileNotFoundError:
-            restore.create_file(root, name, mode, size)
-        else:
-            raise FileExistsError(errno_module.EEXIST, os.strerror(errno_module.EEXIST), name)
+        return self.path / name
 
     # -- what becomes of requests
 
@@ -190,12 +173,7 @@ class DelayedMount:
 
     def proxy(self, directory: PathLike) -> None:
         """Serve ``directory`` from now on: who waits in stub mode goes on with what is there."""
-        try:
-            fd = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-        except OSError as error:
-            raise StubfsError(
-                f"cannot serve {directory}: {reason(error)}", "give a directory", error.errno or errno_module.EIO
-            ) from error
+        fd = _open_directory(directory)
         try:
             with self._client() as client:
                 client.mode("proxy", fd)
@@ -221,32 +199,32 @@ class DelayedMount:
                 self._send_rules(client)
 
     def hang(
-        self, operations: Sequence[str] = (), path: Optional[str] = None, pids: Sequence[int] = (), *,
+        self, operations: Sequence[str] = (), path: Optional[PathLike] = None, pids: Sequence[int] = (), *,
         seconds: Optional[float] = None, errno: Union[None, int, str] = None, times: Optional[int] = None,
     ) -> RuleInForce:  # fmt: skip
         """Let requests wait; with ``seconds``, so long, and then for an ``errno`` (EIO)."""
-        return self._add(Rule("hold", operations, path, pids, errno, seconds, times))
+        return self._add(Rule("hold", operations, self._pattern(path), pids, errno, seconds, times))
 
     def fail(
-        self, errno: Union[int, str] = "EIO", operations: Sequence[str] = (), path: Optional[str] = None,
+        self, errno: Union[int, str] = "EIO", operations: Sequence[str] = (), path: Optional[PathLike] = None,
         pids: Sequence[int] = (), *, times: Optional[int] = None,
     ) -> RuleInForce:  # fmt: skip
         """Answer requests with an ``errno``, given by its number or name."""
-        return self._add(Rule("fail", operations, path, pids, errno, times=times))
+        return self._add(Rule("fail", operations, self._pattern(path), pids, errno, times=times))
 
     def slow(
-        self, seconds: float, operations: Sequence[str] = (), path: Optional[str] = None,
+        self, seconds: float, operations: Sequence[str] = (), path: Optional[PathLike] = None,
         pids: Sequence[int] = (), *, times: Optional[int] = None,
     ) -> RuleInForce:  # fmt: skip
         """Answer each request so many ``seconds`` later."""
-        return self._add(Rule("delay", operations, path, pids, seconds=seconds, times=times))
+        return self._add(Rule("delay", operations, self._pattern(path), pids, seconds=seconds, times=times))
 
     def serve(
-        self, operations: Sequence[str] = (), path: Optional[str] = None, pids: Sequence[int] = (), *,
+        self, operations: Sequence[str] = (), path: Optional[PathLike] = None, pids: Sequence[int] = (), *,
         times: Optional[int] = None,
     ) -> RuleInForce:  # fmt: skip
         """Serve requests in spite of stub mode and of what was set before."""
-        return self._add(Rule("serve", operations, path, pids, times=times))
+        return self._add(Rule("serve", operations, self._pattern(path), pids, times=times))
 
     def _add(self, rule: Rule) -> RuleInForce:
         pidfds: List[int] = []
@@ -301,29 +279,30 @@ class DelayedMount:
     # -- who waits
 
     def held(
-        self, operations: Sequence[str] = (), path: Optional[str] = None, pids: Sequence[int] = ()
+        self, operations: Sequence[str] = (), path: Optional[PathLike] = None, pids: Sequence[int] = ()
     ) -> List[HeldRequest]:
         """The requests that wait, the oldest first; those that are delayed among them."""
         with self._client() as client:
-            return client.held(operations, path, pids)
+            return client.held(operations, self._pattern(path), pids)
 
     def wait_held(
         self, count: int = 1, timeout: Optional[float] = 30.0, operations: Sequence[str] = (),
-        path: Optional[str] = None, pids: Sequence[int] = (),
+        path: Optional[PathLike] = None, pids: Sequence[int] = (),
     ) -> List[HeldRequest]:  # fmt: skip
         """Wait until at least ``count`` requests are held at once, and return them. An event, no polling.
 
         TimeoutError after ``timeout`` seconds (None: never) says who waits instead.
         """
+        pattern = self._pattern(path)
         with self._client() as client:
             try:
-                client.wait_held(count, timeout, operations, path, pids)
+                client.wait_held(count, timeout, operations, pattern, pids)
             except StubfsError as error:
                 if error.errno != errno_module.ETIMEDOUT:
                     raise
                 everybody = "\n".join(map(str, self.held())) or "nobody waits"
                 raise TimeoutError(f"{self.path}: {error.message}\n{everybody}") from error
-            return client.held(operations, path, pids)
+            return client.held(operations, pattern, pids)
 
     def status(self) -> FilesystemStatus:
         with self._client() as client:
@@ -361,6 +340,8 @@ class DelayedMount:
                 "run the tests as root, or in a namespace: unshare --user --map-root-user --mount pytest",
                 errno_module.EPERM,
             )
+        if directory is not None:
+            os.close(_open_directory(directory))
         places.note_replaced(self._place, str(self.path))
         # Rules would keep what is replaced from letting go.
         self._rules, ended = [], self._rules
@@ -406,7 +387,7 @@ class DelayedMount:
         try:
             if not self._has_ended():
                 try:
-                    with self._client() as client:
+                    with FilesystemClient(self.socket_path, _CALL_LIMIT) as client:
                         client.quit()
                 except StubfsError:
                     pass  # it ends just now, or does not answer: then it is killed
@@ -429,8 +410,10 @@ class DelayedMount:
             os.close(self._log)
 
 
-def _open_beneath(root: int, path: str, flags: int) -> int:
-    from stubfs import syscalls  # with ctypes, which not every test needs
-
-    inside = syscalls.Resolve.BENEATH | syscalls.Resolve.NO_SYMLINKS
-    return syscalls.openat2(root, os.fsencode(path), flags | os.O_CLOEXEC, 0, inside)
+def _open_directory(path: PathLike) -> int:
+    try:
+        return os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as error:
+        raise StubfsError(
+            f"cannot serve {path}: {reason(error)}", "give a directory", error.errno or errno_module.EIO
+        ) from error

@@ -64,7 +64,7 @@ def test_modes(fs: Filesystem, tmp_path: Path) -> None:
         (["mode", "proxy"], 2, "--proxy-dir goes with proxy"),
         (["mode", "proxy", "--proxy-dir", "/nowhere"], 2, "cannot use /nowhere: No such file or directory"),
         (["frobnicate"], 2, "cannot understand the command line"),
-        (["held", "--operations", "frob"], 2, "frob is none; they are"),
+        (["held", "--operations", "frob"], 2, "frob: no such operation; one of: "),
     ],
 )
 def test_what_fails_says_why(fs: Filesystem, words: List[str], code: int, message: str) -> None:

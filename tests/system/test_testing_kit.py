@@ -17,6 +17,7 @@ import pytest
 from testing_kit import TOP, leftovers, unprivileged
 
 from spfs.testing import DelayedMount, MountServer, StubfsError, delayed_mount, process_state, wait_until
+from stubfs.errors import UsageError
 
 pytestmark = [pytest.mark.needs_root, pytest.mark.needs_fuse]
 LIMIT = 20.0
@@ -91,11 +92,23 @@ class TestFiles:
         assert mount.create_dir("d", 0o700).is_dir() and stat.S_IMODE((mount.path / "d").stat().st_mode) == 0o700
         assert sorted(os.listdir(mount.path)) == ["a", "d", "empty", "hole"]
 
+    def test_a_path_may_lead_through_the_mountpoint(self, mount: DelayedMount, run: Callable[..., Any]) -> None:
+        path = mount.create_file(mount.path / "a" / "f", "contents")
+        assert path == mount.path / "a" / "f" and path.read_text() == "contents"
+        with mount.fail("EACCES", ["open"], path):
+            assert errno_of(path.read_text) == errno.EACCES
+        mount.stub()
+        process = run("cat", path)
+        (held,) = mount.wait_held(1, LIMIT, path=mount.path / "a*")
+        assert held.pid == process.pid and mount.held(path=mount.path / "b*") == []
+        mount.release()
+
     def test_what_cannot_be_created(self, mount: DelayedMount, real: Path) -> None:
         mount.create_file("f", "first")
         assert errno_of(lambda: mount.create_file("f", "second")) == errno.EEXIST
         assert (mount.path / "f").read_text() == "first"
-        assert errno_of(lambda: mount.create_file("../f")) == errno.EXDEV
+        with pytest.raises(UsageError, match="cannot create a/../../f: it leads out of the mount"):
+            mount.create_file("a/../../f")
         assert errno_of(lambda: mount.create_dir("f/d")) == errno.ENOTDIR
         with pytest.raises(StubfsError, match="content and a size"):
             mount.create_file("g", "x", size=1)
@@ -278,6 +291,12 @@ class TestReplace:
         assert path.read_text() == "still here"
         with pytest.raises(StubfsError, match="give a directory, or both"):
             mount.replace(source="none")
+        with pytest.raises(StubfsError, match="cannot serve /nowhere: No such file") as caught:
+            mount.replace("/nowhere", timeout=1000)
+        assert caught.value.errno == errno.ENOENT
+        mount.close()
+        with pytest.raises(StubfsError, match=f"cannot use {mount.path}: it is closed"):
+            mount.stub()
 
     def test_on_a_directory_that_has_a_mount(self, server: MountServer, real: Path, tmp_path: Path) -> None:
         here = tmp_path / "here"
