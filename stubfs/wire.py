@@ -83,7 +83,10 @@ def listen(path: str) -> socket.socket:
 
 
 def remove(path: str, made: os.stat_result) -> None:
-    """Remove the socket's file if it still is the one that was ``made``: who found it gone may have bound another."""
+    """Remove the socket's file if it still is the one that was ``made``: who found it gone may have bound another.
+
+    Before the socket is closed, which keeps the inode number from being that one's.
+    """
     try:
         if os.path.samestat(os.lstat(path), made):
             os.unlink(path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import json
 import os
 import signal
@@ -130,6 +131,20 @@ def test_a_cancel_that_comes_at_once_is_not_a_death(loop: EventLoop) -> None:
     assert outcome.cancelled and not outcome.died
 
 
+def test_a_second_cancel_does_not_disturb_the_clean_up(loop: EventLoop, tmp_path: Path) -> None:
+    def work(context: Context) -> None:
+        (tmp_path / "made").touch()
+        try:
+            context.progress("working")
+            signal.pause()
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)
+            (tmp_path / "made").unlink()
+
+    outcome, _ = finish(loop, work, lambda job, stage: job.cancel())
+    assert outcome.cancelled and list(tmp_path.iterdir()) == []
+
+
 def test_a_killed_job_takes_its_helpers_along(loop: EventLoop) -> None:
     def work(context: Context) -> None:
         helper = os.fork()
@@ -204,6 +219,50 @@ def test_signals_are_told_from_the_loop(loop: EventLoop) -> None:
     loop.later(5, loop.stop)
     loop.run()
     assert called == ["usr1"]
+
+
+def test_signals_that_come_together_are_all_told(loop: EventLoop) -> None:
+    called: List[int] = []
+    for number in (signal.SIGUSR1, signal.SIGCHLD):
+        loop.on_signal(number, functools.partial(called.append, number))
+
+    def send() -> None:
+        for number in (signal.SIGUSR1, signal.SIGCHLD, signal.SIGUSR1):
+            os.kill(os.getpid(), number)
+
+    loop.soon(send)
+    loop.later(0.05, loop.stop)
+    loop.run()
+    assert sorted(called) == sorted([signal.SIGUSR1, signal.SIGCHLD])
+
+
+def test_what_an_earlier_callback_has_unwatched_is_not_called(loop: EventLoop) -> None:
+    """Both are ready in the same round; the number may be another file's by now."""
+    called: List[int] = []
+    pipes = [os.pipe() for _ in range(2)]
+
+    def first_come(own: int, other: int) -> None:
+        called.append(own)
+        loop.unwatch(other)
+        loop.watch(other, lambda: called.append(-1))
+        loop.unwatch(own)
+        loop.soon(loop.stop)
+
+    for (read, write), (other, _) in zip(pipes, reversed(pipes)):
+        os.write(write, b"x")
+        loop.watch(read, functools.partial(first_come, read, other))
+    loop.run()
+    assert len(called) == 1 and called[0] > 0
+    for pipe in pipes:
+        loop.unwatch(pipe[0])
+        os.close(pipe[0])
+        os.close(pipe[1])
+
+
+def test_cancelled_timers_do_not_pile_up(loop: EventLoop) -> None:
+    for _ in range(10_000):
+        loop.later(1e6, loop.stop).cancel()
+    assert len(loop._timers) < 1000
 
 
 def test_a_callback_that_fails_does_not_end_the_loop(loop: EventLoop, caplog: pytest.LogCaptureFixture) -> None:

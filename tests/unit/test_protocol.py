@@ -52,6 +52,10 @@ KNOWN = [
         Replace("7", "s:/e", "nfs", 0),
     ),
     (
+        b"replace;id=7;source=s:/e;type=nfs;flags=18446744073709551615;bindmounts=/a,(null),\0\0",
+        Replace("7", "s:/e", "nfs", (1 << 64) - 1, ("/a",)),
+    ),
+    (
         b"replace;id=7;source=s:/e;type=nfs;flags=0;freeze_cgroup=/sys/fs/cgroup/freezer/(null)/;mode=hold;",
         Replace("7", "s:/e", "nfs", 0, mode="hold"),
     ),
@@ -98,6 +102,7 @@ REFUSED = [
     (b"mount;id=1;mode=proxy;mountpoint=/d\0", "key proxy_dir is missing"),
     (b"mount;id=1;mode=restore;mountpoint=data\0", "must be an absolute path"),
     (b"mount;id=(null);mode=restore;mountpoint=/d\0", "key id has no value"),
+    (b"replace;id=7;source=s;type=t;flags=18446744073709551616\0", "must be a decimal number that is not negative"),
     (b"mount;id=1;mode=restore;mountpoint=/d;ns_pid=0\0", "not a process id"),
     (b"mount;id=1;mode=restore;mountpoint=/d;ns_pid=-4\0", "decimal number"),
     (b"mount;id=1;mode=restore;mountpoint=/d;ns_pid=4x\0", "decimal number"),

@@ -236,11 +236,25 @@ def test_a_record_of_something_else_is_refused(record: object) -> None:
         Managed.from_json(record)  # type: ignore[arg-type]
 
 
+def test_options_are_told_to_nobody() -> None:
+    """Some hold passwords."""
+    told = []
+    registry = Registry(lambda managed, event, details, when=None: told.append((event, dict(details))))
+    registry.mounted(registry.add(Mount("a", "stub", "/a")), 1, 1, 1, {})
+    registry.ask_replace(Replace("a", "//srv/x", "cifs", 0, options="password=secret", strict=True))
+    event, details = told[-1]
+    assert event == "replace-asked" and details["source"] == "//srv/x" and details["strict"] is True
+    assert "secret" not in str(told)
+
+
 def test_numbers_go_on_after_a_takeover() -> None:
     registry = Registry()
     old = registry_with("a").get("a")
     old.number = 41
     registry.adopt(old)
+    older = registry_with("c").get("c")
+    registry.adopt(older)
+    assert older.number == 1
     assert registry.add(Mount("b", "restore", "/b")).number == 42 and registry.ever_mounted
 
 
