@@ -164,7 +164,7 @@ class TestForms:
         [
             ("", "ACTION key=value"), ("'", "ACTION key=value"), ("stop", "no such action"),
             ("hold fsync", "not key=value"), ("hold path=a path=b", "given twice"), ("hold color=red", "no such key"),
-            ("hold operations=fsink", "fsink is none"), ("hold path=/a", "without a slash in front"),
+            ("hold operations=fsink", "fsink: no such operation"), ("hold path=/a", "without a slash in front"),
             ("hold pids=x", "not a number"), ("hold pids=0", "list of process ids"),
             ("fail errno=EFOO", "name like EIO"), ("fail errno=512", "from 1 to 511"),
             ("fail errno=0", "from 1 to 511"), ("delay", "say how long"), ("delay seconds=-1", "not negative"),
