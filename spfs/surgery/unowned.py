@@ -1,13 +1,15 @@
-"""What the kernel itself has open on a mount, in nobody's name: loop devices and swap files. It can only be reported.
+"""What the kernel itself has of a mount, in nobody's name: loop devices, swap files, layers of overlays. It can only be
+reported.
 
 It is told by its path, as seen in our mount namespace; to ask a loop device (LOOP_GET_STATUS64) would cause a request
-to the file system. What the kernel names nowhere (process accounting, acct(2)) is not found.
+to the file system.
 """
 
 from __future__ import annotations
 
 import glob
 import os
+import re
 from typing import Iterator, List, Optional, Tuple
 
 from spfs.linux import mountinfo, procfs
@@ -17,13 +19,16 @@ KERNEL = 0  # as a pid
 _DELETED = " (deleted)"
 _LOOP = "the kernel has it open: detach the device (losetup --detach), and attach it again"
 _SWAP = "the kernel swaps to it: swapoff, and swapon again"
+_LAYER = "the kernel has it for a layer of an overlay: unmount that, and mount it again"
+_LAYERS = re.compile(r"(?:^|,)(?:lowerdir|datadir|upperdir)\+?=((?:\\.|[^,\\])*)")  # overlay's options
+_SEPARATOR = re.compile(r"(?<!\\)::?")
 
 
 def held(device: int) -> List[LeftReference]:
     """Of the file system ``device`` (st_dev), with the path relative to its root."""
     mounts = mountinfo.parse(procfs.read("/proc/self/mountinfo"))
     found: List[LeftReference] = []
-    for kind, what, path, why in (*_loop_devices(), *_swap_files()):
+    for kind, what, path, why in (*_loop_devices(), *_swap_files(), *_layers(mounts)):
         relative = _relative(path, device, mounts)
         if relative is not None:
             found.append(LeftReference(KERNEL, "kernel", kind, what, relative, why))
@@ -46,6 +51,14 @@ def _swap_files() -> Iterator[Tuple[str, str, str, str]]:
         path, kind = line.split()[:2]
         if kind == b"file":
             yield "swap file", "swap", mountinfo.unescape(path), _SWAP
+
+
+def _layers(mounts: List[mountinfo.Mount]) -> Iterator[Tuple[str, str, str, str]]:
+    for mount in (one for one in mounts if one.fstype == "overlay"):
+        for layers in _LAYERS.findall(mount.super_options):
+            for layer in _SEPARATOR.split(layers):
+                if layer.startswith("/"):  # others are relative to a directory that nobody knows any more
+                    yield "overlay layer", f"of {mount.mountpoint}", re.sub(r"\\(.)", r"\1", layer), _LAYER
 
 
 def _relative(path: str, device: int, mounts: List[mountinfo.Mount]) -> Optional[str]:

@@ -53,6 +53,28 @@ def test_loop_device_of_who_was_not_asked_for(mounts: Mounts, victim: Victim, lo
     assert (report.moved, report.left) == ({"file": 1}, [])
 
 
+def test_layer_of_an_overlay(mounts: Mounts, victim: Victim, tmp_path: Path) -> None:
+    """Its name has what separates others in it. What the overlay shows of it stays, too, and is no affair of ours."""
+    mounts.both(lambda root: (root / "low:er,one").mkdir())
+    path = mounts.file("low:er,one/f")
+    for name in ("upper", "work", "merged", "another"):
+        (tmp_path / name).mkdir()
+    layer = str(mounts.old / "low:er,one").replace(":", "\\:").replace(",", "\\,")
+    options = f"lowerdir={layer}:{tmp_path / 'another'},upperdir={tmp_path / 'upper'},workdir={tmp_path / 'work'}"
+    merged = tmp_path / "merged"
+    subprocess.run(["mount", "-t", "overlay", "-o", options, "overlay", str(merged)], check=True)
+    try:
+        victim.run(f"a, b = os.open({path!r}, 0), os.open({str(merged / 'f')!r}, 0)")
+        report = mounts.switch()
+        (left,) = report.left
+        assert (left.pid, left.kind, left.path) == (0, "overlay layer", "low:er,one") and str(merged) in left.what
+        assert report.moved == {"file": 1} and victim.run("os.read(a, 3), os.read(b, 3)") == (b"new", b"old")
+        victim.run("os.close(b)")
+    finally:
+        subprocess.run(["umount", str(merged)], check=True)
+    assert mounts.switch().left == []
+
+
 def test_swap_file(tmp_path: Path) -> None:
     """Beneath another mount than the file system of its neighbours, which does not have it."""
     image, place = tmp_path / "image", tmp_path / "a place"

@@ -11,7 +11,7 @@ import fcntl
 import os
 import struct
 import threading
-from typing import Dict, Iterable, List, Set, Tuple
+from typing import Container, Dict, Iterable, Iterator, List, Optional, Set, Tuple
 
 from spfs.errors import reason
 from spfs.linux import procfs
@@ -23,6 +23,7 @@ from spfs.surgery.records import Description, FdTable, Loss, Process
 
 _STAYS = "holds a lock that cannot be moved"
 _TAKEN = "its lock cannot be had on the new mount"
+_ELSEWHERE = "its file is locked, by a lock that cannot be moved and would hold for nobody there"
 _FLOCKS = {"READ": fcntl.LOCK_SH, "WRITE": fcntl.LOCK_EX}
 _TYPES = {"READ": fcntl.F_RDLCK, "WRITE": fcntl.F_WRLCK}
 _FLOCK = struct.Struct("<hh4xqqi4x")  # struct flock: type, whence, start, length, pid
@@ -53,9 +54,13 @@ class Locks(Handler):
                     why = process.problem or stays.problem or "no counterpart"
                     for one in together:
                         one.problem = one.problem or f"{_STAYS} (POSIX) without another descriptor of its file: {why}"
+        staying = {inode: problem for inode, problem in _locked(scene) if problem is not None}
+        for one in _others(scene, staying):
+            one.problem = f"{_ELSEWHERE}: {staying[one.object.inode]}"
 
     def transfer(self, scene: Scene) -> None:
         done: Set[int] = set()
+        failed: Dict[int, str] = {}  # by inode number
         for use in scene.uses:
             description = use.description
             if description.problem or description.moved or description.new < 0 or id(description) in done:
@@ -65,13 +70,16 @@ class Locks(Handler):
                 for lock in description.locks:
                     _take(description.new, lock)
             except OSError as error:
+                failed[description.object.inode] = reason(error)
                 _keep([description], f"{_TAKEN}: {reason(error)}")
         for process, table in scene.tables():
             if table.locks and process.problem is None:
-                self._reserve(table)
+                self._reserve(table, failed)
+        for one in _others(scene, failed):
+            _keep([one], f"{_ELSEWHERE}: {failed[one.object.inode]}")
 
     @staticmethod
-    def _reserve(table: FdTable) -> None:
+    def _reserve(table: FdTable, failed: Dict[int, str]) -> None:
         for number, lock in table.locks:
             description = table.held.get(number)
             if description is None or description.problem is not None or description.new < 0:
@@ -79,6 +87,7 @@ class Locks(Handler):
             try:
                 fcntl.fcntl(description.new, _F_OFD_SETLK, _structure(lock))
             except OSError as error:
+                failed[description.object.inode] = reason(error)
                 together = (some for some in _locked_together(table) if description in some)
                 _keep(next(together, [description]), f"{_TAKEN}: {reason(error)}")
 
@@ -117,6 +126,26 @@ def _can_go(lock: Lock) -> bool:
     if lock.kind == "LEASE":
         return lock.state == "ACTIVE" and lock.mode in _TYPES
     return lock.kind in ("FLOCK", "OFDLCK") and lock.mode in _TYPES
+
+
+def _locked(scene: Scene) -> Iterator[Tuple[int, Optional[str]]]:
+    """The files that are locked, by inode number, and why what set the lock must stay. A lease is no lock."""
+    for process, table in scene.tables():
+        posix = {number for number, _ in table.locks}
+        for number, one in table.held.items() if posix else ():
+            if number in posix:
+                yield one.object.inode, process.problem or one.problem
+    for use in scene.uses:
+        if any(lock.kind != "LEASE" for lock in use.description.locks):
+            yield use.description.object.inode, use.problem
+
+
+def _others(scene: Scene, files: Container[int]) -> Iterator[Description]:
+    """Who still is to go of those that have one of ``files`` (inode numbers) open."""
+    for _, table in scene.tables() if files else ():
+        for one in table.held.values():
+            if one.object.inode in files and one.kind is Kind.FILE and one.problem is None and not one.moved:
+                yield one
 
 
 def _locked_together(table: FdTable) -> Iterable[List[Description]]:
