@@ -102,6 +102,16 @@ def test_lock_that_stays_holds_for_all(mounts: Mounts, victim: Victim, other: Vi
     assert (report.moved, report.left) == ({"file": 2}, []) and locks_of(mounts.new / "f") == ["FLOCK WRITE 0 EOF"]
 
 
+def test_locks_of_who_is_not_to_be_moved(mounts: Mounts, victim: Victim, other: Victim) -> None:
+    """One program is taken to another place: that another one has the file locked here is no hindrance."""
+    path = mounts.file("f")
+    victim.run(f"a = os.open({path!r}, os.O_RDWR)")
+    other.run(f"a = os.open({path!r}, os.O_RDWR); fcntl.flock(a, fcntl.LOCK_SH); fcntl.lockf(a, fcntl.LOCK_EX)")
+    report = mounts.switch(chosen=[victim.pid])
+    assert (report.moved, report.left) == ({"file": 1}, [])
+    assert sorted(locks_of(mounts.old / "f")) == ["FLOCK READ 0 EOF", "POSIX WRITE 0 EOF"]
+
+
 def test_posix_locks_of_a_process(mounts: Mounts, victim: Victim) -> None:
     """Several ranges, set by several descriptors of the file, one of which shares its description."""
     path = mounts.file("f", new=b"n" * 100)

@@ -19,7 +19,7 @@ from spfs.linux.procfs import FdInfo, Lock
 from spfs.references import Kind
 from spfs.surgery.kinds.base import Handler, Scene
 from spfs.surgery.program import Program
-from spfs.surgery.records import Description, FdTable, Loss, Process
+from spfs.surgery.records import NOT_CHOSEN, Description, FdTable, Loss, Process
 
 _STAYS = "holds a lock that cannot be moved"
 _TAKEN = "its lock cannot be had on the new mount"
@@ -129,14 +129,19 @@ def _can_go(lock: Lock) -> bool:
 
 
 def _locked(scene: Scene) -> Iterator[Tuple[int, Optional[str]]]:
-    """The files that are locked, by inode number, and why what set the lock must stay. A lease is no lock."""
+    """The files that are locked, by inode number, and why what set the lock must stay. A lease is no lock.
+
+    Those of processes that are not to be moved do not count, as all of their files do not.
+    """
     for process, table in scene.tables():
+        if process.problem == NOT_CHOSEN:
+            continue
         posix = {number for number, _ in table.locks}
         for number, one in table.held.items() if posix else ():
             if number in posix:
                 yield one.object.inode, process.problem or one.problem
     for use in scene.uses:
-        if any(lock.kind != "LEASE" for lock in use.description.locks):
+        if use.process.problem != NOT_CHOSEN and any(lock.kind != "LEASE" for lock in use.description.locks):
             yield use.description.object.inode, use.problem
 
 
