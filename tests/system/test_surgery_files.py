@@ -234,6 +234,34 @@ if pid: os.waitpid(pid, 0)
         assert sorted(process.stdout.read().decode().replace("new", "")) == ["e", "n"]
 
 
+def test_directories_shared_alone(mounts: Mounts, tmp_path: Path) -> None:
+    """CLONE_FS without CLONE_FILES: each has its descriptors, and where one goes, the other is."""
+    path = mounts.file("f")
+    mounts.both(lambda root: (root / "directory").mkdir())
+    source = f"""
+import ctypes, os, signal
+libc = ctypes.CDLL(None)
+libc.syscall.restype = ctypes.c_long
+os.chdir({str(mounts.old)!r})
+pid = libc.syscall({CLONE}, 0x200 | signal.SIGCHLD, 0, 0, 0, 0)
+fd = os.open({path!r}, os.O_RDONLY)
+os.write(1, b'r')
+os.read(0, 1)
+if not pid:
+    os.chdir('directory'); os._exit(0)
+os.waitpid(pid, 0)
+os.write(1, os.read(fd, 3) + os.path.basename(os.readlink('/proc/self/cwd')).encode())
+"""
+    with subprocess.Popen(
+        [shutil.which("python3") or "python3", "-c", source], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        assert os.read(process.stdout.fileno(), 1) + os.read(process.stdout.fileno(), 1) == b"rr"
+        report = mounts.switch()
+        assert (report.moved, report.left, mounts.users()) == ({"file": 2, "cwd": 1}, [], [])
+        assert process.communicate(b"gg", timeout=10)[0] == b"newdirectory"
+
+
 def test_hundred_threads(mounts: Mounts, victim: Victim) -> None:
     path = mounts.file("f")
     victim.run(

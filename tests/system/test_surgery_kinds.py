@@ -178,6 +178,25 @@ def test_registered_after_the_preparation(mounts: Mounts, victim: Victim, fifo: 
     assert victim.run("os.write(r, b'x'); e.poll(5) == [(r, select.EPOLLIN)]")
 
 
+def test_epoll_in_epoll(mounts: Mounts, victim: Victim, fifo: str) -> None:
+    """The inner instance is not exchanged, and so the outer one is told of what it has."""
+    victim.run(
+        f"""
+r = os.open({fifo!r}, os.O_RDWR)
+inner, outer = select.epoll(), select.epoll()
+inner.register(r, select.EPOLLIN | select.EPOLLET); outer.register(inner, select.EPOLLIN | select.EPOLLET)
+"""
+    )
+    assert mounts.switch().moved == {"fifo": 1} and victim.run("outer.poll(0), inner.poll(0)") == ([], [])
+    victim.start("[number == inner.fileno() for number, _ in outer.poll(30)], inner.poll(0) == [(r, select.EPOLLIN)]")
+    victim.blocked()
+    assert mounts.switch().moved == {}
+    fd = os.open(mounts.new / "fifo", os.O_WRONLY)
+    os.write(fd, b"x")
+    os.close(fd)
+    assert victim.result() == ([True], True)
+
+
 def test_registration_that_has_fired(mounts: Mounts, victim: Victim, fifo: str) -> None:
     """EPOLLONESHOT: it stays silent until it is armed again."""
     victim.run(

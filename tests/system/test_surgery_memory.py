@@ -215,6 +215,37 @@ for place in (0, 1 << 35, (1 << 40) - 1): ctypes.memset(at + place, ord('a'), 1)
     assert victim.run(there) == [b"a", b"\0", b"a", b"a"]
 
 
+FIXED = {
+    "is sealed": "libc.syscall(462, ctypes.c_void_p(address), ctypes.c_size_t(8192), 0)",
+    "is registered with userfaultfd": f"""
+u = libc.syscall({323 if os.uname().machine == "x86_64" else 282}, 0)
+if u >= 0:
+    fcntl.ioctl(u, 0xC018AA3F, bytearray(struct.pack('QQQ', 0xAA, 0, 0)))  # UFFDIO_API
+    fcntl.ioctl(u, 0xC020AA00, bytearray(struct.pack('QQQQ', address, 8192, 1, 0)))  # UFFDIO_REGISTER
+min(u, 0)
+""",
+}
+
+
+@pytest.mark.parametrize("why", list(FIXED))
+def test_mapping_that_cannot_be_exchanged(mounts: Mounts, victim: Victim, why: str) -> None:
+    path = mounts.file("f", b"o" * 8192, b"n" * 8192)
+    victim.run(
+        f"""
+import ctypes, fcntl, mmap, os, struct
+libc = ctypes.CDLL(None, use_errno=True)
+fd = os.open({path!r}, os.O_RDWR); m = mmap.mmap(fd, 8192); m[:1] = b'm'
+address = ctypes.addressof(ctypes.c_char.from_buffer(m))
+"""
+    )
+    if victim.run(FIXED[why]) != 0:
+        pytest.skip(f"the kernel cannot have a mapping that {why}: error {victim.run('ctypes.get_errno()')}")
+    report = mounts.switch()
+    (left,) = report.left
+    assert (left.kind, report.moved) == ("shared mapping", {"file": 2}) and why in left.reason
+    assert victim.run("m[:2], os.read(fd, 1)") == (b"mo", b"n")
+
+
 def test_no_room_for_a_second_mapping(mounts: Mounts, victim: Victim) -> None:
     """RLIMIT_AS: it stays, as it was, and is told."""
     path = mounts.file("f", b"o" * 64 * MIB, b"n" * 64 * MIB)

@@ -315,6 +315,39 @@ def test_in_namespaces(mounts: Mounts, options: List[str]) -> None:
         victim.close()
 
 
+def test_restricted_by_landlock(mounts: Mounts, victim: Victim) -> None:
+    """What it may do beneath a directory above the mountpoint holds for the new mount; what beneath the old one's root,
+    for that one alone: the kernel tells nobody, and nobody can change it."""
+    read = 0x4 | 0x8  # LANDLOCK_ACCESS_FS_READ_FILE, _READ_DIR
+    mounts.both(lambda root: (root / "directory").mkdir())
+    victim.run(
+        f"""
+import struct
+libc = ctypes.CDLL(None, use_errno=True)
+handled = struct.pack('Q', {read | 0x2})
+def restrict(*paths):
+    rules = libc.syscall(444, handled, 8, 0)
+    for access, path in paths if rules >= 0 else ():
+        parent = os.open(path, os.O_PATH)
+        assert libc.syscall(445, rules, 1, struct.pack('=Qi', access, parent), 0) == 0, ctypes.get_errno()
+        os.close(parent)
+    return rules < 0 or libc.syscall(446, rules, 0)
+libc.prctl(38, 1, 0, 0, 0); os.chdir({str(mounts.old)!r})
+"""
+    )
+    above = str(mounts.old.parent)
+    if victim.run(f"restrict(({read}, {above!r}), ({read | 0x2}, {str(mounts.old)!r}))"):
+        pytest.skip("the kernel has no Landlock")
+    victim.run("os.close(os.open('f', os.O_WRONLY))")
+    report = mounts.switch()
+    assert (report.moved, report.left) == ({"file": 1, "cwd": 1}, []) and mounts.users() == []
+    assert victim.run("os.read(fd, 3), os.read(os.open('f', os.O_RDONLY), 3), os.listdir('directory')") == (
+        b"new", b"new", []
+    )
+    with pytest.raises(AssertionError, match="PermissionError"):
+        victim.run("os.open('f', os.O_WRONLY)")
+
+
 def test_unprivileged_in_a_root_of_its_own(mounts: Mounts, victim: Victim) -> None:
     """It may not change its root: that stays, all else goes, and it works on."""
     mounts.both(lambda root: (root / "directory").mkdir())

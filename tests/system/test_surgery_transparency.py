@@ -210,6 +210,82 @@ def test_seccomp(mounts: Mounts, tmp_path: Path, mode: str) -> None:
         assert (out, process.returncode) == (b"new", 0)
 
 
+SUPERVISED = r"""
+#define _GNU_SOURCE
+#include <linux/filter.h>
+#include <linux/seccomp.h>
+#include <fcntl.h>
+#include <stddef.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <sys/prctl.h>
+#include <sys/socket.h>
+#include <sys/syscall.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+/* the child's getppid() is answered by its parent, which takes its time with the first one it is told of */
+static int child(const char *path, int channel)
+{
+    struct sock_filter filter[] = {
+        BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(struct seccomp_data, nr)),
+        BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, SYS_getppid, 0, 1),
+        BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_USER_NOTIF),
+        BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ALLOW),
+    };
+    struct sock_fprog program = { sizeof(filter) / sizeof(filter[0]), filter };
+    char contents[4] = "";
+    int fd = open(path, O_RDONLY);
+    prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0);
+    int listener = syscall(SYS_seccomp, SECCOMP_SET_MODE_FILTER, SECCOMP_FILTER_FLAG_NEW_LISTENER, &program);
+    write(channel, &listener, sizeof(listener));
+    long result = syscall(SYS_getppid);
+    read(fd, contents, 3);
+    dprintf(1, "%ld %s", result, contents);
+    return 0;
+}
+
+int main(int argc, char **argv)
+{
+    int channel[2], listener, told = 0;
+    char byte;
+    socketpair(AF_UNIX, SOCK_STREAM, 0, channel);
+    pid_t pid = fork();
+    if (!pid) return child(argv[1], channel[1]);
+    read(channel[0], &listener, sizeof(listener));
+    listener = syscall(SYS_pidfd_getfd, syscall(SYS_pidfd_open, pid, 0), listener, 0);
+    for (;;) {
+        struct seccomp_notif request = { 0 };
+        struct seccomp_notif_resp response = { 0 };
+        if (ioctl(listener, SECCOMP_IOCTL_NOTIF_RECV, &request)) return 1;
+        if (!told++) {
+            write(1, "ready\n", 6);
+            read(0, &byte, 1);
+        }
+        response.id = request.id;
+        response.val = 77;
+        if (!ioctl(listener, SECCOMP_IOCTL_NOTIF_SEND, &response)) break;
+    }
+    wait(NULL);
+    dprintf(1, " %d", told);
+    return 0;
+}
+"""
+
+
+def test_call_that_a_supervisor_answers(mounts: Mounts, tmp_path: Path) -> None:
+    """Interrupted by us, it is made again, and the supervisor is told once more; the answer is the call's result."""
+    program = compile_c(tmp_path, SUPERVISED, "-Wno-unused-result")
+    with subprocess.Popen(
+        [program, str(mounts.old / "f")], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None and process.stdout.readline() == b"ready\n"
+        report = mounts.switch()
+        assert (report.moved, report.left) == ({"file": 1}, [])
+        assert process.communicate(b"x", timeout=10)[0] == b"77 new 2" and process.returncode == 0
+
+
 DISPATCHED = r"""
 #define _GNU_SOURCE
 #include <fcntl.h>
