@@ -76,6 +76,33 @@ def test_a_file_that_was_replaced_behind_it_is_another_one(tmp_path: Path) -> No
             assert old.read() == "old" and os.fstat(old.fileno()).st_nlink == 0
 
 
+@pytest.mark.parametrize("kind", ["file", "directory"])
+def test_what_has_taken_a_files_place_is_left_alone(tmp_path: Path, kind: str) -> None:
+    """Who holds on to a file by its name alone does nothing to another one that somebody has put there."""
+    with mounted(tmp_path, "proxy") as fs:
+        (fs.real / "f").write_text("one")
+        fd = os.open(fs.path / "f", os.O_PATH)
+        try:
+            os.unlink(fs.real / "f")
+            (fs.real / "f").write_text("other") if kind == "file" else (fs.real / "f").mkdir()
+            (fs.real / "f").chmod(0o640)
+            link = f"/proc/self/fd/{fd}"
+            for action in (
+                lambda: os.chmod(link, 0o777), lambda: os.open(link, os.O_RDONLY), lambda: os.truncate(link, 0),
+                lambda: os.setxattr(link, "trusted.x", b""), lambda: os.chown(link, 1, 1), lambda: os.utime(link, (1, 1)),
+                lambda: os.listxattr(link),
+            ):  # fmt: skip
+                with pytest.raises(OSError) as caught:
+                    action()
+                assert caught.value.errno == errno.ESTALE
+            found = os.stat(fs.real / "f")
+            assert (stat.S_IMODE(found.st_mode), found.st_uid, found.st_mtime > 1) == (0o640, 0, True)
+            assert os.listxattr(fs.real / "f") == [] and os.path.isdir(fs.path / "f") == (kind == "directory")
+            assert os.stat(fs.path / "f").st_ino == found.st_ino
+        finally:
+            os.close(fd)
+
+
 def test_directory_entries_have_the_inode_numbers_of_stat(fs: Filesystem) -> None:
     for number in range(50):
         (fs.path / str(number)).write_text("")
