@@ -83,9 +83,11 @@ def test_what_has_taken_a_files_place_is_left_alone(tmp_path: Path, kind: str) -
         (fs.real / "f").write_text("one")
         fd = os.open(fs.path / "f", os.O_PATH)
         try:
+            other = fs.real / "other"  # made before the first one goes: with a number of its own
+            other.write_text("other") if kind == "file" else other.mkdir()
+            other.chmod(0o640)
             os.unlink(fs.real / "f")
-            (fs.real / "f").write_text("other") if kind == "file" else (fs.real / "f").mkdir()
-            (fs.real / "f").chmod(0o640)
+            os.rename(other, fs.real / "f")
             link = f"/proc/self/fd/{fd}"
             for action in (
                 lambda: os.chmod(link, 0o777), lambda: os.open(link, os.O_RDONLY), lambda: os.truncate(link, 0),
