@@ -66,6 +66,8 @@ class Entries:
             # Else each stat(2) would be two requests. What changes them on this mount makes the kernel forget them.
             valid = 1
             node.vouched = time.monotonic()
+        elif request.state is not None and request.state.is_aside:
+            node.told = time.monotonic()
         if request.device.send(protocol.entry_reply(request.unique, node.number, status, valid, opened)):
             return True
         self._nodes.forget(node.number, 1)  # nobody took the reference

@@ -139,6 +139,10 @@ class Server(Protocol):
     def drop_caches(self, state: State) -> None:
         """Drop all that the kernel has cached, serving what stands in the way under ``state``."""
 
+    def refresh_attributes(self) -> None:
+        """To be called under the state that follows stub mode, before anything that was held goes on: make sure that
+        none of it goes by attributes of the former state."""
+
 
 class ModeSwitch:
     """Changes the server's state; owns the backing directories."""
@@ -279,6 +283,8 @@ class ModeSwitch:
         if new.backing is not old.backing:
             # What did not end within the first wait is no reason for a second one.
             drained = self._drain(new, _DRAIN_LIMIT if drained else 0.0)
+        if old.backing is None and new.backing is not None:
+            self._server.refresh_attributes()
         if new.backing is not None or old.rules or new.rules:  # else stub mode goes on to hold all that is held
             self._held.reconsider()
         return drained

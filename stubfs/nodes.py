@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import stat
 import threading
+import time
 from typing import Callable, Dict, List, NamedTuple, Optional, Tuple
 
 from stubfs.protocol import ROOT_NODE, UNKNOWN_INO
@@ -30,7 +31,9 @@ Identity = Tuple[int, int, int]
 
 
 class Node:
-    __slots__ = ("number", "names", "entries", "identity", "kind", "lookups", "has_pages", "vouched", "orphan")
+    __slots__ = (
+        "number", "names", "entries", "identity", "kind", "lookups", "has_pages", "vouched", "told", "orphan",
+    )  # fmt: skip
 
     def __init__(self, number: int, kind: int) -> None:
         self.number = number
@@ -42,6 +45,9 @@ class Node:
         self.lookups = 0  # references that the kernel has
         self.has_pages = False  # the kernel may have cached contents of it
         self.vouched = 0.0  # when the kernel was last told to believe its attributes for a moment; monotonic
+        # When the kernel was last told its attributes in stub mode, or to forget them: it dismisses those that it asked
+        # for before, on behalf of others who wait. Monotonic.
+        self.told = 0.0
         self.orphan: Optional[Orphan] = None
 
 
@@ -107,6 +113,11 @@ class NodeTable:
             return node.number
 
         return number
+
+    def tell(self, number: int) -> None:
+        node = self._nodes.get(number)
+        if node is not None:
+            node.told = time.monotonic()
 
     # --- references of the kernel
 

@@ -31,6 +31,7 @@ from stubfs.nested import NestedMounts
 from stubfs.nodes import NodeTable, Orphan
 from stubfs.objects import Objects
 from stubfs.protocol import BODY, ROOT_NODE, InitFlags, Opcode, opcode_name
+from stubfs.refresh import refresh
 from stubfs.request import Device, Request
 from stubfs.rules import Action, Rule
 
@@ -52,6 +53,7 @@ _ADDED_FLAGS = (
 _REMOVED_FLAGS = InitFlags.POSIX_LOCKS | InitFlags.FLOCK_LOCKS
 # Seconds for which somebody may wait for a CPU with an answer in hand: the attributes in it are valid from then on.
 _CALLERS_DELAY = 1.0
+_READ_LATE = 0.05  # seconds that a request may have lain in the kernel's queue
 _MAX_BACKGROUND = 65535  # with the default of 12, twelve held readaheads would keep all others from reaching us
 _Handler = Callable[[Worker, Request], object]
 
@@ -84,6 +86,7 @@ class Session:
         self.held = HeldTable(self.paths_of)
         self.staging = staging
         self.ready = threading.Event()  # INIT has been answered
+        self._own_device = own_device
         self._ended = threading.Event()
         self._on_end: Callable[[], None] = lambda: None
         self._root_status = os.fstat(self.staging.fd)
@@ -247,6 +250,7 @@ class Session:
         if action is Action.SERVE:
             if treatment.rule is not None and state.aside is not None:
                 request.state = state.aside
+                self.nodes.tell(request.node)
             return True
         if action is Action.FAIL:
             assert treatment.rule is not None
@@ -415,14 +419,32 @@ class Session:
             except OSError as error:
                 request.fail(error.errno or errno.EIO)
 
-        # In stub mode nobody was given any that are to be believed; and the kernel dismisses attributes that were asked
-        # for before it is told to forget them: a read that is held so would end at the former file's size.
+        nodes = self.nodes.cached()
         if self.state.backing is not None:
             for node in self.nodes.vouched(time.monotonic() - _CALLERS_DELAY):
                 self.device.invalidate_attributes(node)
-        nodes = self.nodes.cached()
+        else:
+            # Nobody was given attributes to believe in. But to drop pages is to forget them, too.
+            for node in nodes:
+                self.nodes.tell(node)
         if nodes and caches.drop(self.device, self.held, nodes, serve):
             self.nodes.dropped(nodes)
+
+    def refresh_attributes(self) -> None:
+        """Those that somebody has asked for, whose answer the kernel would dismiss."""
+        if self._own_device is None:
+            return
+        waiting: Dict[int, List[int]] = {}
+        for request, age in self.held.snapshot():
+            node = self.nodes.get(request.node) if request.opcode == Opcode.GETATTR and request.tid else None
+            # It has been asked for some time before it was read.
+            if node is not None and time.monotonic() - age < node.told + _READ_LATE:
+                waiting.setdefault(node.number, []).append(request.tid)
+        if waiting:
+            try:
+                refresh(self._own_device, waiting)
+            except OSError as error:
+                _log.warning("cannot ask for the sizes of files that are waited for: %s", error)
 
     def _has_locked_pages(self, node: int) -> bool:
         if len(self.held) and self.held.data_ranges(node):

@@ -11,13 +11,14 @@ import os
 import struct
 from enum import IntFlag
 from functools import lru_cache
-from typing import Any, Optional, Sequence
+from typing import Any, Optional, Sequence, Tuple
 
 from stubfs.libc import bind, bind_quick, bind_syscall, machine_syscall
 
 AT_FDCWD = -100
 AT_SYMLINK_NOFOLLOW = 0x100
 AT_EACCESS = 0x200
+AT_STATX_FORCE_SYNC = 0x2000
 AT_STATX_DONT_SYNC = 0x4000
 AT_EMPTY_PATH = 0x1000
 UTIME_NOW = (1 << 30) - 1
@@ -247,8 +248,15 @@ def statx(dir_fd: int, path: bytes, flags: int, mask: int) -> bytes:
     return buffer.raw
 
 
-def device_without_sync(path: bytes, dir_fd: int = AT_FDCWD) -> int:
-    """st_dev of a path, of which a FUSE server need not be asked (AT_STATX_DONT_SYNC, statx(2))."""
+def identity_without_sync(path: bytes, dir_fd: int = AT_FDCWD) -> Tuple[int, int]:
+    """st_dev and st_ino of a path, of which a FUSE server need not be asked (AT_STATX_DONT_SYNC, statx(2))."""
     found = statx(dir_fd, path, AT_STATX_DONT_SYNC | AT_EMPTY_PATH, 0)
-    # stx_dev_major and stx_dev_minor, struct statx in linux/stat.h
-    return os.makedev(int.from_bytes(found[136:140], "little"), int.from_bytes(found[140:144], "little"))
+    # stx_ino, stx_dev_major and stx_dev_minor, struct statx in linux/stat.h
+    places = ((32, 40), (136, 140), (140, 144))
+    inode, major, minor = (int.from_bytes(found[start:end], "little") for start, end in places)
+    return os.makedev(major, minor), inode
+
+
+def device_without_sync(path: bytes, dir_fd: int = AT_FDCWD) -> int:
+    """st_dev of a path, as identity_without_sync()."""
+    return identity_without_sync(path, dir_fd)[0]

@@ -142,7 +142,7 @@ class Hands:
         os.ftruncate(self.files[slot], size)
 
     def fallocate(self, slot: int, mode: int, offset: int, size: int) -> None:
-        if mode == FALLOC_FL_ZERO_RANGE and os.fstat(self.files[slot]).st_mode & 0o6000:
+        if mode & FALLOC_FL_ZERO_RANGE and os.fstat(self.files[slot]).st_mode & 0o6000:
             raise ValueError("FUSE takes set-id bits before it asks; tmpfs knows that it cannot do this")
         syscalls.fallocate(self.files[slot], mode, offset, size)
 
@@ -170,6 +170,8 @@ class Hands:
         return fcntl.fcntl(self.files[slot], fcntl.F_GETFL)
 
     def copy(self, slot: int, other: int, count: int, source: int, target: int) -> int:
+        if not count:
+            raise ValueError("nothing: the kernel does not ask, and knows nothing of immutable files")
         return os.copy_file_range(self.files[slot], self.files[other], count, source, target)
 
     def sendfile(self, slot: int, other: int, count: int) -> int:

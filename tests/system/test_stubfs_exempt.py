@@ -31,7 +31,7 @@ def fs(tmp_path: Path) -> Iterator[Filesystem]:
 
 
 def on_command(fs: Filesystem, action: Callable[[], object]) -> Process:
-    """A process that begins when the file ``go`` is there."""
+    """A process that begins when the file ``go`` is there, and gives what ``action`` does."""
     return fs.run(lambda: (wait_until((fs.base / "go").exists, LIMIT), action())[1])
 
 
@@ -136,6 +136,42 @@ def test_what_it_has_read_by_an_old_descriptor_is_not_seen_afterwards(fs: Filesy
         file.seek(0)
         assert file.read(SIZE) == b"R" * SIZE
     assert (fs.real / "f").read_bytes() == b"R" * SIZE
+
+
+@pytest.mark.parametrize("look", ["stat", "open", "write"])
+def test_who_waited_meanwhile_goes_by_the_real_size(fs: Filesystem, look: str) -> None:
+    """The kernel dismisses attributes that it asked for before it was told others, here what the exempt one was told."""
+    names = [f"empty{i}" for i in range(5)]
+    for name in names:
+        (fs.path / name).write_bytes(b"")
+        (fs.real / name).write_bytes(b"the real one")
+    old = [os.open(fs.path / name, os.O_RDWR) for name in names]
+
+    def waiting(name: str, action: Callable[[int], object]) -> Process:
+        fd = os.open(fs.path / name, os.O_RDONLY)
+        try:
+            return on_command(fs, lambda: action(fd))
+        finally:
+            os.close(fd)
+
+    processes = [waiting(name, lambda fd: os.read(fd, 100)) for name in names]
+    if look != "write":  # who would wait behind it, for the file's lock
+        processes.append(waiting(names[0], lambda fd: os.lseek(fd, 0, os.SEEK_END)))
+    fs.client.mode("stub", exempt=[os.getpid()])
+    go(fs)
+    fs.client.wait_held(len(processes), LIMIT, operations=["getattr"])
+    for name, fd in zip(names, old):
+        if look == "stat":
+            assert (fs.path / name).stat().st_size == 0
+        elif look == "open":
+            assert (fs.path / name).read_bytes() == b""
+        else:
+            os.pwrite(fd, b"S", 0)
+    fs.proxy()
+    results = [process.result() for process in processes]
+    assert results[: len(names)] == [b"the real one"] * len(names) and set(results[len(names) :]) <= {12}
+    for fd in old:
+        os.close(fd)
 
 
 def test_exempt_no_more_before_the_end_of_stub_mode(fs: Filesystem) -> None:
