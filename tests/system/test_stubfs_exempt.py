@@ -140,7 +140,7 @@ def test_what_it_has_read_by_an_old_descriptor_is_not_seen_afterwards(fs: Filesy
 
 @pytest.mark.parametrize("look", ["stat", "open", "write"])
 def test_who_waited_meanwhile_goes_by_the_real_size(fs: Filesystem, look: str) -> None:
-    """The kernel dismisses attributes that it asked for before it was told others, here what the exempt one was told."""
+    """The kernel dismisses attributes that it asked for before it was told others: those of the exempt one."""
     names = [f"empty{i}" for i in range(5)]
     for name in names:
         (fs.path / name).write_bytes(b"")
