@@ -7,6 +7,7 @@ was removed.
 
 from __future__ import annotations
 
+import itertools
 import os
 import stat
 import threading
@@ -59,9 +60,10 @@ class NodeTable:
         self._nodes: Dict[int, Node] = {ROOT_NODE: root}
         self._objects: Dict[Identity, Node] = {}
         self._next = _FIRST_ALTERNATIVE
-        # How often names began and ended to change: what was found out in between may be of no use.
+        # Other numbers whenever names begin and end to change: what was found out in between may be of no use.
+        self._change = itertools.count(1)
         self.changes = 0
-        self.renames = 0  # those alone that can change the path of what they do not name
+        self.renames = 0  # only what can change the path of what it does not name
 
     def __len__(self) -> int:
         return len(self._nodes)
@@ -221,9 +223,9 @@ class NodeTable:
 
     def _unname(self, node: Node, parent: int, name: bytes) -> Optional[Node]:
         """The parent, which may be dropped now."""
-        for above, known in node.names:
-            if above.number == parent and known == name:
-                node.names = tuple(one for one in node.names if one != (above, name))
+        for i, (above, known) in enumerate(node.names):
+            if known == name and above.number == parent:
+                node.names = node.names[:i] + node.names[i + 1 :]
                 if above.entries.get(name) is node:
                     del above.entries[name]
                 return above
@@ -231,9 +233,9 @@ class NodeTable:
 
     def change(self, renames: bool = False) -> None:
         """To be called before and after names are changed in the backing directory."""
-        with self._lock:
-            self.changes += 1
-            self.renames += renames
+        self.changes = number = next(self._change)  # without the lock: no number is given twice
+        if renames:
+            self.renames = number
 
     def link(self, number: int, parent: int, name: bytes, generation: int, status: os.stat_result) -> Optional[Node]:
         """The node, with a new name and one kernel reference more. None: it is not the file of ``status``."""

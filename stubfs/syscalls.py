@@ -81,9 +81,9 @@ _setgroups = bind_syscall(
 )
 # Of a header (struct __user_cap_header_struct) and the sets.
 _capget = bind_quick("capget")
-_capset = bind("capset", ctypes.c_void_p, ctypes.c_void_p)
-_setfsuid = bind("setfsuid", ctypes.c_uint32)
-_setfsgid = bind("setfsgid", ctypes.c_uint32)
+_capset = bind_quick("capset")
+_setfsuid = bind_quick("setfsuid")
+_setfsgid = bind_quick("setfsgid")
 _unshare = bind("unshare", ctypes.c_int)
 _fsopen = bind("fsopen", ctypes.c_char_p, ctypes.c_uint)
 _fsconfig = bind(
@@ -157,7 +157,13 @@ def setfsgid(gid: int) -> None:
 
 def setgroups(groups: Sequence[int]) -> None:
     """Of this thread alone."""
-    _setgroups(len(groups), (ctypes.c_uint32 * len(groups))(*groups))
+    _setgroups(len(groups), _group_list(tuple(groups)))
+
+
+@lru_cache(maxsize=64)
+def _group_list(groups: Tuple[int, ...]) -> "ctypes.Array[ctypes.c_uint32]":
+    """What the kernel only reads."""
+    return (ctypes.c_uint32 * len(groups))(*groups)
 
 
 # struct __user_cap_data_struct, twice: effective, permitted, inheritable; the lower halves, then the upper ones.
@@ -206,7 +212,8 @@ class Capabilities:
         _CAPABILITY_SETS.pack_into(
             self._sets, 0, effective & 0xFFFFFFFF, permitted & 0xFFFFFFFF, 0, effective >> 32, permitted >> 32, 0
         )
-        _capset(*self._arguments)
+        if _capset(*self._arguments) < 0:
+            raise PermissionError(errno.EPERM, os.strerror(errno.EPERM), "capset")
 
 
 def unshare(flags: int) -> None:
