@@ -29,7 +29,7 @@ _log = logging.getLogger(__name__)
 _TICK = 0.004
 _ALERT_TICK = 0.001
 _ALERT = 1.0  # seconds for which a hand-over makes the monitor look more often
-_PATIENCE = 0.02  # seconds for an owner inside the same request that runs or waits for a CPU
+_PATIENCE = 0.1  # seconds for an owner inside the same request that runs or waits for a CPU
 _IDLE = 0.02  # seconds without a request before the monitor sleeps
 _SPARE_THREADS = 3  # per lane
 

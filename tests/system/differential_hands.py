@@ -292,7 +292,7 @@ class Hands:
         slot = self.one_of_type(slot, stat.S_IFDIR)
         found = syscalls.getdents64(self.files[slot], size)
         self.places[slot].append(os.lseek(self.files[slot], 0, os.SEEK_CUR))
-        return [(kind, name) for _, _, kind, name in protocol.native_dirents(found, len(found))]
+        return [(kind, name) for _, _, kind, name in protocol.native_dirents(found)]
 
     def dirseek(self, slot: int, place: int) -> None:
         """Back, or forth, to where dirread() has been."""
