@@ -336,11 +336,12 @@ class Switch:
 
     def _came_loose(self, stuck: List[Identity]) -> bool:
         """Wait a little for processes that could not be stopped: a parent in vfork(2) can be when its child has
-        called execve(2). True if one is worth another try."""
+        called execve(2). True if one is worth another try, or has ended and what stayed for its sake is."""
         deadline = time.monotonic() + LOOSE_TIMEOUT
         while stuck and time.monotonic() < deadline:
             for pid, start in stuck:
-                if task_state(pid) not in ("D", ""):
+                state = task_state(pid)
+                if state and state != "D" or not state and self._account.left(self._census.processes.values()):
                     self._account.forget((pid, start))
                     return True
             time.sleep(0.005)  # the kernel tells nobody

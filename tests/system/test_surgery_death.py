@@ -372,6 +372,26 @@ def test_vfork_parent_whose_child_goes_on(mounts: Mounts, tmp_path: Path) -> Non
         assert process.stdout.read() == b"new" and process.wait(5) == 0
 
 
+def test_vfork_parent_that_is_killed(mounts: Mounts, victim: Victim, tmp_path: Path) -> None:
+    """What another process had to keep for its sake goes in the next round."""
+    program = compile_c(tmp_path, VFORK, *VFORK_FLAGS)
+    path = mounts.file("f30")
+    victim.run(f"written = os.open({path!r}, os.O_RDWR)")
+    with subprocess.Popen(
+        [program, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
+    ) as process:
+        assert process.stdout is not None and process.stdout.readline() == b"ready\n"
+        wait_until(lambda: process_state(process.pid) == "D")
+
+        def kill() -> None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+        report = mounts.switch(when_stopped=kill)
+    assert report.left == [] and report.rounds == 2 and mounts.users() == []
+    assert victim.run("os.read(written, 3)") == b"new"
+
+
 def test_zombies_are_no_obstacle(mounts: Mounts, victim: Victim) -> None:
     zombie = victim.run("pid = os.fork()\nif not pid: os._exit(0)\npid")
     wait_until(lambda: process_state(zombie) == "Z")
