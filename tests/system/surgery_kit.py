@@ -104,13 +104,13 @@ class Tree:
 
 
 class Mounts:
-    """Two tmpfs mounts, ``old`` and ``new``."""
+    """Two mounts of ``fstype``, ``old`` and ``new``."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, fstype: str = "tmpfs", options: str = "mode=777") -> None:
         self.old, self.new = directory / "old", directory / "new"
         for path in (self.old, self.new):
             path.mkdir()
-            subprocess.run(["mount", "-t", "tmpfs", "-o", "mode=777", "test", str(path)], check=True)
+            subprocess.run(["mount", "-t", fstype, "-o", options, "test", str(path)], check=True)
         self._kept: Dict[Path, int] = {}
         self.device = self.old.stat().st_dev
 

@@ -1,4 +1,4 @@
-"""Pages of private mappings that are not simply there: swapped out, or merged with others of the same contents."""
+"""Pages that are not simply there: swapped out, merged with others of the same contents, or huge."""
 
 from __future__ import annotations
 
@@ -97,3 +97,58 @@ def test_merged(merging: None, mounts: Mounts, victim: Victim) -> None:
     assert victim.run(f"ctypes.string_at(at, {SIZE}) == b'a' * 8192 + b'b' + b'a' * ({SIZE} - 8193)")
     assert victim.run("flags()") == before and "mg" in before[0]
     wait_until(lambda: int(merged.read_text()) >= PAGES // 2, 20, "the new pages to be merged as well")
+
+
+HUGE = 2 << 20  # bytes of a huge page, with pages of 4096 bytes
+MAPPED = f"""
+fd = os.open({{!r}}, os.O_RDWR)
+shared, private = mmap.mmap(fd, 2 * {HUGE}), mmap.mmap(fd, 2 * {HUGE}, mmap.MAP_PRIVATE); os.close(fd)
+sum(private[at] for at in (0, {HUGE})); private[{HUGE} + 5:{HUGE} + 9] = b'mine'; shared[:4] = b'ours'
+def seen():
+    return bytes(shared[:4]), bytes(private[:4]), bytes(private[{HUGE} + 5:{HUGE} + 10])
+"""
+
+
+def test_transparent_huge_pages(mounts: Mounts, victim: Victim) -> None:
+    """Of tmpfs with huge=always: mapped as one, and one of them written to in a private mapping."""
+    for root in (mounts.old, mounts.new):
+        done = subprocess.run(["mount", "-o", "remount,huge=always", str(root)], stderr=subprocess.DEVNULL)
+        if done.returncode != 0:
+            pytest.skip("this kernel has no huge pages of tmpfs")
+    path = mounts.file("f", b"o" * 2 * HUGE, b"n" * 2 * HUGE)
+    victim.run(MAPPED.format(path))
+    mapped = [line.split()[1] for line in Path(f"/proc/{victim.pid}/smaps").read_text().splitlines() if "Pmd" in line]
+    if not any(int(size) for size in mapped):
+        pytest.skip("the kernel has no huge page to give just now")
+    assert victim.run("seen()") == (b"ours", b"ours", b"mineo")
+    report = mounts.switch()
+    assert report.left == [] and mounts.users() == []
+    assert report.moved == {"file": 2, "shared mapping": 1, "private mapping": 1}
+    assert victim.run("seen()") == (b"nnnn", b"nnnn", b"mineo")
+
+
+@pytest.fixture
+def hugetlbfs(tmp_path: Path) -> Iterator[Mounts]:
+    """Two of them, and pages for them."""
+    number = Path("/proc/sys/vm/nr_hugepages")
+    before = number.read_text() if number.exists() else "none"
+    with ExitStack() as stack:
+        if number.exists():
+            stack.callback(number.write_text, before)
+            number.write_text(str(int(before) + 12))
+        if not number.exists() or int(number.read_text()) < int(before) + 12:
+            pytest.skip("this machine has no huge pages to spare")
+        mounts = Mounts(tmp_path, "hugetlbfs", f"pagesize={HUGE}")
+        stack.callback(mounts.close)
+        yield mounts
+
+
+def test_hugetlbfs(hugetlbfs: Mounts, victim: Victim) -> None:
+    hugetlbfs.both(lambda root: (root / "f").touch())
+    hugetlbfs.both(lambda root: os.truncate(root / "f", 2 * HUGE))
+    victim.run(MAPPED.format(str(hugetlbfs.old / "f")))
+    report = hugetlbfs.switch()
+    assert report.left == [] and hugetlbfs.users() == []
+    assert report.moved == {"file": 2, "shared mapping": 1, "private mapping": 1}
+    assert victim.run("seen()") == (bytes(4), bytes(4), b"mine\0")
+    assert victim.run("shared[:1] = b's'; private[:1] = b'p'; seen()")[:2] == (b"s" + bytes(3), b"p" + bytes(3))
