@@ -297,6 +297,20 @@ def _freezer_at(directory: str, device: int) -> Optional[_CgroupFreezer]:
     return None
 
 
+def is_there(path: str) -> bool:
+    """Is there a cgroup at ``path``? Nothing else is touched, for a path may be on a file system that hangs: False for
+    one that leads to a cgroup by a symbolic link from elsewhere, too."""
+    path = os.path.normpath(path)
+    with open("/proc/self/mountinfo", "rb") as file:
+        mounts = mountinfo.parse(file.read())
+    around = [mount for mount in mounts if path.startswith(mount.mountpoint.rstrip("/") + "/")]
+    if not around:
+        return False
+    mountpoint = max((mount.mountpoint for mount in around), key=len)
+    on_top = mountinfo.MountTable(around).top_at(mountpoint)
+    return on_top is not None and on_top.fstype in ("cgroup", "cgroup2") and os.path.isdir(path)
+
+
 def _members(directory: str) -> Iterator[int]:
     try:
         with open(os.path.join(directory, "cgroup.procs")) as file:

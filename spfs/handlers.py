@@ -307,8 +307,8 @@ class Handlers:
         there = [managed.id for managed in self._registry]
         if there and not request.unmount and not request.force:
             raise SpfsError(
-                f"cannot shut down: {len(there)} mounts are there: {', '.join(there[:10])}",
-                "unmount: take them away first; force: leave them to a later manager on this work directory",
+                f"cannot shut down: still mounted: {', '.join(there[:10])}{' …' * (len(there) > 10)}",
+                "unmount takes them away first, force leaves them to a later manager on this work directory",
                 errno.EBUSY,
             )
 

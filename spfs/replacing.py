@@ -9,7 +9,7 @@ import logging
 import os
 from typing import Any, Dict, List, Optional, Set
 
-from spfs import jobs, requests
+from spfs import freezer, jobs, requests
 from spfs.errors import SpfsError
 from spfs.jobs import Context, Outcome
 from spfs.mountwork import Done, MountWork
@@ -28,7 +28,7 @@ class Replaces(MountWork):
         if request.net_pid is not None:
             with Target.pin(request.net_pid, ("net",)) as target:
                 network = target.identity()
-        seen = request.freeze_cgroup is not None and os.path.isdir(request.freeze_cgroup)
+        seen = request.freeze_cgroup is not None and freezer.is_there(request.freeze_cgroup)
         managed = self.registry.ask_replace(request, network, seen)
         try:
             self._save_or_refuse(managed)

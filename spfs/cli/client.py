@@ -58,7 +58,7 @@ def parser() -> argparse.ArgumentParser:
     manage.add_argument(
         "--socket-path",
         metavar="PATH",
-        help="the manager's socket (default: $SPFS_MANAGER_SOCK, or the only manager that runs)",
+        help="the manager's socket (default: $SPFS_MANAGER_SOCK, or the only running manager)",
     )
     manage.set_defaults(run=_manage)
 

@@ -37,6 +37,8 @@ exit codes: 0 done; 1 failed; 2 bad usage; 3 something is missing on this machin
 Show = Callable[[Any], None]
 Run = Callable[[argparse.Namespace, ManagerClient], None]
 RunAlone = Callable[[argparse.Namespace], None]  # of a command that may need no manager
+Add = Callable[[str, Union[Run, RunAlone], str], argparse.ArgumentParser]
+"""Adds a command of that name, with its help."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -50,7 +52,7 @@ def parser() -> argparse.ArgumentParser:
     shared.add_argument(
         "--socket-path",
         metavar="PATH",
-        help="the manager's socket (default: $SPFS_MANAGER_SOCK, or the only manager that runs)",
+        help="the manager's socket (default: $SPFS_MANAGER_SOCK, or the only running manager)",
     )
     commands = result.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
@@ -59,6 +61,21 @@ def parser() -> argparse.ArgumentParser:
         command.set_defaults(run=run, connect=True)
         return command
 
+    _add_views(add)
+    _add_mount(add)
+    _add_mode(add)
+    _add_rules(add)
+    _add_replace(add)
+    _add_endings(add)
+    alone = commands.add_parser("switch", parents=[printed], help=switch.TEXT, description=_sentence(switch.TEXT))
+    switch.add_arguments(alone)
+    alone.set_defaults(run=switch.run, connect=False)
+    _add_shutdown(add)
+    _add_about_programs(commands)
+    return result
+
+
+def _add_views(add: Add) -> None:
     status = add("status", _status, "show the mounts, their modes, who waits, and how far their replaces are")
     status.add_argument("id", nargs="?", help="only this mount")
     status.add_argument("-w", "--watch", action="store_true", help="keep showing it, until Ctrl-C; with --json: "
@@ -76,6 +93,8 @@ def parser() -> argparse.ArgumentParser:
     held.add_argument("id", nargs="?", help="only on this mount")
     held.add_argument("--pid", type=int, help="only of this process")
 
+
+def _add_mount(add: Add) -> None:
     mount = add("mount", _mount, "mount a stand-in")
     mount.add_argument("id", help="a name of your choice, by which the other commands know the mount")
     mount.add_argument("mountpoint", help="an existing directory, as the target process sees it")
@@ -86,12 +105,13 @@ def parser() -> argparse.ArgumentParser:
     mount.add_argument("--root", metavar="DIR", help="root directory of the target, as --ns-pid sees it")
     mount.add_argument("--options", metavar="OPTIONS", help="the stand-in's own mount options")
 
+
+def _add_mode(add: Add) -> None:
     mode = add("mode", _mode, "change the mode; returns when the change is in force")
     mode.add_argument("mode", choices=("restore", "stub", "proxy"))
     _whom(mode)
     mode.add_argument("--proxy-dir", metavar="DIR", help="with proxy: the directory to serve")
     mode.add_argument("--ns-pid", type=int, metavar="PID", help="look up --proxy-dir in this process's mount namespace")
-
     mode.add_argument(
         "--missing", choices=("leave", "carry"), default="leave",
         help="proxy: leave behind, or copy to DIR, the files of restore mode that DIR lacks (default: leave)",
@@ -103,6 +123,8 @@ def parser() -> argparse.ArgumentParser:
         help="stub: keep serving this process; may be repeated",
     )  # fmt: skip
 
+
+def _add_rules(add: Add) -> None:
     rules = add("rules", _rules, "serve, hold, fail or delay some requests in every mode, or show the rules")
     _whom(rules)
     rules.add_argument(
@@ -111,6 +133,8 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     rules.add_argument("--none", action="store_true", help="remove all rules")
 
+
+def _add_replace(add: Add) -> None:
     replace = add("replace", _replace, "replace the stand-in by the real file system, or release one on hold")
     _whom(replace)
     replace.add_argument("--source", help="what to mount, e.g. server:/export, or a directory")
@@ -140,6 +164,8 @@ def parser() -> argparse.ArgumentParser:
                       help="start now, also in restore mode, or release one that is on hold")  # fmt: skip
     replace.add_argument("--wait", action="store_true", help="wait until it is done, and show its report")
 
+
+def _add_endings(add: Add) -> None:
     wait = add("wait", _wait, "wait until the replace or mode change of a mount has ended, and show its report")
     wait.add_argument("id", help="which mount")
     wait.add_argument("--held", type=int, metavar="COUNT", help="wait for this many held requests instead")
@@ -152,26 +178,26 @@ def parser() -> argparse.ArgumentParser:
     _whom(unmount)
     unmount.add_argument("--force", action="store_true", help="even if it is in use: waiting processes get an error")
 
-    alone = commands.add_parser("switch", parents=[printed], help=switch.TEXT, description=_sentence(switch.TEXT))
-    switch.add_arguments(alone)
-    alone.set_defaults(run=switch.run, connect=False)
 
+def _add_shutdown(add: Add) -> None:
     shutdown = add("shutdown", _shutdown, "end the manager")
     shutdown.add_argument("--unmount", action="store_true", help="unmount everything first")
     shutdown.add_argument("--force", action="store_true", help="leave the mounts to a later manager; with --unmount: "
                           "unmount even what is in use")  # fmt: skip
-    for name, run, text in (
-        ("completion", _completion, "print a shell completion script for a program"),
-        ("manual", _manual, "print the manual page of a program, or write all of them"),
-    ):
-        about = commands.add_parser(name, help=text, description=_sentence(text))
-        if run is _completion:
-            about.add_argument("shell", choices=("bash", "zsh", "tcsh"))
-        else:
-            about.add_argument("-o", "--output", metavar="DIR", help="write the pages of all programs to DIR")
-        about.add_argument("program", nargs="?", choices=programs.NAMES, default="spfs", help="default: spfs")
-        about.set_defaults(run=run, connect=False, json=False)
-    return result
+
+
+def _add_about_programs(commands: Any) -> None:
+    def add(name: str, run: RunAlone, text: str) -> argparse.ArgumentParser:
+        command: argparse.ArgumentParser = commands.add_parser(name, help=text, description=_sentence(text))
+        command.set_defaults(run=run, connect=False, json=False)
+        return command
+
+    completion = add("completion", _completion, "print a shell completion script for a program")
+    completion.add_argument("shell", choices=("bash", "zsh", "tcsh"))
+    manual = add("manual", _manual, "print the manual page of a program, or write all of them")
+    manual.add_argument("-o", "--output", metavar="DIR", help="write the pages of all programs to DIR")
+    for command in (completion, manual):
+        command.add_argument("program", nargs="?", choices=programs.NAMES, default="spfs", help="default: spfs")
 
 
 def _sentence(text: str) -> str:

@@ -14,7 +14,7 @@ import pytest
 from mount_kit import Places, daemons, places  # noqa: F401
 
 from spfs.errors import SpfsError
-from spfs.freezer import FreezerV1, FreezerV2, NoFreezer, open_freezer
+from spfs.freezer import FreezerV1, FreezerV2, NoFreezer, is_there, open_freezer
 from spfs.linux import mountinfo
 from spfs.testing import wait_until
 
@@ -222,3 +222,10 @@ def test_a_cgroup_that_is_removed_meanwhile(cgroup: Cgroup) -> None:
     freezer.restore()
     with pytest.raises(SpfsError, match="cannot freeze cgroup"):
         freezer.freeze(1)
+
+
+def test_whether_a_cgroup_is_there(cgroup: Cgroup, tmp_path: Path) -> None:
+    assert is_there(str(cgroup.path)) and is_there(f"{cgroup.path}/") and is_there(f"{cgroup.path}/x/..")
+    assert not is_there(f"{cgroup.path}/none") and not is_there(f"{cgroup.path}/cgroup.procs")
+    (tmp_path / "link").symlink_to(cgroup.path)
+    assert not is_there(str(tmp_path)) and not is_there(str(tmp_path / "link")) and not is_there("(null)")

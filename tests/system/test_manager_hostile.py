@@ -124,6 +124,17 @@ def test_a_cgroup_that_is_on_a_file_system_that_hangs(manager: Manager, mnt: Pat
         assert answer(sock) not in (0, None)
 
 
+@pytest.mark.parametrize("path", ["group", "../mnt/group", "none/../group"])
+def test_a_replace_whose_cgroup_is_on_a_file_system_that_hangs(manager: Manager, mnt: Path, path: str) -> None:
+    client = manager.client()
+    client.mount("a", str(mnt))
+    (mnt / "group").mkdir()
+    client.mode("stub")
+    client.replace("a", "none", "tmpfs", freeze_cgroup=f"{mnt}/{path}", begin="hold")
+    assert client.status("a")["mounts"][0]["answering"] and client.held() == []
+    client.abort("a")
+
+
 def test_what_holds_no_request(manager: Manager) -> None:
     before = descriptors(manager)
     with manager.raw() as sock:

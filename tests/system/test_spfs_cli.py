@@ -77,7 +77,7 @@ def test_rules_and_options_of_stub_mode(manager: Manager, mnt: Path) -> None:
     assert os.listdir(mnt) == ["d"]
     with reading(mnt / "d/file") as reader:
         assert os.strerror(errno.ENODATA).encode() in reader.communicate(timeout=10)[1]
-    assert "fsink is none" in spfs(manager, "rules", "data", "--rule", "hold operations=fsink", code=2)
+    assert "fsink: no such operation" in spfs(manager, "rules", "data", "--rule", "hold operations=fsink", code=2)
     assert "timeout is for mode=stub alone" in spfs(manager, "mode", "restore", "data", "--timeout", "5", code=1)
 
 
@@ -128,7 +128,7 @@ def test_exit_codes_and_hints(manager: Manager, mnt: Path) -> None:
     assert "give either its id or --all" in spfs(manager, "unmount", code=2)
     assert "--release" in spfs(manager, "replace", "a", code=2)
     assert "proxy_dir is missing" in spfs(manager, "mode", "proxy", "a", code=1)
-    assert "mounts are there: a" in spfs(manager, "shutdown", code=1)
+    assert "still mounted: a" in spfs(manager, "shutdown", code=1)
     done = run("spfs.cli.spfs", "wait", "a", "--json", "--socket-path", str(manager.socket))
     assert done.returncode == 1 and json.loads(done.stdout)["replace"]["phase"] == "aborted"
 
@@ -238,7 +238,7 @@ def test_one_file_system_by_its_own_socket(manager: Manager, mnt: Path) -> None:
         assert json.loads(ask("held", "--operation", "fsync")) == []
         ask("rules", "--none")
         assert reader.communicate(timeout=10)[0] == b"x"
-    assert "fsink is none" in ask("rules", "--rule", "hold operations=fsink", code=2)
+    assert "fsink: no such operation" in ask("rules", "--rule", "hold operations=fsink", code=2)
     assert "contradict" in ask("rules", "--rule", "hold", "--none", code=2)
     assert "missing: carry" in ask("mode", "--mode", "stub", "--missing", "carry", code=1)
     ask("mode", "--mode", "stub")
