@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
+import re
 import stat
 from typing import Optional
 
@@ -30,6 +32,7 @@ def bind(process: Process, old: int, new: int, directory: int, name: str) -> Non
     """
     with borrowed(old) as one:
         address = one.getsockname()
+    find_hidden(directory, name)
     there = _replaceable(directory, name)
     if there is not None:
         os.unlink(name, dir_fd=directory)  # as every server does before it binds
@@ -44,6 +47,36 @@ def bind(process: Process, old: int, new: int, directory: int, name: str) -> Non
             os.chown(name, uid, gid, dir_fd=directory, follow_symlinks=False)
         raise
     os.chown(name, uid, gid, dir_fd=directory, follow_symlinks=False)
+
+
+def hide(directory: int, name: str, mode: int) -> str:
+    """Give the node another name for a moment; that name. It tells whose it is, and its permissions, in case that nobody
+    is there any more to give them back."""
+    hidden = f".spfs-{mode:03o}-{_mark(name)}"
+    os.rename(name, hidden, src_dir_fd=directory, dst_dir_fd=directory)
+    return hidden
+
+
+def find_hidden(directory: int, name: str) -> None:
+    """If there is nothing by that name because one was killed who had hidden it, give it back."""
+    try:
+        os.stat(name, dir_fd=directory, follow_symlinks=False)
+        return
+    except FileNotFoundError:
+        pass
+    readable = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=directory)
+    try:
+        for entry in os.listdir(readable):
+            match = re.fullmatch(r"\.spfs-([0-7]{3,4})-" + _mark(name), entry)
+            if match is not None and stat.S_ISSOCK(os.stat(entry, dir_fd=readable, follow_symlinks=False).st_mode):
+                fchmodat(readable, os.fsencode(entry), int(match.group(1), 8))
+                os.rename(entry, name, src_dir_fd=readable, dst_dir_fd=readable)
+    finally:
+        os.close(readable)
+
+
+def _mark(name: str) -> str:
+    return hashlib.sha256(os.fsencode(name)).hexdigest()[:16]
 
 
 def _replaceable(directory: int, name: str) -> Optional[os.stat_result]:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import errno
 import os
-import secrets
 import select
 import socket
 import stat
@@ -136,11 +135,9 @@ class Junction:
             socketbind.bind(process, end.copy, self._owned, end.directory, self.side.name)
         self._blocking = os.get_blocking(self.listener)
         os.set_blocking(self.listener, False)
-        hidden = f".spfs-{secrets.token_hex(8)}"
-        os.rename(self.side.name, hidden, src_dir_fd=end.directory, dst_dir_fd=end.directory)
-        self._hidden = hidden
-        self.node = os.open(hidden, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=end.directory)
-        self._mode = stat.S_IMODE(os.fstat(self.node).st_mode)
+        self._mode = stat.S_IMODE(os.stat(self.side.name, dir_fd=end.directory, follow_symlinks=False).st_mode)
+        self._hidden = socketbind.hide(end.directory, self.side.name, self._mode)
+        self.node = os.open(self._hidden, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=end.directory)
         os.chmod(f"/proc/self/fd/{self.node}", 0o777)  # who has connected once may not be allowed to any more
         if self.standing is not None and socketcopy.state(self.listener) & select.POLLIN:
             raise OSError(errno.EBUSY, "connections wait in the socket that listens by its name")

@@ -21,7 +21,7 @@ from spfs.linux import process as syscalls
 from spfs.linux import sockdiag
 from spfs.linux.sockdiag import UnixSocket
 from spfs.references import Kind
-from spfs.surgery import socketcopy, socketlist
+from spfs.surgery import socketbind, socketcopy, socketlist
 from spfs.surgery.counterparts import Counterparts
 from spfs.surgery.errands import Errand
 from spfs.surgery.kinds import epolls
@@ -200,6 +200,7 @@ class Connections(Handler):
         listener = _listener(scene, side)
         if listener >= 0:
             return Junction(side, listener)
+        socketbind.find_hidden(side.first.directory, side.name)
         try:
             there = os.stat(side.name, dir_fd=side.first.directory, follow_symlinks=False)
         except FileNotFoundError:
