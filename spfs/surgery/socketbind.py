@@ -50,8 +50,8 @@ def bind(process: Process, old: int, new: int, directory: int, name: str) -> Non
 
 
 def hide(directory: int, name: str, mode: int) -> str:
-    """Give the node another name for a moment; that name. It tells whose it is, and its permissions, in case that nobody
-    is there any more to give them back."""
+    """Give the node another name for a moment; that name. It tells whose it is, and its permissions, in case that
+    nobody is there any more to give them back."""
     hidden = f".spfs-{mode:03o}-{_mark(name)}"
     os.rename(name, hidden, src_dir_fd=directory, dst_dir_fd=directory)
     return hidden

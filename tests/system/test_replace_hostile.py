@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import errno
+import os
+import signal
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Iterator, List
 
 import pytest
-from manager_kit import run
+from manager_kit import alive, run
 from replace_kit import FREEZERS, TIMEOUT, Scene, paused_at, scene, scene_at
 from surgery_kit import Victim
 
 from spfs.errors import SpfsError
+from spfs.testing import process_state, wait_until
 
 __all__ = ["scene"]
 
@@ -121,3 +124,179 @@ def test_mode_changes_that_are_asked_meanwhile(scene: Scene, mode: str) -> None:
     assert scene.wait()["left"] == []
     assert user.run("os.pread(file, 99, 0)") == CONTENTS
     scene.replaced()
+
+
+# What goes on in the processes while they are moved: references are made as fast as can be, on an old directory's
+# descriptor, for as long as it is let. What is read must be right, and in the end nobody may have the old.
+STORMS = {
+    "forks": """
+def storm():
+    while not over.is_set():
+        child = os.fork()
+        if not child:
+            grandchild = os.fork()
+            os._exit(os.pread(file, 99, 0) != b"real contents")
+        count.append(os.waitpid(child, 0)[1])
+""",
+    "threads": """
+def storm():
+    def look():
+        wrong.extend([] if os.pread(file, 99, 0) == b"real contents" else ["read"])
+    while not over.is_set():
+        threads = [threading.Thread(target=look) for _ in range(20)]
+        [t.start() for t in threads]; [t.join() for t in threads]
+        count.append(0)
+""",
+    "openat": """
+def storm():
+    kept = []
+    while not over.is_set():
+        kept.append(os.open("file", os.O_RDONLY, dir_fd=here))
+        wrong.extend([] if os.pread(kept[-1], 99, 0) == b"real contents" else ["read"])
+        if len(kept) > 50:
+            os.close(kept.pop(0))
+        count.append(0)
+    [os.close(fd) for fd in kept]
+""",
+    "passing": """
+import socket
+def storm():
+    one, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    while not over.is_set():
+        fd = os.dup(file); socket.send_fds(one, [b"x"], [fd]); os.close(fd)
+        fd = socket.recv_fds(other, 1, 1)[1][0]
+        wrong.extend([] if os.pread(fd, 99, 0) == b"real contents" else ["read"])
+        os.close(fd); count.append(0)
+    one.close(); other.close()
+""",
+    "mapping": """
+import mmap
+def storm():
+    while not over.is_set():
+        maps = [mmap.mmap(file, 0, prot=mmap.PROT_READ) for _ in range(10)]
+        wrong.extend([] if all(one[:4] == b"real" for one in maps) else ["read"])
+        [one.close() for one in maps]; count.append(0)
+""",
+    "chdir": """
+def storm():
+    while not over.is_set():
+        os.fchdir(here); wrong.extend([] if os.listdir(".") == ["file"] else ["list"])
+        os.chdir("/"); count.append(0)
+""",
+}
+
+
+@pytest.mark.parametrize("kind", FREEZERS)
+@pytest.mark.parametrize("storm", sorted(STORMS))
+def test_storms(scene: Scene, storm: str, kind: str) -> None:
+    """Whatever the last round did not find is said to be left, and goes when it is asked for again."""
+    user = in_use(scene)
+    user.run("over, count, wrong = threading.Event(), [], []")
+    user.run(STORMS[storm])
+    group = scene.cgroup(kind, user.pid)
+    user.run("stormer = threading.Thread(target=storm); stormer.start()")
+    scene.ask(freeze_cgroup=group)
+    report = scene.wait()
+    done = user.run("len(count)")
+    wait_until(lambda: user.run("len(count)") > done, what="the storm to go on")
+    user.run("over.set(); stormer.join()")
+    assert user.run("wrong") == [] and set(user.run("set(count)")) == {0}
+    if report["left"]:
+        assert all(one["reason"] for one in report["left"])
+        assert scene.replace(freeze_cgroup=group)["left"] == []
+    assert user.run("os.pread(file, 99, 0)") == CONTENTS
+    scene.replaced()
+
+
+@paused_at("begun", "prepared", "proxy")
+@pytest.mark.parametrize("again", [False, True])
+@pytest.mark.parametrize("kind", FREEZERS[1:])
+def test_the_cgroup_is_removed_or_made_anew_in_between(scene: Scene, kind: str, again: bool) -> None:
+    """Its processes have gone elsewhere. An error, or done without it; nobody is left frozen."""
+    user = in_use(scene)
+    group = scene.cgroup(kind, user.pid)
+    assert group is not None
+    scene.ask(freeze_cgroup=group)
+    scene.manager.reached()
+    (Path(group).parent / "cgroup.procs").write_text(str(user.pid))
+    Path(group).rmdir()
+    if again:
+        Path(group).mkdir()
+        (Path(group) / "cgroup.procs").write_text(str(user.pid))
+    scene.manager.no_more()
+    scene.manager.go()
+    try:
+        assert scene.wait()["left"] == []
+    except SpfsError as error:
+        assert not again and "cgroup" in error.message, error
+        assert scene.types() == ["fuse.stubfs"]
+        complete(scene, user)
+    if not again:
+        Path(group).mkdir()  # for what takes the scene down
+    assert user.run("os.pread(file, 99, 0)") == CONTENTS
+    scene.replaced()
+
+
+@paused_at("prepared", "proxy")
+def test_a_surgeon_that_is_stopped_before_stops_nobody(scene: Scene) -> None:
+    """And goes on when it is let."""
+    user = in_use(scene)
+    scene.ask()
+    job = scene.manager.reached()
+    os.kill(job, signal.SIGSTOP)
+    scene.manager.no_more()
+    scene.manager.go()
+    wait_until(lambda: process_state(job) == "T")
+    assert not scene.problems() and scene.row()["replace"]["phase"] == "running"
+    os.kill(job, signal.SIGCONT)
+    assert scene.wait()["left"] == []
+    assert user.run("os.pread(file, 99, 0)") == CONTENTS
+    scene.replaced()
+
+
+@paused_at("stuck")
+def test_a_surgeon_that_is_stopped_in_the_blackout_is_killed(scene: Scene) -> None:
+    """By its guard, which it cannot keep from it."""
+    user = in_use(scene)
+    group = scene.cgroup("v1", user.pid)
+    scene.ask(freeze_cgroup=group)
+    job = scene.manager.reached()
+    os.kill(job, signal.SIGSTOP)
+    with pytest.raises(SpfsError, match="was killed"):
+        scene.wait()
+    wait_until(lambda: not scene.problems(), 5, "everybody to run")
+    scene.manager.no_more()
+    complete(scene, user, freeze_cgroup=group)
+
+
+@paused_at("begun", "proxy", "stopped", "operated")
+@pytest.mark.parametrize("killed", [False, True])
+def test_the_work_directory_is_taken_away(scene: Scene, killed: bool) -> None:
+    """What is at work comes to its end, or fails with a reason. Nothing can be asked for until it is back."""
+    user = in_use(scene)
+    scene.ask()
+    job = scene.manager.reached()
+    work = scene.manager.work
+    kept = work.rename(work.with_name("kept"))
+    try:
+        if killed:
+            os.kill(job, signal.SIGKILL)
+        scene.manager.no_more()
+        if not killed:
+            scene.manager.go()
+        if killed or scene.manager.where == "begun":  # from then on it knows the file system
+            with pytest.raises(SpfsError, match="was killed" if killed else "cannot reach a file system"):
+                scene.wait()
+            with pytest.raises(SpfsError, match="cannot save the state"):
+                scene.ask()
+            wait_until(lambda: not scene.problems(), 5, "everybody to run")
+        else:
+            assert scene.wait()["left"] == []
+    finally:
+        kept.rename(work)
+    if alive(scene.filesystem):
+        complete(scene, user)
+    assert user.run("os.pread(file, 99, 0)") == CONTENTS
+    scene.replaced()
+    if os.path.exists(scene.control):
+        os.unlink(scene.control)  # it was not where its file system looked for it in the end
