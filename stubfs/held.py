@@ -77,7 +77,8 @@ class HeldTable:
         self._state: object = None
         self._reconsidering = True  # former states' requests are handed out
         self._ended = False
-        self._being_served: Set[int] = set()
+        self._being_served: Set[int] = set()  # thread ids
+        self._handed_out: Dict[int, Request] = {}  # unique -> what next() gave and served() has not been called for
         self._watches: List[Watch] = []
         self._deadlines: List[Tuple[float, int]] = []  # a heap of (monotonic, unique); of those that left, too
         self._time_has_come = threading.Condition(self._lock)
@@ -144,8 +145,9 @@ class HeldTable:
         return request
 
     def caller(self, unique: int) -> Optional[int]:
-        """The thread id of a held request's caller; None if the request is not held."""
-        request = self._waiting.get(unique) or self._leaving.get(unique)
+        """The thread id of a request's caller, held or handed out; None if the request is neither."""
+        with self._lock:
+            request = self._waiting.get(unique) or self._leaving.get(unique) or self._handed_out.get(unique)
         return request.tid if request is not None else None
 
     # --- leaving
@@ -193,6 +195,7 @@ class HeldTable:
         for unique, request in self._leaving.items():
             if request.tid not in self._being_served:
                 del self._leaving[unique]
+                self._handed_out[unique] = request
                 if request.tid:  # 0: nobody in particular; their order means nothing
                     self._being_served.add(request.tid)
                 return request
@@ -201,6 +204,7 @@ class HeldTable:
     def served(self, request: Request) -> None:
         with self._lock:
             self._being_served.discard(request.tid)
+            self._handed_out.pop(request.unique, None)
             if request.unique not in self:  # else it waits on, for something else
                 self._ended_wait(request, "answered")
             if self._leaving:

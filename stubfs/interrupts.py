@@ -5,7 +5,10 @@ the freezer and of ptrace, handled signals and job control must not be seen by t
 interrupted and goes on waiting is looked at again from time to time.
 
 READs it does not announce at all: it sends them in the background, and who dies while it waits for a page leaves its
-READ behind. So we look whether the readers are still there.
+READ behind. So we look whether the readers are still there. And a signal that is fatal does not end such a wait if it
+dumps core, or if there was another one before it (complete_signal() marks nobody with SIGKILL then). So we look at
+their signals, too: a READ that fails brings the reader to ask for the page once more, in the foreground, where the
+signal is announced.
 """
 
 from __future__ import annotations
@@ -14,10 +17,10 @@ import os
 import signal
 import threading
 import time
-from typing import Callable, Dict
+from typing import Callable, Dict, Iterator, Tuple
 
 _PERIOD = 0.25  # seconds between two looks
-_MOST = 0.005  # share of a CPU's time that may go into looks at readers
+_MOST = 0.005  # share of a CPU's time that may go into looks at readers, and again into those at their signals
 _BUDGET = 0.05  # seconds that one look may take; the rest has its turn at the next one
 _IGNORED_BY_DEFAULT = (
     signal.SIGCHLD, signal.SIGCONT, signal.SIGURG, signal.SIGWINCH,
@@ -78,6 +81,7 @@ class Interrupts:
         self._end_wait = end_wait
         self._readers = readers
         self._has_readers = False
+        self._round: Iterator[Tuple[int, int]] = iter(())  # of the readers, those whose signals are to be looked at
         self._ignored: Dict[int, int] = {}
         self._some = threading.Event()
         self._ended = False
@@ -90,9 +94,10 @@ class Interrupts:
         """The caller ``tid`` of the waiting request ``unique`` has got some signal."""
         if is_dying(tid):
             self._end_wait(unique)
-        else:
-            self._ignored[unique] = tid
-            self._some.set()
+            if not self._still_waits(unique):
+                return
+        self._ignored[unique] = tid
+        self._some.set()
 
     def look_after_reads(self) -> None:
         """A READ is held now."""
@@ -111,6 +116,8 @@ class Interrupts:
                 continue
             pause.wait(_PERIOD)
             self.look()
+            if self._has_readers:
+                self.look_at_signals_of_readers()
             if self._has_readers and time.monotonic() >= readers_due:
                 cost = -time.thread_time()
                 self._has_readers = False  # before the look: whoever comes during it sets it again
@@ -131,20 +138,30 @@ class Interrupts:
                 pass  # somebody else's: it is there
         return bool(readers)
 
+    def look_at_signals_of_readers(self) -> None:
+        """Go on with the round, for a bounded time, and end the READs of those that are to die."""
+        deadline = time.monotonic() + _PERIOD * _MOST
+        for unique, tid in self._round:
+            if tid and is_dying(tid):
+                self._end_wait(unique)
+            if time.monotonic() > deadline:
+                return
+        self._round = iter(self._readers().items())
+
     def look(self) -> None:
         """One bounded look at those that were interrupted and wait on."""
         deadline = time.monotonic() + _BUDGET
         for unique, tid in list(self._ignored.items()):
             if not self._still_waits(unique):
                 self._ignored.pop(unique, None)
-            elif is_dying(tid):
-                self._ignored.pop(unique, None)
+                continue
+            if is_dying(tid):
                 self._end_wait(unique)
-            elif time.monotonic() > deadline:
+            # To the end of the order, so that the next look begins with those not seen now. One that was looked at by
+            # a mode change while it was ended may be held all the same: the next look finds it.
+            self._ignored[unique] = self._ignored.pop(unique, tid)
+            if time.monotonic() > deadline:
                 break
-            else:
-                # To the end of the order, so that the next look begins with those not seen now.
-                self._ignored[unique] = self._ignored.pop(unique, tid)
 
     def end(self) -> None:
         self._ended = True

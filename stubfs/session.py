@@ -40,7 +40,6 @@ _log = logging.getLogger(__name__)
 _MINOR_VERSION = 31  # of the protocol that the loop speaks; libfuse 2.9 would say 19, and lose RENAME2
 _ADDED_FLAGS = (
     InitFlags.BIG_WRITES
-    | InitFlags.ASYNC_DIO
     # Else lookups in one directory wait for each other, unkillable, when one of them is held.
     | InitFlags.PARALLEL_DIROPS
     | InitFlags.MAX_PAGES
@@ -50,7 +49,8 @@ _ADDED_FLAGS = (
     | InitFlags.HANDLE_KILLPRIV_V2
 )
 # Locks stay with the kernel: /proc shows them, and whoever moves the files to another mount finds them there.
-_REMOVED_FLAGS = InitFlags.POSIX_LOCKS | InitFlags.FLOCK_LOCKS
+# ASYNC_DIO: who reads or writes with O_DIRECT would wait unkillable, and without an INTERRUPT (fuse_direct_IO()).
+_REMOVED_FLAGS = InitFlags.POSIX_LOCKS | InitFlags.FLOCK_LOCKS | InitFlags.ASYNC_DIO
 # Seconds for which somebody may wait for a CPU with an answer in hand: the attributes in it are valid from then on.
 _CALLERS_DELAY = 1.0
 _READ_LATE = 0.05  # seconds that a request may have lain in the kernel's queue
@@ -379,8 +379,10 @@ class Session:
         if tid is None:
             for worker in self._workers():
                 request = worker.request
-                if worker.state is not None and request.unique == unique and request.opcode != Opcode.INTERRUPT:
+                # Not by its state, which it sets later: another thread reads requests as soon as it is busy.
+                if worker.busy and request.unique == unique and request.opcode != Opcode.INTERRUPT:
                     return request.tid
+            tid = self.held.caller(unique)  # it may have been held meanwhile
         return tid
 
     def _still_waits(self, unique: int) -> bool:

@@ -6,8 +6,10 @@ import ctypes
 import faulthandler
 import os
 import signal
+import threading
 import time
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Iterator, List
 
@@ -15,7 +17,9 @@ import pytest
 from stubfs_kit import Filesystem, Process, mounted, wait_until
 
 from spfs.testing import process_state
+from stubfs.client import FilesystemClient
 from stubfs.messages import HeldRequest
+from stubfs.rules import Rule
 
 pytestmark = [pytest.mark.needs_root, pytest.mark.needs_fuse]
 _PTRACE_DETACH, _PTRACE_SEIZE, _PTRACE_INTERRUPT = 17, 0x4206, 0x4207
@@ -213,6 +217,34 @@ def test_killed_after_freeze_and_thaw(fs: Filesystem) -> None:
     process.kill(signal.SIGCONT)
     process.kill()
     process.wait(3)
+
+
+def test_killed_while_all_that_waits_is_looked_at_anew(fs: Filesystem) -> None:
+    """Between two tables, and held once more: the kernel's only announcement comes at any moment."""
+    waiting_ones = [fs.run((fs.path / f"none{i}").exists) for i in range(30)]
+    fs.wait_held(1)
+    ended = threading.Event()
+
+    def change() -> None:
+        with FilesystemClient(fs.socket_path, 20) as client:
+            while not ended.is_set():
+                client.set_rules([Rule("delay", seconds=0.001)])
+                client.set_rules([])
+
+    changing = threading.Thread(target=change)
+    changing.start()
+    try:
+        for _ in range(20):
+            process = fs.run(partial(os.stat, fs.path / "f"))
+            wait_until(lambda: fs.client.held(pids=[process.pid]), 10)
+            process.kill()
+            process.wait(10)
+    finally:
+        ended.set()
+        changing.join()
+    assert {item.pid for item in waiting(fs)} <= {process.pid for process in waiting_ones}
+    fs.proxy()
+    assert [process.result() for process in waiting_ones] == [False] * 30
 
 
 def test_a_killed_process_leaves_no_handle(fs: Filesystem) -> None:

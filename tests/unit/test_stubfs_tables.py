@@ -421,6 +421,42 @@ def test_readers_that_are_gone() -> None:
     assert not interrupts.look_at_readers()
 
 
+def test_readers_that_are_to_die() -> None:
+    """Of a signal that dumps core: the kernel does not end the wait for a page."""
+    child = os.fork()
+    if not child:
+        signal.pthread_sigmask(signal.SIG_SETMASK, [])
+        os.kill(os.getpid(), signal.SIGSTOP)
+        os._exit(0)
+    try:
+        os.waitpid(child, os.WUNTRACED)
+        ended: List[int] = []
+        interrupts = Interrupts(lambda unique: False, ended.append, lambda: {2: os.getpid(), 4: child, 6: 0})
+        for _ in range(3):
+            interrupts.look_at_signals_of_readers()
+        assert ended == []
+        os.kill(child, signal.SIGXCPU)  # dumps core, and pytest's fault handler leaves it alone
+        for _ in range(3):
+            interrupts.look_at_signals_of_readers()
+        assert set(ended) == {4}
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
+def test_what_is_handed_out_still_has_a_caller() -> None:
+    """A signal may be announced at any moment, also between two tables."""
+    table = HeldTable()
+    held = request(2, tid=7)
+    table.add(held, None)
+    assert table.caller(2) == 7
+    table.enter(object())
+    table.reconsider()
+    assert table.next() is held and table.caller(2) == 7 and len(table) == 0
+    table.served(held)
+    assert table.caller(2) is None
+
+
 def test_who_was_ignored_is_looked_at_again() -> None:
     waiting, ended = {2: os.getpid(), 4: os.getpid()}, []
     interrupts = Interrupts(lambda unique: unique in waiting, ended.append, dict)
