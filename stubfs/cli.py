@@ -132,6 +132,8 @@ def _run(settings: argparse.Namespace, mount_options: MountOptions, ready: Optio
     log_fd = _open_log(settings)
     tell = None if settings.foreground else daemon.go_background()
     daemon.make_independent()
+    if device is None:
+        fusemount.import_nothing_from(mountpoint)
     server = daemon.Daemon(mountpoint, mode, proxy_directory, socket_path, mount_options, stub_options, rules, record)
     daemon.warn_of_sysctls()
     if tell is not None:

@@ -9,6 +9,7 @@ import errno
 import os
 import re
 import stat
+import sys
 from typing import Dict, List, Optional, Tuple
 
 from stubfs import syscalls
@@ -118,7 +119,22 @@ def check_mountpoint(path: str) -> str:
         ) from error
     if not stat.S_ISDIR(status.st_mode):
         raise StubfsError(f"cannot mount on {path}: not a directory", "give a directory", errno.ENOTDIR)
+    for own in (__file__, os.__file__, sys.prefix):
+        if _is_beneath(own, absolute):
+            raise StubfsError(
+                f"cannot mount on {path}: this program's own files are there: {own}", "mount beside them", errno.EBUSY
+            )
     return absolute
+
+
+def _is_beneath(path: str, directory: str) -> bool:
+    return os.path.commonpath((os.path.realpath(path), directory)) == directory
+
+
+def import_nothing_from(mountpoint: str) -> None:
+    """Modules are imported after the mount is made, too. To look for one there ("python -m" puts the current directory
+    first) would be to wait for ourselves: not even SIGTERM ends the wait for a mount that is not served yet."""
+    sys.path[:] = [place for place in sys.path if not _is_beneath(place, mountpoint)]
 
 
 def _mounts() -> List[Tuple[str, str]]:

@@ -19,7 +19,7 @@ _IGNORED = frozenset((
     "noatime", "diratime", "nodiratime", "relatime", "norelatime", "strictatime", "nostrictatime", "lazytime",
     "nolazytime", "async", "silent", "loud",
 ))  # fmt: skip
-_IGNORED_KEYS = ("comment",)
+_IGNORED_KEYS = ("comment", "user")
 
 
 @dataclass(frozen=True)
@@ -48,27 +48,37 @@ def _setting(name: str) -> _Setter:
     return lambda options, value: replace(options, settings={**options.settings, name: value})
 
 
+_NOBODY = (1 << 32) - 1  # for chown(2): leave it as it is
+
+
 def _uid(name: str) -> int:
-    if name.isdecimal():
-        return int(name)
     import pwd
 
-    return pwd.getpwnam(name).pw_uid
+    return _id(name, lambda: pwd.getpwnam(name).pw_uid, "user")
 
 
 def _gid(name: str) -> int:
-    if name.isdecimal():
-        return int(name)
     import grp
 
-    return grp.getgrnam(name).gr_gid
+    return _id(name, lambda: grp.getgrnam(name).gr_gid, "group")
+
+
+def _id(name: str, look_up: Callable[[], int], kind: str) -> int:
+    """ValueError if there is nobody of that name, or number."""
+    if name.isdecimal():
+        if int(name) >= _NOBODY:
+            raise ValueError(f"the largest {kind} id is {_NOBODY - 1}")
+        return int(name)
+    try:
+        return look_up()
+    except KeyError:
+        raise ValueError(f"there is no {kind} of that name") from None
 
 
 def _mask(text: str) -> int:
-    mask = int(text, 8)
-    if not 0 <= mask <= 0o777:
+    if not text.isdecimal() or set(text) & set("89") or int(text, 8) > 0o777:
         raise ValueError("an octal number up to 777 is needed")
-    return mask
+    return int(text, 8)
 
 
 def _size(text: str) -> str:
@@ -99,7 +109,7 @@ options of -o, separated by commas:
   mode=MODE proxy-dir=DIR socket-path=PATH log=FILE timeout=SECONDS errno=NAME
                        as the options of the same names, for fstab. A "_" will do for a "-". With mode=proxy
                        SOURCE is the directory if none is given
-  what else mount(8) and fstab(5) know, and x-...: ignored
+  what else mount(8) and fstab(5) know, and x-... and X-...: ignored
 """
 
 
@@ -120,9 +130,9 @@ def parse_options(text: str) -> MountOptions:
         elif key in _VALUES and value:
             try:
                 options = _VALUES[key](options, value)
-            except (ValueError, KeyError, OverflowError) as error:
-                raise UsageError(f"cannot mount: -o {word}: {error.args[0]}", "see stubfs --help") from error
-        elif word not in _IGNORED and not word.startswith("x-") and not (equals and key in _IGNORED_KEYS):
+            except ValueError as error:
+                raise UsageError(f"cannot mount: -o {word}: {error}", "see stubfs --help") from error
+        elif word not in _IGNORED and not word.startswith(("x-", "X-")) and not (equals and key in _IGNORED_KEYS):
             hint = f"known: {', '.join([*FLAGS, *_OPPOSITES, 'allow_other', 'default_permissions', *_VALUES])}"
             if word == "remount":
                 hint = "the kernel needs no help with that: mount -i -o remount"

@@ -21,7 +21,7 @@ from testing_kit import let_others_in
 
 import stubfs
 from spfs.linux import namespaces
-from stubfs import cli, syscalls
+from stubfs import cli, fusemount, syscalls
 from stubfs.errors import StubfsError, UsageError
 
 pytestmark = [pytest.mark.needs_root, pytest.mark.needs_fuse]
@@ -312,6 +312,22 @@ class TestPython:
                 began = time.monotonic()
                 assert area[5000] == ord("x")  # a page fault, with the interpreter's lock held
                 assert time.monotonic() - began < 60
+
+
+def test_on_the_current_directory(mountpoint: Path) -> None:
+    """Where "python -m" would look for modules first: in the mount, before it is served."""
+    command = [sys.executable, "-m", "stubfs", ".", "--record", "../record"]
+    try:
+        subprocess.run(command, cwd=mountpoint, env=environment(), check=True, timeout=30)
+        assert os.path.ismount(mountpoint) and os.listdir(mountpoint) == []
+    finally:
+        umount(mountpoint)
+
+
+def test_not_on_what_it_runs_from() -> None:
+    for directory in (TOP, Path(sys.prefix)):
+        with pytest.raises(StubfsError, match="this program's own files are there"):
+            fusemount.check_mountpoint(str(directory))
 
 
 def test_exit_codes(tmp_path: Path) -> None:

@@ -88,7 +88,7 @@ def test_a_reopened_file_is_not_emptied() -> None:
 
 class TestMountOptions:
     def test_as_mount_gives_them(self) -> None:
-        text = "rw,suid,noexec,fsname=a/b,subtype=spfs,relatime,x-systemd.automount,allow_other,comment=x"
+        text = "rw,suid,noexec,fsname=a/b,subtype=spfs,relatime,x-systemd.automount,X-mount.mkdir,allow_other,user=me"
         parsed = options.parse_options(text)
         assert parsed.attributes == MountAttr.NODEV | MountAttr.NOEXEC
         assert (parsed.source, parsed.subtype, parsed.allow_other) == ("a/b", "spfs", True)
@@ -104,9 +104,18 @@ class TestMountOptions:
         assert parsed.settings == {"mode": "proxy", "proxy-dir": "/a", "socket-path": "/b", "timeout": "5"}
         assert (parsed.uid, parsed.gid, parsed.umask) == (1, 0, 0o027)
 
-    @pytest.mark.parametrize("text", ["uid=no-such-user", "gid=no such", "umask=9", "umask=1777", "max_read=many"])
-    def test_bad_values(self, text: str) -> None:
-        with pytest.raises(UsageError, match=text):
+    @pytest.mark.parametrize(
+        "text, why",
+        [
+            ("uid=no-such-user", "there is no user of that name"), ("uid=-1", "there is no user of that name"),
+            ("gid=no such", "there is no group of that name"), ("uid=4294967295", "the largest user id is 4294967294"),
+            ("gid=99999999999", "the largest group id is 4294967294"), ("umask=9", "an octal number up to 777"),
+            ("umask=1777", "an octal number up to 777"), ("umask=-1", "an octal number up to 777"),
+            ("max_read=many", "a number of bytes is needed"),
+        ],
+    )  # fmt: skip
+    def test_bad_values(self, text: str, why: str) -> None:
+        with pytest.raises(UsageError, match=f"-o {text}: {why}"):
             options.parse_options(text)
 
     @pytest.mark.parametrize("text", ["other", "fsname=", "ro=1", "rw,=x", "remount", "allow_root", "commentary"])
