@@ -188,7 +188,7 @@ class Calls:
 
     def hold(self) -> None:
         """Let them begin, and wait until they wait; those that no rule holds are forgotten when they are done."""
-        fs, client = self.fs, self.fs.client
+        client = self.fs.client
         os.read(self._ready, 1)  # its end: all of them are ready
         if self.how == "stub":
             client.mode("stub")
