@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import os
+from pathlib import Path
 
 import pytest
-from surgery_kit import Mounts, Victim, mounts, victim
+from surgery_kit import Mounts, Victim, mounts, tasks_stopped, victim
 
 from spfs.testing import process_state, wait_until
 
@@ -69,6 +70,18 @@ def test_files_registered_with_a_ring(mounts: Mounts, victim: Victim) -> None:
 
 
 @needs_ring
+def test_ring_with_a_thread_of_the_kernel(mounts: Mounts, victim: Victim) -> None:
+    """IORING_SETUP_SQPOLL: it is one of the process's tasks, and stopped and let go with them."""
+    path = mounts.file("f")
+    parameters = "ctypes.create_string_buffer(struct.pack('8x2I', 2, 60000).ljust(120, bytes(1)), 120)"
+    victim.run(RING.replace("ctypes.create_string_buffer(120)", parameters) + f"a = os.open({path!r}, 0); register(a)")
+    assert "iou-sqp-" in "".join(file.read_text() for file in Path(f"/proc/{victim.pid}/task").glob("*/comm"))
+    report = mounts.switch()
+    assert (report.moved, report.left) == ({"file": 1, "io_uring file": 1}, []) and tasks_stopped(victim.pid) == []
+    assert victim.run("fixed_read(0), os.read(a, 3)") == (b"new", b"new")
+
+
+@needs_ring
 def test_files_that_only_a_ring_has(mounts: Mounts, victim: Victim) -> None:
     paths = [mounts.file(name) for name in ("closed", "twice")]
     victim.run(RING + f"a, b, c = [os.open(p, 0) for p in {(*paths, paths[1])!r}]; register(a, b); os.close(a)")
@@ -123,8 +136,8 @@ def test_fifo_that_a_request_waits_for(mounts: Mounts, victim: Victim, call: str
         if call == "io_uring":
             assert victim.run("enter(1), buffer.raw[:3]") == (0, b"abc")
         else:
-            assert victim.run("libc.syscall(208, context, 1, 1, events, None), os.read(r, 3)") == (1, b"abc")
-            victim.run("assert libc.syscall(207, context) == 0")  # io_destroy
+            assert victim.run("libc.syscall(io_getevents, context, 1, 1, events, None), os.read(r, 3)") == (1, b"abc")
+            victim.run("assert libc.syscall(io_destroy, context) == 0")
         assert mounts.switch().moved == {"fifo": 2} and mounts.users() == []
         writer.run("os.write(w, b'def')")
         assert victim.run("os.read(r, 3)") == b"def"
@@ -181,14 +194,16 @@ def read_later(fd):
         count(queues, sq_tail)
         assert libc.syscall(426, ring, 1, 0, 0, None, 0) == 1, ctypes.get_errno()
 """
-POLL_LATER = """
+IO_CALLS = (206, 207, 209, 208) if os.uname().machine == "x86_64" else (0, 1, 2, 4)
+POLL_LATER = f"""
+io_setup, io_destroy, io_submit, io_getevents = {IO_CALLS}
 libc = ctypes.CDLL(None, use_errno=True)
 context, events = ctypes.c_ulong(), ctypes.create_string_buffer(32)
-assert libc.syscall(206, 4, ctypes.byref(context)) == 0, ctypes.get_errno()  # io_setup
+assert libc.syscall(io_setup, 4, ctypes.byref(context)) == 0, ctypes.get_errno()
 # struct iocb: IOCB_CMD_POLL of r, for POLLIN
 request = ctypes.create_string_buffer(struct.pack('QIIHhIQQqQII', 1, 0, 0, 5, 0, r, 1, 0, 0, 0, 0, 0))
 pointer = ctypes.c_void_p(ctypes.addressof(request))
-assert libc.syscall(209, context, 1, ctypes.byref(pointer)) == 1, ctypes.get_errno()  # io_submit
+assert libc.syscall(io_submit, context, 1, ctypes.byref(pointer)) == 1, ctypes.get_errno()
 """
 
 

@@ -151,6 +151,19 @@ def events():
 """
 
 
+def test_fanotify_events_not_read(mounts: Mounts, victim: Victim) -> None:
+    """They bring descriptors of the old mount, which work; asking again moves them."""
+    path = mounts.file("f")
+    victim.run(FANOTIFY + f"mark(0, {MODIFY}, {path!r})")
+    with open(path, "ab") as file:
+        file.write(b"more")
+    assert mounts.switch().moved == {"fanotify watch": 1} and mounts.users() == []
+    victim.run("data = os.read(i, 1000); fd = struct.unpack_from('IBBHQii', data)[5]")
+    assert victim.run("os.pread(fd, 3, 0)") == b"old"
+    assert mounts.switch().moved["file"] == 1 and mounts.users() == []
+    assert victim.run("os.pread(fd, 3, 0)") == b"new"
+
+
 @pytest.mark.parametrize("scope", [0, 0x10, 0x100], ids=["file", "mount", "file system"])
 def test_fanotify(mounts: Mounts, victim: Victim, scope: int) -> None:
     path = mounts.file("f")
