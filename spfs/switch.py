@@ -301,7 +301,7 @@ class Switch:
         while added:
             theatre.wait(STOP_TIMEOUT)
             pids += [pid for pid in self._census.newcomers(theatre.is_stopped) if pid not in pids]
-            added = any([theatre.seize(pid) for pid in pids])
+            added = any([theatre.seize_more(pid) for pid in pids])
 
     def _is_ours(self, pid: int) -> bool:
         return pid in self._chosen and pid not in self._exclude

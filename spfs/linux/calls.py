@@ -11,7 +11,8 @@ import ctypes
 import mmap
 import os
 import struct
-from typing import Any, Optional, Union
+from concurrent.futures import Executor
+from typing import Any, Optional, Sequence, Union
 
 from spfs.linux.arch import LOAD_ARGUMENT_0, LOAD_ARGUMENT_1, LOAD_ARGUMENT_2, LOAD_ARGUMENT_4
 from spfs.linux.machine import call_numbers, current
@@ -115,10 +116,33 @@ def address_of(buffer: bytearray) -> int:
 
 def run_local(table: CallTable, by_call: bool = False) -> "array.array[int]":
     """Run a table in this thread and return the results; ``by_call`` without the machine code."""
+    encoded = table.encode()
+    if encoded:
+        _code().run(address_of(encoded), len(table), by_call)
+    return results(encoded)
+
+
+def run_shared(table: CallTable, cuts: Sequence[int], helper: Executor) -> "array.array[int]":
+    """Run a table in this thread and in the one of ``helper``, which take turns at the parts between the ``cuts``:
+    entries before which it can be cut, because no call behind it needs the result of one before it."""
+    encoded = table.encode()
+    if encoded:
+        code, address = _code(), address_of(encoded)
+        parts = iter(list(zip([0, *cuts], [*cuts, len(table)])))
+
+        def work() -> None:
+            for first, end in parts:
+                code.run(address + first * ENTRY, end - first)
+
+        helped = helper.submit(work)
+        work()
+        if not helped.cancel():
+            helped.result()
+    return results(encoded)
+
+
+def _code() -> _LocalCode:
     global _local
     if _local is None:
         _local = _LocalCode()
-    encoded = table.encode()
-    if encoded:
-        _local.run(address_of(encoded), len(table), by_call)
-    return results(encoded)
+    return _local

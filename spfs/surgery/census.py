@@ -121,8 +121,8 @@ class Census:
     def newcomers(self, is_stopped: Callable[[int], bool]) -> List[int]:
         """Processes that were forked since ``find`` by those that stand still by now."""
         found = []
-        for pid in procfs.processes():
-            if pid in self._seen or pid in self._exclude:
+        for pid in sorted(set(procfs.processes()) - self._seen):
+            if pid in self._exclude:
                 continue
             try:
                 parent = procfs.parse_stat(procfs.read(f"/proc/{pid}/stat")).parent

@@ -55,6 +55,11 @@ class Theatre:
             added.append(tid)
         return added
 
+    def seize_more(self, pid: int) -> List[int]:
+        """The same for a process all seized tasks of which stand still: none of them can have ended, so their number
+        tells whether there are others."""
+        return self.seize(pid) if procfs.task_count(pid) != len(self._members.get(pid, ())) else []
+
     def _seize(self, tid: int) -> None:
         options = ptrace.O_TRACESYSGOOD
         if self.seccomp_suspended:

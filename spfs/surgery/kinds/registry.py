@@ -42,6 +42,7 @@ class Kinds:
         self._scene = Scene([])
         # Asked for each of thousands of descriptors.
         self._noters = [one for one in self._handlers if type(one).note is not Handler.note]
+        self._watchers = [one for one in self._handlers if type(one).changed is not Handler.changed]
         self._preparers = [one for one in self._handlers if type(one).before is not Handler.before]
 
     def survey(self, pids: List[int]) -> None:
@@ -69,7 +70,7 @@ class Kinds:
 
     def changed(self, processes: Iterable[Process]) -> List[Process]:
         # All are asked: some look again at what concerns everybody.
-        return [process for process in processes if any([handler.changed(process) for handler in self._handlers])]
+        return [process for process in processes if any([handler.changed(process) for handler in self._watchers])]
 
     def judge(self, processes: Iterable[Process]) -> None:
         self._scene = scene = Scene(processes)
