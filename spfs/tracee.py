@@ -38,6 +38,7 @@ _MAX_XSTATE = 3 * PAGE
 _MESSAGES = 100  # of one byte, which fit into the default buffer
 _SOCKET_BUFFER = 8 << 20
 _SO_SNDBUFFORCE = 32
+_SEND = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
 _RLIMIT_NOFILE = 7
 _RUNNING = (0, 0)  # no stop
 _ALL_SIGNALS = (1 << 64) - 1
@@ -77,9 +78,16 @@ class Tracee:
     """
 
     def __init__(
-        self, tid: int, pid: int, pidfd: int, architecture: Architecture, sandboxed: bool, caught: int = _ALL_SIGNALS
+        self,
+        tid: int,
+        pid: int,
+        pidfd: int,
+        architecture: Architecture,
+        buffer: ptrace.Registers,
+        sandboxed: bool,
+        caught: int = _ALL_SIGNALS,
     ) -> None:
-        """``caught``: the signals that have a handler, a bit each."""
+        """``buffer``: for all tracees of the thread. ``caught``: the signals that have a handler, a bit each."""
         self.tid, self.pid, self.pidfd = tid, pid, pidfd
         self.architecture = architecture
         self.gadget = 0
@@ -92,7 +100,7 @@ class Tracee:
         self.stop = _RUNNING
         self.swallowed: Set[int] = set()
         self._registers = b""
-        self._buffer = ptrace.Registers(architecture.registers)
+        self._buffer = buffer
         self._mask = b""
         self._caught = caught
         self._quiet = 0  # the signal by which it stops itself; 0: none is free for that
@@ -130,11 +138,10 @@ class Tracee:
 
     def capture(self) -> None:
         """Save what will be given back. OSError ENOEXEC for a task of another architecture (32 bits)."""
-        size = 8 * self.architecture.registers
-        self._registers = ptrace.read_registers(self.tid, size)
-        if len(self._registers) != size or self.architecture.is_compatibility(self._words(self._registers)):
+        captured = self._buffer.capture(self.tid)
+        if captured is None or self.architecture.is_compatibility(self._buffer.words):
             raise OSError(errno.ENOEXEC, "a 32-bit process cannot be operated on", str(self.pid))
-        self._mask = ptrace.signal_mask(self.tid)
+        self._registers, self._mask = captured
         self._choose_signal()
         self.memory = os.open(f"/proc/{self.tid}/mem", os.O_RDWR | os.O_CLOEXEC)
         self._leave_critical_section()
@@ -167,15 +174,16 @@ class Tracee:
             self._go_to(base + BEGIN, _LAST)
             yield from self._until(self._stopped_itself(base + BEGIN + _STOP * ENTRY))
             self._running = False
-            (result,) = struct.unpack("<q", self.read(result_address(base + BEGIN, _PAIRED), 8))
+            done = self.read(base + PAIR, BEGIN + ENTRY - PAIR)
+            (result,) = struct.unpack_from("<q", done, result_address(BEGIN, _PAIRED) - PAIR)
         else:
             result = yield from self._call("socketpair", *_SOCKETPAIR, base + PAIR)
+            done = self.read(base + PAIR, 8)
         _check(result, "socketpair")
-        pair = self.read(base + PAIR, 8)
-        self._left_open = list(struct.unpack("<ii", pair))
-        self.socket = socket.socket(fileno=process.pidfd_getfd(self.pidfd, self._left_open[0], 0))
-        self.socket.setblocking(False)
-        self.write(base + SOCKET, pair[4:])
+        self._left_open = list(struct.unpack_from("<ii", done))
+        fd = process.pidfd_getfd(self.pidfd, self._left_open[0], 0)
+        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, fileno=fd)
+        self.write(base + SOCKET, done[4:8])
 
     def run(self, table: int, count: int, fds: Sequence[Sequence[int]] = (), last: bool = False) -> Script:
         """Run ``count`` calls of the table at address ``table``, which may receive ``fds``, a message each. The first
@@ -192,12 +200,12 @@ class Tracee:
             if self._running:
                 if last:
                     self.write(self.base + PAIR + 4, struct.pack("<i", -1))  # as NOBODY
-                self.socket.send(struct.pack("<QQ", table, count))
+                self.socket.send(struct.pack("<QQ", table, count), _SEND)
             if len(fds) > _MESSAGES:
                 self.socket.setsockopt(socket.SOL_SOCKET, _SO_SNDBUFFORCE, _SOCKET_BUFFER)
             for group in fds:
                 rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", group))
-                self.socket.sendmsg([b"d"], [rights], socket.MSG_NOSIGNAL)
+                self.socket.sendmsg([b"d"], [rights], _SEND)
         except (BrokenPipeError, ConnectionResetError) as error:
             raise ProcessLookupError(errno.ESRCH, "the process ended", str(self.pid)) from error
         if not self._running:
@@ -214,7 +222,7 @@ class Tracee:
         assert self.socket is not None
         while True:
             try:
-                if self.socket.recv(1):
+                if self.socket.recv(1, socket.MSG_DONTWAIT):
                     return
             except BlockingIOError:
                 yield Wait.MESSAGE
@@ -236,7 +244,8 @@ class Tracee:
     def _halt(self) -> Script:
         ptrace.interrupt(self.tid)
         if self.stop != _RUNNING:
-            self._go(ptrace.cont)
+            self._goes(ptrace.cont)
+            ptrace.cont(self.tid)
         yield from self._until(_is_event)
         self._running = False
 
@@ -258,9 +267,8 @@ class Tracee:
         """In an event stop: the registers *unmodified*, so that the kernel itself restarts an interrupted call or
         lets it fail with EINTR, as the signals that are pending by then demand."""
         # The mask first: should we die between the two, the net sets the registers right, but nothing the mask.
-        ptrace.set_signal_mask(self.tid, self._mask)
         self._buffer.set(self._registers)
-        self._buffer.write(self.tid)
+        self._buffer.restore(self.tid, self._mask)
         self._take_net_in()
 
     def repeat_swallowed(self) -> None:
@@ -299,9 +307,9 @@ class Tracee:
         for index, value in zip(self.architecture.loop, values):
             words[index] = value
         words[self.architecture.instruction_pointer] = self.base
-        self._buffer.write(self.tid)
         self._running = True
-        self._go(ptrace.cont)
+        self._goes(ptrace.cont)
+        self._buffer.resume(self.tid)
 
     def _stopped_itself(self, entry: int) -> Callable[[int, int], bool]:
         """Whether it is in the stop of the call at address ``entry``, and in none by the same signal from elsewhere."""
@@ -314,10 +322,6 @@ class Tracee:
 
         return expected
 
-    def _block_signals(self) -> None:
-        ptrace.set_signal_mask(self.tid, self._blocked)
-        self._masked = True
-
     def _call(self, name: str, *arguments: int) -> Call:
         """One call through the instruction at ``gadget``, from event stop to event stop."""
         words = self._fresh_registers()
@@ -327,23 +331,23 @@ class Tracee:
         words[self.architecture.instruction_pointer] = self.gadget
         if self._net:
             self.architecture.return_to(words, self.sigreturn, self._net + 8)
-        self._buffer.write(self.tid)
-        if not self._masked:
-            self._block_signals()
-        yield from self._through_call()
+        mask = None if self._masked else self._blocked
+        self._masked = True
+        yield from self._through_call(mask)
         result = words[self.architecture.result]
         return result - (1 << 64) if result >> 63 else result
 
-    def _through_call(self, mask: Optional[bytes] = None) -> Script:
-        """From an event stop through the call that the task is about to enter, whose registers are in the buffer then.
-        ``mask``: the signals to be blocked from the entry on."""
-        self._go(ptrace.cont_to_syscall)
+    def _through_call(self, mask: Optional[bytes] = None, inside: Optional[bytes] = None) -> Script:
+        """From an event stop through the call that the registers in the buffer enter, in which the result's are then.
+        ``mask``: the signals to be blocked from now on; ``inside``: from the entry on."""
+        self._goes(ptrace.cont_to_syscall)
+        self._buffer.resume(self.tid, to_syscall=True, mask=mask)
         yield from self._until(_is_entry)
-        if mask is not None:
-            ptrace.set_signal_mask(self.tid, mask)
+        if inside is not None:
+            ptrace.set_signal_mask(self.tid, inside)
         # Interrupted while inside the call, the task stops before it returns to user space, in an event stop again.
-        ptrace.interrupt(self.tid)
-        self._go(ptrace.cont)
+        self._goes(ptrace.cont)
+        self._buffer.interrupt(self.tid)
         yield from self._until(_is_event)
         self._buffer.read(self.tid)
 
@@ -365,9 +369,8 @@ class Tracee:
         words = self._buffer.words
         while True:
             words[:] = registers
-            self._buffer.write(self.tid)
             # Its own mask not before the entry: a signal would be delivered before the call has begun.
-            yield from self._through_call(self._mask)
+            yield from self._through_call(inside=self._mask)
             if not self.architecture.refused(words, registers):
                 return
             ptrace.set_signal_mask(self.tid, self._blocked)
@@ -411,9 +414,9 @@ class Tracee:
             self.write(self._net, self._below_stack)
             self._net = 0
 
-    def _go(self, resume: Callable[[int], None]) -> None:
+    def _goes(self, resume: Callable[[int], None]) -> None:
+        """It is about to be resumed; ``resume``: how to do that again after a stop that was not asked for."""
         self._resume, self.stop = resume, _RUNNING
-        resume(self.tid)
 
     def _until(self, expected: Callable[[int, int], bool]) -> Script:
         while True:
@@ -433,7 +436,8 @@ class Tracee:
             if number not in (signal.SIGSTOP, self._quiet):
                 raise OSError(errno.EFAULT, f"injected calls were ended by signal {number}", str(self.pid))
             self.swallowed.add(number)
-        self._go(self._resume)
+        self._goes(self._resume)
+        self._resume(self.tid)
 
     def _raise_limit(self, descriptors: int) -> Script:
         self.write(self.base + LIMITS, struct.pack("<QQ", descriptors, descriptors))

@@ -128,6 +128,7 @@ _CALLS = {
     "pidfd_getfd": 438,
     "gettid": 178,
     "tkill": 130,
+    "ptrace": 117,
     "process_vm_readv": 270,
     "epoll_pwait": 22,
     "epoll_pwait2": 441,

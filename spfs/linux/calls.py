@@ -12,7 +12,7 @@ import mmap
 import os
 import struct
 from concurrent.futures import Executor
-from typing import Any, Optional, Sequence, Union
+from typing import Any, Optional, Sequence, Tuple, Union
 
 from spfs.linux.arch import LOAD_ARGUMENT_0, LOAD_ARGUMENT_1, LOAD_ARGUMENT_2, LOAD_ARGUMENT_4
 from spfs.linux.machine import call_numbers, current
@@ -50,6 +50,29 @@ class CallTable:
     def encode(self) -> bytearray:
         """The table as it lies in memory; the object's own buffer, not to be resized while in use."""
         return self._entries
+
+
+class FixedTable:
+    """A table of ours that is run again and again, in parts, with some arguments set in between."""
+
+    def __init__(self, calls: Sequence[Tuple[Union[str, int], ...]]) -> None:
+        """``calls``: each a name and its arguments."""
+        table = CallTable()
+        for name, *arguments in calls:
+            table.add(str(name), *map(int, arguments))
+        self._words = (ctypes.c_int64 * (len(table) * ENTRY // 8)).from_buffer_copy(table.encode())
+        self._address = ctypes.addressof(self._words)
+        self._run = _code().run
+
+    def set(self, entry: int, argument: int, value: int) -> None:
+        self._words[entry * (ENTRY // 8) + 1 + argument] = value
+
+    def run(self, first: int, end: int) -> None:
+        """Run the entries from ``first`` to before ``end``, all of them; OSError of the first one that failed."""
+        self._run(self._address + first * ENTRY, end - first)
+        for result in self._words[first * (ENTRY // 8) + RESULT // 8 : end * (ENTRY // 8) : ENTRY // 8]:
+            if result < 0:
+                raise OSError(-result, os.strerror(-result))
 
 
 def results(table: Union[bytes, bytearray]) -> "array.array[int]":

@@ -5,6 +5,7 @@ The code is listed beside its bytes; a test assembles the listing again.
 
 from __future__ import annotations
 
+import operator
 import struct
 from typing import MutableSequence, Optional, Sequence
 
@@ -136,6 +137,7 @@ _CALLS = {
     "pidfd_getfd": 438,
     "gettid": 186,
     "tkill": 200,
+    "ptrace": 101,
     "process_vm_readv": 310,
     # Those that are waited in, see ``spfs.surgery.waits``.
     "epoll_wait": 232,
@@ -183,10 +185,12 @@ _SOFTWARE_BYTES = 464  # offset of struct _fpx_sw_bytes in the extended state
 _XSTATE_BV = 512  # offset of the header's mask of components in use
 _TILES = 0x60000  # AMX: the only components beyond _WITHOUT_TILES, and not part of a frame before they are used
 _WITHOUT_TILES = 2696  # bytes, standard format up to PKRU
-_CONTEXT = 320  # bytes for struct ucontext, rounded up
+# struct ucontext: flags, no link, the alternate stack, sigcontext with the pointer to the extended state, signal mask.
+_UCONTEXT = struct.Struct("<Q 8x 8x i 12x 18Q 4H 32x Q 64x 8s 16x")
+_CONTEXT = _UCONTEXT.size  # rounded up to FRAME_ALIGNMENT
 
 # sigcontext: r8 … r15, rdi, rsi, rbp, rbx, rdx, rax, rcx, rsp, rip, eflags as indices of user_regs_struct.
-_ORDER = (9, 8, 7, 6, 3, 2, 1, 0, 14, 13, 4, 5, 12, 10, 11, 19, 16, 18)
+_in_order = operator.itemgetter(9, 8, 7, 6, 3, 2, 1, 0, 14, 13, 4, 5, 12, 10, 11, 19, 16, 18)
 _STATE_POINTER = 224  # offset of sigcontext.fpstate in the frame
 
 
@@ -224,12 +228,9 @@ class _X86_64(Architecture):
             elif result == _ERESTART_RESTARTBLOCK:
                 words[_RESULT] = (1 << 64) - _EINTR
         flags = _UC_FLAGS | (_UC_FP_XSTATE if len(state) > _FXSAVE else 0)
-        context = struct.pack("<QQQiiQ", flags, 0, 0, NO_STACK, 0, 0)
-        context += struct.pack("<18Q", *[words[index] for index in _ORDER])
-        context += struct.pack("<HHHH", words[_CS], 0, 0, words[_SS])
-        context += struct.pack("<4QQ64x", 0, 0, 0, 0, address + _CONTEXT)
-        context += mask
-        return context.ljust(_CONTEXT, b"\0") + _extended_state(state)
+        segments = (words[_CS], 0, 0, words[_SS])
+        context = _UCONTEXT.pack(flags, NO_STACK, *_in_order(words), *segments, address + _CONTEXT, mask)
+        return context + _extended_state(state)
 
     def frame_at(self, frame: bytes, address: int) -> bytes:
         pointer = struct.pack("<Q", address + _CONTEXT)

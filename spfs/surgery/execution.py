@@ -97,6 +97,7 @@ def operate(
     """Run all that can be; what failed is noted in the records."""
     tracees: Dict[Tracee, Work] = {}
     scripts: Dict[Tracee, Script] = {}
+    buffer = ptrace.Registers(architecture.registers)
     for operation in operations:
         process = operation.process
         if process.problem is not None:
@@ -113,7 +114,8 @@ def operate(
             except OSError as error:
                 operation.refuse(OUT_OF_REACH if error.errno == errno.EINVAL else reason(error))
                 continue
-        tracee = Tracee(operation.tid, process.pid, pidfd, architecture, sandboxed, process.status.caught)
+        caught = process.status.caught
+        tracee = Tracee(operation.tid, process.pid, pidfd, architecture, buffer, sandboxed, caught)
         tracees[tracee] = operation
         scripts[tracee] = operation.script(tracee, gadgets)
 
