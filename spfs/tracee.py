@@ -83,11 +83,11 @@ class Tracee:
         pid: int,
         pidfd: int,
         architecture: Architecture,
-        buffer: ptrace.Registers,
+        requests: ptrace.Requests,
         sandboxed: bool,
         caught: int = _ALL_SIGNALS,
     ) -> None:
-        """``buffer``: for all tracees of the thread. ``caught``: the signals that have a handler, a bit each."""
+        """``requests``: those to ``tid``. ``caught``: the signals that have a handler, a bit each."""
         self.tid, self.pid, self.pidfd = tid, pid, pidfd
         self.architecture = architecture
         self.gadget = 0
@@ -100,7 +100,7 @@ class Tracee:
         self.stop = _RUNNING
         self.swallowed: Set[int] = set()
         self._registers = b""
-        self._buffer = buffer
+        self._requests = requests
         self._mask = b""
         self._caught = caught
         self._quiet = 0  # the signal by which it stops itself; 0: none is free for that
@@ -138,8 +138,8 @@ class Tracee:
 
     def capture(self) -> None:
         """Save what will be given back. OSError ENOEXEC for a task of another architecture (32 bits)."""
-        captured = self._buffer.capture(self.tid)
-        if captured is None or self.architecture.is_compatibility(self._buffer.words):
+        captured = self._requests.capture()
+        if captured is None or self.architecture.is_compatibility(self._requests.words):
             raise OSError(errno.ENOEXEC, "a 32-bit process cannot be operated on", str(self.pid))
         self._registers, self._mask = captured
         self._choose_signal()
@@ -267,8 +267,8 @@ class Tracee:
         """In an event stop: the registers *unmodified*, so that the kernel itself restarts an interrupted call or
         lets it fail with EINTR, as the signals that are pending by then demand."""
         # The mask first: should we die between the two, the net sets the registers right, but nothing the mask.
-        self._buffer.set(self._registers)
-        self._buffer.restore(self.tid, self._mask)
+        self._requests.set(self._registers)
+        self._requests.restore(self._mask)
         self._take_net_in()
 
     def repeat_swallowed(self) -> None:
@@ -309,7 +309,7 @@ class Tracee:
         words[self.architecture.instruction_pointer] = self.base
         self._running = True
         self._goes(ptrace.cont)
-        self._buffer.resume(self.tid)
+        self._requests.cont()
 
     def _stopped_itself(self, entry: int) -> Callable[[int, int], bool]:
         """Whether it is in the stop of the call at address ``entry``, and in none by the same signal from elsewhere."""
@@ -317,8 +317,8 @@ class Tracee:
         def expected(number: int, event: int) -> bool:
             if event or number != self._quiet:
                 return False
-            self._buffer.read(self.tid)
-            return self._buffer.words[self.architecture.loop[0]] == entry
+            self._requests.fetch()
+            return self._requests.words[self.architecture.loop[0]] == entry
 
         return expected
 
@@ -341,15 +341,15 @@ class Tracee:
         """From an event stop through the call that the registers in the buffer enter, in which the result's are then.
         ``mask``: the signals to be blocked from now on; ``inside``: from the entry on."""
         self._goes(ptrace.cont_to_syscall)
-        self._buffer.resume(self.tid, to_syscall=True, mask=mask)
+        self._requests.enter(mask)
         yield from self._until(_is_entry)
         if inside is not None:
             ptrace.set_signal_mask(self.tid, inside)
         # Interrupted while inside the call, the task stops before it returns to user space, in an event stop again.
         self._goes(ptrace.cont)
-        self._buffer.interrupt(self.tid)
+        self._requests.interrupt()
         yield from self._until(_is_event)
-        self._buffer.read(self.tid)
+        self._requests.fetch()
 
     def _to_enter_again(self) -> Optional[Sequence[int]]:
         """The registers to have the call that was interrupted interrupted once more; None if there is none, or if the
@@ -366,7 +366,7 @@ class Tracee:
     def _enter_again(self, registers: Sequence[int]) -> Script:
         """From an event stop to one in which the kernel has decided how the interrupted call goes on; it may have ended
         meanwhile."""
-        words = self._buffer.words
+        words = self._requests.words
         while True:
             words[:] = registers
             # Its own mask not before the entry: a signal would be delivered before the call has begun.
@@ -454,9 +454,9 @@ class Tracee:
 
     def _fresh_registers(self) -> MutableSequence[int]:
         """The saved registers in the buffer, to be changed and written."""
-        self._buffer.set(self._registers)
-        self.architecture.forget_call(self._buffer.words)
-        return self._buffer.words
+        self._requests.set(self._registers)
+        self.architecture.forget_call(self._requests.words)
+        return self._requests.words
 
     def _leave_critical_section(self) -> None:
         """Abort an rseq critical section as the kernel would: it will see our code and take the section for left."""

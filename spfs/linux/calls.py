@@ -53,7 +53,7 @@ class CallTable:
 
 
 class FixedTable:
-    """A table of ours that is run again and again, in parts, with some arguments set in between."""
+    """A table of ours that is run again and again, in parts."""
 
     def __init__(self, calls: Sequence[Tuple[Union[str, int], ...]]) -> None:
         """``calls``: each a name and its arguments."""
@@ -62,17 +62,21 @@ class FixedTable:
             table.add(str(name), *map(int, arguments))
         self._words = (ctypes.c_int64 * (len(table) * ENTRY // 8)).from_buffer_copy(table.encode())
         self._address = ctypes.addressof(self._words)
-        self._run = _code().run
+        self._code = _code()
 
-    def set(self, entry: int, argument: int, value: int) -> None:
-        self._words[entry * (ENTRY // 8) + 1 + argument] = value
+    def run(self, part: slice) -> None:
+        """Run the entries of a ``part``, all of them; OSError of the first one that failed. ``part``: where the results
+        are, see ``part_of``."""
+        self._code.run(self._address + 8 * part.start - RESULT, (part.stop - part.start) * 8 // ENTRY)
+        results = self._words[part]
+        if min(results) < 0:
+            number = -next(result for result in results if result < 0)
+            raise OSError(number, os.strerror(number))
 
-    def run(self, first: int, end: int) -> None:
-        """Run the entries from ``first`` to before ``end``, all of them; OSError of the first one that failed."""
-        self._run(self._address + first * ENTRY, end - first)
-        for result in self._words[first * (ENTRY // 8) + RESULT // 8 : end * (ENTRY // 8) : ENTRY // 8]:
-            if result < 0:
-                raise OSError(-result, os.strerror(-result))
+
+def part_of(first: int, end: int) -> slice:
+    """The entries from ``first`` to before ``end`` of a FixedTable."""
+    return slice((first * ENTRY + RESULT) // 8, (end * ENTRY + RESULT) // 8, ENTRY // 8)
 
 
 def results(table: Union[bytes, bytearray]) -> "array.array[int]":

@@ -13,7 +13,8 @@ import os
 import signal
 from typing import MutableSequence, Optional, Sequence, Tuple
 
-from spfs.linux.calls import FixedTable
+from spfs.linux.calls import FixedTable, part_of
+from spfs.linux.machine import current
 from stubfs.libc import bind
 
 O_TRACESYSGOOD = 0x1
@@ -92,74 +93,85 @@ def extended_state(tid: int, size: int, kinds: Sequence[int]) -> bytes:
     return read_registers(tid, size, kinds[-1])
 
 
-# Entries of a table of requests, as (first, end).
-_WRITE_MASK_RESUME, _MASK_WRITE, _WRITE, _WRITE_RESUME, _INTERRUPT_RESUME = (0, 3), (3, 5), (4, 5), (4, 6), (6, 8)
-_READ, _CAPTURE = (8, 9), (8, 10)
-
-
 class Registers:
-    """A buffer for the general registers of ``count`` words, and one for a signal mask, used again and again for all
-    tasks of a thread that seized; and the requests that go with them, of which those that follow each other are made in
-    one go, without the interpreter in between. OSError for the first one that failed: it is ESRCH, also for the others.
-    """
+    """A buffer for the general registers of ``count`` words, used again and again: a process has many stops."""
 
     def __init__(self, count: int) -> None:
         array = (ctypes.c_uint64 * count)()
         self.words: MutableSequence[int] = array  # type: ignore[assignment]  # negative ones are wrapped
         self._content, self._size = ctypes.addressof(array), ctypes.sizeof(array)
         self._vector = _IoVec(self._content, self._size)
-        self._mask = (ctypes.c_char * _SIGMASK_SIZE)()
-        vector, mask = ctypes.addressof(self._vector), ctypes.addressof(self._mask)
-        get, set_ = (_GETREGSET, 0, _NT_PRSTATUS, vector), (_SETREGSET, 0, _NT_PRSTATUS, vector)
-        set_mask = (_SETSIGMASK, 0, _SIGMASK_SIZE, mask)
-        requests = (
-            *(set_, set_mask, (_CONT,)),
-            *(set_mask, set_, (_CONT,)),
-            *((_INTERRUPT,), (_CONT,)),
-            *(get, (_GETSIGMASK, 0, _SIGMASK_SIZE, mask)),
-        )
-        self._table = FixedTable([("ptrace", *request) for request in requests])
-
-    def _make(self, tid: int, entries: Tuple[int, int]) -> None:
-        first, end = entries
-        for entry in range(first, end):
-            self._table.set(entry, 1, tid)
-        self._vector.length = self._size  # the kernel sets it to what there is
-        self._table.run(first, end)
+        self._address = ctypes.addressof(self._vector)
 
     def set(self, content: bytes) -> None:
         ctypes.memmove(self._content, content, self._size)
 
     def read(self, tid: int) -> bool:
         """False for a task that has not so many: a 32-bit one."""
-        self._make(tid, _READ)
+        self._vector.length = self._size  # the kernel sets it to what there is
+        _ptrace(_GETREGSET, tid, _NT_PRSTATUS, self._address)
         return int(self._vector.length) == self._size
 
-    def capture(self, tid: int) -> Optional[Tuple[bytes, bytes]]:
-        """The registers and the blocked signals, in a call with a mask of its own (ppoll, sigsuspend) those it goes
-        back to; None where ``read`` is False."""
-        self._make(tid, _CAPTURE)
-        return (bytes(self.words), self._mask.raw) if int(self._vector.length) == self._size else None
-
     def write(self, tid: int) -> None:
-        self._make(tid, _WRITE)
+        self._vector.length = self._size
+        _ptrace(_SETREGSET, tid, _NT_PRSTATUS, self._address)
 
-    def resume(self, tid: int, to_syscall: bool = False, mask: Optional[bytes] = None) -> None:
-        """Write the registers, then set the blocked signals to ``mask``, then ``cont`` or ``cont_to_syscall``."""
-        if mask is not None:
+
+# Parts of the table of ``Requests``.
+_WRITE_BLOCK_ENTER, _RESTORE, _WRITE_ENTER = part_of(0, 3), part_of(3, 5), part_of(4, 6)
+_WRITE_CONT, _INTERRUPT_CONT, _READ, _CAPTURE = part_of(6, 8), part_of(8, 10), part_of(10, 11), part_of(10, 12)
+
+
+class Requests(Registers):
+    """What is asked of one task again and again, with its registers in the buffer: made ahead, and what follows each
+    other in one go, without the interpreter in between. OSError: ESRCH, of all of them, if the task is not stopped."""
+
+    def __init__(self, tid: int) -> None:
+        architecture = current()
+        assert architecture is not None
+        super().__init__(architecture.registers)
+        self._mask = (ctypes.c_char * _SIGMASK_SIZE)()
+        get, set_ = ((request, tid, _NT_PRSTATUS, self._address) for request in (_GETREGSET, _SETREGSET))
+        mask = ctypes.addressof(self._mask)
+        get_mask, set_mask = ((request, tid, _SIGMASK_SIZE, mask) for request in (_GETSIGMASK, _SETSIGMASK))
+        enter, cont_, interrupt_ = (_SYSCALL, tid), (_CONT, tid), (_INTERRUPT, tid)
+        requests = [set_, set_mask, enter, set_mask, set_, enter, set_, cont_, interrupt_, cont_, get, get_mask]
+        self._table = FixedTable([("ptrace", *request) for request in requests])
+
+    def _make(self, part: slice) -> bool:
+        self._vector.length = self._size  # the kernel sets it to what there is
+        self._table.run(part)
+        return int(self._vector.length) == self._size
+
+    def capture(self) -> Optional[Tuple[bytes, bytes]]:
+        """The registers and the blocked signals, in a call with a mask of its own (ppoll, sigsuspend) those it goes
+        back to. None for a task that has not so many registers: a 32-bit one."""
+        return (bytes(self.words), self._mask.raw) if self._make(_CAPTURE) else None
+
+    def fetch(self) -> None:
+        """Read the registers."""
+        self._make(_READ)
+
+    def enter(self, mask: Optional[bytes] = None) -> None:
+        """Write the registers, set the blocked signals to ``mask``, ``cont_to_syscall``."""
+        if mask is None:
+            self._make(_WRITE_ENTER)
+        else:
             self._mask.raw = mask
-        entries = _WRITE_RESUME if mask is None else _WRITE_MASK_RESUME
-        self._table.set(entries[1] - 1, 0, _SYSCALL if to_syscall else _CONT)
-        self._make(tid, entries)
+            self._make(_WRITE_BLOCK_ENTER)
 
-    def restore(self, tid: int, mask: bytes) -> None:
-        """Set the blocked signals, then write the registers."""
+    def cont(self) -> None:
+        """Write the registers, ``cont``."""
+        self._make(_WRITE_CONT)
+
+    def interrupt(self) -> None:
+        """``interrupt``, ``cont``: at the entry of a call, to have it stop before it returns."""
+        self._make(_INTERRUPT_CONT)
+
+    def restore(self, mask: bytes) -> None:
+        """Set the blocked signals to ``mask``, write the registers."""
         self._mask.raw = mask
-        self._make(tid, _MASK_WRITE)
-
-    def interrupt(self, tid: int) -> None:
-        """``interrupt`` and ``cont``, in the stop at the entry of a call: it stops again before it returns."""
-        self._make(tid, _INTERRUPT_RESUME)
+        self._make(_RESTORE)
 
 
 def set_signal_mask(tid: int, mask: bytes) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Callable, Dict, List, Sequence, Tuple
 
+from spfs.linux import ptrace
 from spfs.linux.arch import LOAD_ARGUMENT_0
 from spfs.linux.calls import ENTRY, results
 from spfs.surgery.gadget import GadgetFinder
@@ -25,6 +26,7 @@ class Errand:
     def __init__(self, process: Process, table: FdTable, base: int, fill: "Fill") -> None:
         self.process, self.base, self._fill = process, base, fill
         self.tid = table.tid
+        self.requests = ptrace.Requests(self.tid)
         self._chunk, self._descriptors = room(table, _LEAST_SPARE)
         self.program = Program(base)
         # The descriptors received take the lowest numbers that are free: the fixed one lies behind them.

@@ -38,6 +38,7 @@ class Work(Protocol):
 
     process: Process
     tid: int
+    requests: ptrace.Requests
 
     def refuse(self, why: str) -> None:
         ...
@@ -97,7 +98,6 @@ def operate(
     """Run all that can be; what failed is noted in the records."""
     tracees: Dict[Tracee, Work] = {}
     scripts: Dict[Tracee, Script] = {}
-    buffer = ptrace.Registers(architecture.registers)
     for operation in operations:
         process = operation.process
         if process.problem is not None:
@@ -115,7 +115,7 @@ def operate(
                 operation.refuse(OUT_OF_REACH if error.errno == errno.EINVAL else reason(error))
                 continue
         caught = process.status.caught
-        tracee = Tracee(operation.tid, process.pid, pidfd, architecture, buffer, sandboxed, caught)
+        tracee = Tracee(operation.tid, process.pid, pidfd, architecture, operation.requests, sandboxed, caught)
         tracees[tracee] = operation
         scripts[tracee] = operation.script(tracee, gadgets)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from typing import List, Optional, Tuple
 
-from spfs.linux import statx
+from spfs.linux import ptrace, statx
 from spfs.linux.arch import LOAD_ARGUMENT_0
 from spfs.linux.calls import ENTRY, results
 from spfs.references import Kind
@@ -84,6 +84,7 @@ class Operation:
     ) -> None:
         self.process, self.tid, self.base, self.kinds = process, tid, base, kinds
         self.table, self.context, self.memory = table, context, memory
+        self.requests = ptrace.Requests(tid)
         self.chunk = MAX_FDS
         self.descriptors: Optional[int] = None
         self.gadget: Optional[Gadget] = None
