@@ -235,10 +235,11 @@ class Tracee:
             yield from self.run(self.base + BEGIN + _LAST * ENTRY, 0, last=True) if self._quiet else self._halt()
         yield from self._leave()
 
-    def abandon(self) -> Script:
-        """The same after a failure, wherever the task may be."""
+    def abandon(self, take_stock: Callable[["Tracee"], None]) -> Script:
+        """The same after a failure, wherever the task may be; ``take_stock`` is called before the scratch memory goes."""
         if self._running:
             yield from self._halt()
+        take_stock(self)
         yield from self._leave()
 
     def _halt(self) -> Script:

@@ -31,10 +31,14 @@ _mmap = bind(
 
 
 class CallTable:
-    """A table that grows by ``add``; where results will be is known before it runs (``base`` + offset)."""
+    """A table that grows by ``add``; where results will be is known before it runs (``base`` + offset).
 
-    def __init__(self) -> None:
+    ``pending``: what the result of a call is that has not been made.
+    """
+
+    def __init__(self, pending: int = 0) -> None:
         self.numbers = call_numbers()
+        self._pending = pending
         self._entries = bytearray()
 
     def __len__(self) -> int:
@@ -43,8 +47,8 @@ class CallTable:
     def add(self, name: str, *arguments: int, load: int = 0) -> int:
         """Append a call; the index of its entry. ``load``: LOAD_ARGUMENT_* bits. Addresses must be below 2**63."""
         index = len(self._entries) // ENTRY
-        filled = arguments + (0,) * (7 - len(arguments))
-        self._entries += _PACK.pack(self.numbers[name] | load, *filled)
+        filled = arguments + (0,) * (6 - len(arguments))
+        self._entries += _PACK.pack(self.numbers[name] | load, *filled, self._pending)
         return index
 
     def encode(self) -> bytearray:

@@ -45,6 +45,9 @@ class Errand:
     def refuse(self, why: str) -> None:
         """What was not done, its results do not tell."""
 
+    def take_stock(self, tracee: Tracee) -> None:
+        """Who expects results is told none."""
+
     def script(self, tracee: Tracee, gadgets: GadgetFinder) -> Script:
         tracee.capture()
         maps = self.process.memory.maps if self.process.memory is not None else b""

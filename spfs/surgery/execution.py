@@ -34,7 +34,8 @@ STEP_TIMEOUT = 5.0  # seconds without any progress in a process that is operated
 
 
 class Work(Protocol):
-    """What one task is made to do: an ``Operation``, or an errand. ``refuse``: none of it can be done, and why."""
+    """What one task is made to do: an ``Operation``, or an errand. ``refuse``: none of it can be done, and why.
+    ``take_stock``: note what has been done when ``script`` has failed and the task stands still again."""
 
     process: Process
     tid: int
@@ -44,6 +45,9 @@ class Work(Protocol):
         ...
 
     def script(self, tracee: Tracee, gadgets: GadgetFinder) -> Script:
+        ...
+
+    def take_stock(self, tracee: Tracee) -> None:
         ...
 
 
@@ -127,9 +131,9 @@ def operate(
             process.problem = "the process ended"
             return
         process.problem = f"the process cannot be operated on: {reason(error)}"
-        # Said here, too: what was done before it failed may be all, so that nothing is left to report.
+        # Said here, too: what was done before it failed may be all, so that nothing is left to be reported.
         _log.warning("process %d (%s): %s", process.pid, process.command, process.problem)
-        recover[tracee] = tracee.abandon()
+        recover[tracee] = tracee.abandon(tracees[tracee].take_stock)
 
     def lost(tracee: Tracee, error: OSError) -> None:
         tracees[tracee].process.problem = f"the process could not be put back: {reason(error)}"

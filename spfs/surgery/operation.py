@@ -90,6 +90,7 @@ class Operation:
         self.gadget: Optional[Gadget] = None
         self._maps = b""
         self._program: Optional[_Program] = None
+        self._outstanding = False  # the program may have been run, and its results have not been read
         self._items: List[Item] = []
 
     # -- ahead of time
@@ -153,6 +154,7 @@ class Operation:
             self._program = _Program(self, tracee.base)
         program = self._program
         tracee.write(program.base + USER, program.image)
+        self._outstanding = True
         yield from tracee.run(program.table, len(program), program.groups, last=self.memory is None)
         self._collect(tracee)
         if self.memory is not None and exchange is not None:
@@ -160,9 +162,14 @@ class Operation:
             yield from exe.script(tracee, self.memory)
         yield from tracee.close()
 
+    def take_stock(self, tracee: Tracee) -> None:
+        if self._outstanding:
+            self._collect(tracee)
+
     def _collect(self, tracee: Tracee) -> None:
         program = self._program
         assert program is not None
+        self._outstanding = False
         outcome = results(tracee.read(program.table, len(program) * ENTRY))
         if self.table is not None:
             for number, entry in program.moves:

@@ -303,6 +303,58 @@ memory = mmap.mmap(mapped, 12, prot={{}}); os.close(mapped)
         other.close()
 
 
+def fails_behind(run: Callable[..., Any]) -> Callable[..., Any]:
+    def replacement(self: Tracee, *arguments: Any, **options: Any) -> Any:
+        yield from run(self, *arguments, **options)
+        raise OSError(errno.EIO, "Input/output error")
+
+    return replacement
+
+
+def fails_before(run: Callable[..., Any]) -> Callable[..., Any]:
+    def replacement(self: Tracee, *arguments: Any, **options: Any) -> Any:
+        raise OSError(errno.EIO, "Input/output error")
+        yield
+
+    return replacement
+
+
+def sends_nothing(run: Callable[..., Any]) -> Callable[..., Any]:
+    """It waits for descriptors that do not come."""
+
+    def replacement(self: Tracee, table: int, count: int, fds: Any = (), last: bool = False) -> Any:
+        yield from run(self, table, count, (), last)
+
+    return replacement
+
+
+@pytest.mark.parametrize("how, moved, why", [
+    (fails_behind, 20, ""),
+    (fails_before, 0, "the process cannot be operated on: Input/output error"),
+    (sends_nothing, 0, "the process cannot be operated on: the process did not get on"),
+])  # fmt: skip
+def test_failure_in_the_middle(
+    mounts: Mounts,
+    victim: Victim,
+    monkeypatch: pytest.MonkeyPatch,
+    how: Callable[..., Any],
+    moved: int,
+    why: str,
+) -> None:
+    """What was done is counted, what was not is reported, and asking again does the rest."""
+    before = victim.run("masks()")
+    with monkeypatch.context() as patch:
+        patch.setattr(execution, "STEP_TIMEOUT", 0.3)
+        patch.setattr(Tracee, "run", how(Tracee.run))
+        report = mounts.switch()
+    assert report.moved == ({"file": moved, "cwd": 1} if moved else {})
+    assert len(report.left) == (0 if moved else 21) and {one.reason for one in report.left} <= {why}
+    assert victim.run("sum(os.pread(fd, 3, 0) == b'new' for fd in fds)") == moved
+    assert tasks_stopped(victim.pid) == [] and victim.run("masks()") == before
+    report = mounts.switch()
+    assert report.moved == ({} if moved else {"file": 20, "cwd": 1}) and report.left == []
+
+
 def test_failure_of_the_mounts_changes_nothing(mounts: Mounts, victim: Victim) -> None:
     def fail() -> None:
         raise RuntimeError("no mount today")
