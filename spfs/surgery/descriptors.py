@@ -10,7 +10,7 @@ import functools
 import os
 import stat
 from contextlib import contextmanager
-from typing import Callable, Container, Dict, Iterator, List, Optional, Tuple, TypeVar
+from typing import Callable, Container, Dict, Iterator, List, Tuple, TypeVar
 
 from spfs.linux import process, procfs, statx
 from spfs.linux.calls import CallTable, run_local
@@ -86,18 +86,17 @@ class Descriptors:
                     self._examine(table, pidfd, number, found)
 
     def _examine(self, table: FdTable, pidfd: int, number: int, found: statx.Object) -> None:
-        if found.device == self._device:
-            info = procfs.parse_fdinfo(procfs.read(f"/proc/{table.tid}/fdinfo/{number}"))
-            description = self._description(table.tid, pidfd, number, found, info)
-            if description is not None:
+        try:
+            if found.device == self._device:
+                info = procfs.parse_fdinfo(procfs.read(f"/proc/{table.tid}/fdinfo/{number}"))
+                description = self._description(table.tid, pidfd, number, found, info)
                 table.held[number] = description
                 self._kinds.note(table, number, description, info)
-        elif stat.S_IFMT(found.mode) in (0, stat.S_IFSOCK):  # 0: an anonymous inode, as epoll and inotify have
-            try:
+            elif stat.S_IFMT(found.mode) in (0, stat.S_IFSOCK):  # 0: an anonymous inode, as epoll and inotify have
                 self._kinds.look(self._found(table, pidfd, number, found))
-            except OSError as error:
-                if error.errno not in (errno.ENOENT, errno.EBADF):  # closed meanwhile
-                    raise
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.EBADF):  # closed meanwhile
+                raise
 
     def _found(self, table: FdTable, pidfd: int, number: int, found: statx.Object) -> Found:
         @functools.lru_cache(maxsize=None)
@@ -117,7 +116,7 @@ class Descriptors:
 
     def _description(
         self, tid: int, pidfd: int, number: int, found: statx.Object, info: procfs.FdInfo
-    ) -> Optional[Description]:
+    ) -> Description:
         candidates = self._descriptions.setdefault((found.inode, found.mount_id), [])
         place, same = _search(tid, number, candidates, lambda candidate: candidate.copy)
         if same:
@@ -128,13 +127,7 @@ class Descriptors:
         kind = kind_of(found.mode, flags)
         if pidfd < 0:
             return Description(found, flags, kind, info.position, problem=OUT_OF_REACH)
-        try:
-            copy = process.pidfd_getfd(pidfd, number, 0)
-        except OSError as error:
-            if error.errno == errno.EBADF:  # closed meanwhile
-                return None
-            raise
-        description = Description(found, flags, kind, info.position, copy)
+        description = Description(found, flags, kind, info.position, process.pidfd_getfd(pidfd, number, 0))
         candidates.insert(place, description)
         return description
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Iterator
+from types import ModuleType
+from typing import Any, Iterator
 
 import pytest
 from surgery_kit import Mounts, Victim, tasks_stopped
 
+from spfs.linux import process, procfs
 from spfs.testing import wait_until
 
 pytestmark = [pytest.mark.needs_root, pytest.mark.needs_ptrace]
@@ -175,3 +177,24 @@ thread.start()
         victim.run("os.kill(child, 9); os.wait()")
     finally:
         victim.close()
+
+
+@pytest.mark.parametrize("module, name", [(procfs, "read"), (process, "kcmp"), (process, "pidfd_getfd")])
+def test_a_descriptor_that_is_closed_while_it_is_examined(
+    mounts: Mounts, victim: Victim, monkeypatch: pytest.MonkeyPatch, module: ModuleType, name: str
+) -> None:
+    """Nor is it a reason to fail, or to leave its process out: the next look at it finds nothing."""
+    closing = victim.run("closing = os.open('file', os.O_RDONLY); closing")
+    look = getattr(module, name)
+
+    def closed_before(*arguments: Any) -> Any:
+        if closing in arguments or f"/proc/{victim.pid}/fdinfo/{closing}" in arguments:
+            monkeypatch.setattr(module, name, look)
+            victim.run("os.close(closing)")
+        return look(*arguments)
+
+    monkeypatch.setattr(module, name, closed_before)
+    preparation, report = mounts.prepared_switch()
+    assert getattr(module, name) is look
+    assert preparation.references == {"file": 1, "directory": 1, "cwd": 1} and preparation.left == []
+    assert report.moved == preparation.references and report.left == [] and report.rounds == 1
