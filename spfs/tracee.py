@@ -236,7 +236,7 @@ class Tracee:
         yield from self._leave()
 
     def abandon(self, take_stock: Callable[["Tracee"], None]) -> Script:
-        """The same after a failure, wherever the task may be; ``take_stock`` is called before the scratch memory goes."""
+        """The same after a failure, wherever the task may be. ``take_stock``: called while there is scratch memory."""
         if self._running:
             yield from self._halt()
         take_stock(self)

@@ -147,9 +147,9 @@ def address_of(buffer: bytearray) -> int:
 
 def run_local(table: CallTable, by_call: bool = False) -> "array.array[int]":
     """Run a table in this thread and return the results; ``by_call`` without the machine code."""
-    encoded = table.encode()
+    code, encoded = _code(), table.encode()
     if encoded:
-        _code().run(address_of(encoded), len(table), by_call)
+        code.run(address_of(encoded), len(table), by_call)
     return results(encoded)
 
 

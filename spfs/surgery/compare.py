@@ -1,9 +1,9 @@
 """Are the processes, now that they stand still, what they were when they were examined?
 
 Everything is prepared ahead: one table of system calls for all processes (kcmp of each known descriptor against our
-copy, statx of all others, offsets and flags of the descriptions, the mappings of files), run in one go, a long one by two
-threads: another processor has nothing to do meanwhile. A thousand readlinks and fdinfos would cost more than the whole
-move.
+copy, statx of all others, offsets and flags of the descriptions, the mappings of files), run in one go, a long one by
+two threads: another processor has nothing to do meanwhile. A thousand readlinks and fdinfos would cost more than the
+whole move.
 """
 
 from __future__ import annotations
