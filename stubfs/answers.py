@@ -229,7 +229,7 @@ class Answers:
                 # until now.
                 request.device.invalidate(request.node, offset, written)
         else:
-            request.answer(protocol.WRITE_OUT.pack(os.pwrite(file.appending(False), data, offset), 0))
+            request.answer(protocol.WRITE_OUT.pack(file.write_at(data, offset), 0))
 
     def _has_pages(self, number: int) -> None:
         node = self._nodes.get(number)

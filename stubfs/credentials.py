@@ -11,7 +11,7 @@ import os
 import threading
 import time
 from contextlib import contextmanager
-from typing import Callable, Dict, Iterator, NamedTuple, Optional, Tuple, TypeVar
+from typing import Callable, ContextManager, Dict, Iterator, NamedTuple, Optional, Tuple, TypeVar
 
 from stubfs import syscalls
 from stubfs.syscalls import effective_of
@@ -71,18 +71,23 @@ _of_thread = _OfThread()
 
 
 @contextmanager
-def ourselves() -> Iterator[None]:
-    """The calling thread's own credentials, for what the caller of an operation need not have a right to."""
+def acting_as(credentials: Credentials) -> Iterator[None]:
+    """For what the caller of an operation need not have a right to. OSError as setgroups(2)."""
     identity = _of_thread.identity
     if identity is None:
         yield
         return
     callers = identity.current
-    identity.assume(ROOT)
+    identity.assume(credentials)
     try:
         yield
     finally:
         identity.assume(callers)
+
+
+def ourselves() -> ContextManager[None]:
+    """The calling thread's own credentials."""
+    return acting_as(ROOT)
 
 
 def insist(action: Callable[[int], _T], fd: int, capabilities: int = _OVER_FILES) -> _T:

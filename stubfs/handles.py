@@ -14,10 +14,11 @@ import threading
 from typing import Dict, List, Optional, Tuple
 
 from stubfs.backing import Backing, allowed_flags, reopen_flags
-from stubfs.credentials import Credentials, ThreadIdentity, insist, ourselves
+from stubfs.credentials import Credentials, ThreadIdentity, acting_as, insist, ourselves
 from stubfs.nodes import NodeTable
 
 _log = logging.getLogger(__name__)
+_RWF_APPEND, _RWF_NOAPPEND = 0x10, 0x20  # linux/fs.h; the second one from Linux 6.9 on
 
 
 class OpenFile:
@@ -47,24 +48,46 @@ class OpenFile:
     def appending(self, wanted: bool) -> int:
         """An fd whose pwrite(2) goes to the end of the file, or obeys the offset.
 
-        The opener may change its own mind with fcntl(2), and a page that is written back has its place.
+        The opener may change its own mind with fcntl(2), and a page that is written back has its place. PermissionError
+        if the file has been closed to everybody since it was opened.
         """
         if bool(self.flags & os.O_APPEND) == wanted:
             return self.fd
         with self.lock:
             if self.opposite < 0:
-                with ourselves():  # it is open already: nobody's rights matter any more
-                    self.opposite = os.open(
-                        f"/proc/self/fd/{self.fd}", os.O_WRONLY | os.O_CLOEXEC | (os.O_APPEND if wanted else 0)
-                    )
+                try:
+                    with acting_as(self.credentials):  # a server may trust nobody else
+                        self.opposite = self._reopen(wanted)
+                except PermissionError:
+                    with ourselves():  # it is open already: nobody's rights matter any more
+                        self.opposite = self._reopen(wanted)
             return self.opposite
+
+    def _reopen(self, appending: bool) -> int:
+        return os.open(
+            f"/proc/self/fd/{self.fd}", os.O_WRONLY | os.O_CLOEXEC | (os.O_APPEND if appending else 0)
+        )
+
+    # The flags of pwritev2(2) do the same without another fd, but not on a FUSE file system: its server is not told.
 
     def append(self, data: memoryview) -> Tuple[int, int]:
         """How many bytes were written, and at which offset. For one thread at a time, which the kernel's lock of a file
         that is written to takes care of."""
-        fd = self.appending(True)
-        written = os.write(fd, data)
+        try:
+            fd = self.appending(True)
+        except PermissionError:
+            fd = self.fd
+            written = os.pwritev(fd, [data], -1, _RWF_APPEND)
+        else:
+            written = os.write(fd, data)
         return written, os.lseek(fd, 0, os.SEEK_CUR) - written
+
+    def write_at(self, data: memoryview, offset: int) -> int:
+        try:
+            fd = self.appending(False)
+        except PermissionError:
+            return os.pwritev(self.fd, [data], offset, _RWF_NOAPPEND)
+        return os.pwrite(fd, data, offset)
 
     def close(self) -> None:
         fds = [self.fd, self.opposite, *self.former]

@@ -50,7 +50,7 @@ class Actor:
     def answer(self, timeout: float = 30.0) -> Tuple[str, Any]:
         self._sock.settimeout(timeout)
         data = self._sock.recv(2**20 + 2**18)
-        assert data, "the process has died"
+        assert data, f"the process has died: {os.waitpid(self.pid, os.WNOHANG)}"
         kind, value = pickle.loads(data)
         return kind, value
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import random
 import socket
@@ -335,9 +336,14 @@ def test_where_root_has_no_rights(tmp_path: Path) -> None:
                 os.chmod("d/x", 0o600)
                 os.rename("d/x", "d/y")
                 os.truncate("d/y", 0)
+                log = os.open("log", os.O_CREAT | os.O_RDWR, 0o600)
+                fcntl.fcntl(log, fcntl.F_SETFL, os.O_APPEND)
+                os.pwrite(log, b"appended", 100)
+                assert os.pread(log, 100, 0) == b"appended"
+                os.close(log)
                 return Path("file").read_text(), sorted(os.listdir(".")), os.stat("d/y").st_uid
 
-            assert beneath(fs, ALICE, [], work) == ("text", ["d", "file"], ALICE)
+            assert beneath(fs, ALICE, [], work) == ("text", ["d", "file", "log"], ALICE)
             assert beneath(fs, 0, [], lambda: os.listdir(".")) == "EACCES"
             assert beneath(fs, BOB, [], lambda: Path("file").read_text()) == "EACCES"
             assert os.stat(store / "d" / "y").st_uid == ALICE

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import mmap
 import os
 import shutil
 import struct
@@ -55,6 +56,26 @@ def test_flags_of_a_file_and_of_a_directory(fs: Filesystem) -> None:
         assert struct.unpack_from("=I", ioctl(path, FSGETXATTR, bytes(28)))[0] & 0x80  # FS_XFLAG_NODUMP
     if fs.client.status().mode == "proxy":
         assert flags(fs.real / "file") == flags(fs.real / "dir") == NODUMP
+
+
+@pytest.mark.parametrize("fs", ["restore"], indirect=True)  # on a tmpfs: ext4 refuses it
+def test_what_is_open_can_be_written_to_when_it_is_immutable(fs: Filesystem) -> None:
+    """Also if the way of writing changes: appending switched on or off, or by a mapping, which does not append."""
+    for name, opened, switched in (("plain", 0, os.O_APPEND), ("appending", os.O_APPEND, 0)):
+        path = fs.path / name
+        path.write_bytes(b"0123456789")
+        fd = os.open(path, os.O_RDWR | opened)
+        try:
+            ioctl(path, SETFLAGS, struct.pack("=Q", IMMUTABLE))
+            with mmap.mmap(fd, 10) as mapping:
+                mapping[0:1] = b"M"
+                mapping.flush()
+            fcntl.fcntl(fd, fcntl.F_SETFL, switched)
+            os.pwrite(fd, b"W", 5)
+            assert path.read_bytes() == (b"M123456789W" if switched else b"M1234W6789")
+        finally:
+            os.close(fd)
+            ioctl(path, SETFLAGS, bytes(8))
 
 
 def test_immutable_is_immutable(fs: Filesystem) -> None:
