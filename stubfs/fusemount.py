@@ -19,6 +19,7 @@ from stubfs.syscalls import MountAttr
 
 DEVICE = "/dev/fuse"
 FD_PREFIX = "/dev/fd/"
+_OURS = ("fuse.stubfs", "fuse.spfs")
 _DEVICE_NUMBER = os.makedev(10, 229)  # Documentation/admin-guide/devices.txt
 
 
@@ -104,7 +105,7 @@ def check_mountpoint(path: str) -> str:
     """The absolute path of a directory that can be mounted on. StubfsError says why not."""
     absolute = os.path.realpath(path)
     for mountpoint, fstype in _mounts():
-        if mountpoint == absolute and fstype in ("fuse.stubfs", "fuse.spfs"):
+        if mountpoint == absolute and fstype in _OURS:
             raise StubfsError(
                 f"cannot mount on {path}: a stubfs is mounted there already",
                 f"use it, or unmount it first: umount -l {path}",
@@ -201,6 +202,28 @@ def detach(mountpoint: str) -> None:
         if done.returncode:
             text = os.fsdecode(done.stderr).strip().replace("\n", "; ")
             raise PermissionError(error.errno, text or error.strerror, mountpoint) from error
+
+
+def unmount_dead(path: str) -> None:
+    """Take a stubfs off ``path`` whose process was killed, so that it could not do that itself; else nothing.
+
+    StubfsError if it cannot be unmounted.
+    """
+    absolute = os.path.realpath(path)
+    try:
+        os.stat(absolute)
+    except OSError as error:
+        if error.errno not in (errno.ENOTCONN, errno.ECONNABORTED) or (
+            not any(mountpoint == absolute and fstype in _OURS for mountpoint, fstype in _mounts())
+        ):
+            return
+        try:
+            detach(absolute)
+        except OSError as failure:
+            raise StubfsError(
+                f"cannot unmount {path}: {reason(failure)}", f"its process was killed: umount -l {path}",
+                failure.errno or errno.EIO,
+            ) from failure  # fmt: skip
 
 
 # Without root starting is slower anyway: what only that needs is imported there.

@@ -14,7 +14,7 @@ import tempfile
 from types import TracebackType
 from typing import Any, List, Optional, Sequence, Type, Union
 
-from stubfs import interpreter, readiness
+from stubfs import fusemount, interpreter, readiness
 from stubfs.client import FilesystemClient
 from stubfs.errors import StubfsError, UsageError, reason
 from stubfs.messages import FilesystemStatus
@@ -27,12 +27,14 @@ Directory = Union[str, "os.PathLike[str]", int]
 class Mount:
     """A mounted file system; a context manager. ``path`` is the mountpoint, ``client`` its control connection.
 
-    The file system is ours alone: it ends, and the mount goes away, with close(), and also if this process dies.
+    The file system is ours alone: it ends, and the mount goes away, with close(), and also if this process dies. In a
+    forked child close() gives up the child's part of it, and the parent's mount stays.
     """
 
     def __init__(self, path: str, arguments: Sequence[str], timeout: float) -> None:
         self.path = os.path.abspath(path)
         self._lifeline = -1
+        self._maker = os.getpid()
         self._process: Optional["subprocess.Popen[bytes]"] = None
         try:
             # Only to meet: whoever is killed later leaves nothing there.
@@ -75,9 +77,13 @@ class Mount:
 
     @property
     def pid(self) -> int:
-        """Of the process that serves the mount."""
-        assert self._process is not None
-        return self._process.pid
+        """Of the process that serves the mount. StubfsError after close()."""
+        return self._serving().pid
+
+    def _serving(self) -> "subprocess.Popen[bytes]":
+        if self._process is None:
+            raise StubfsError(f"cannot ask the file system of {self.path}: it has been closed", "", errno.ESHUTDOWN)
+        return self._process
 
     def mode(self, mode: str, directory: Optional[Directory] = None, **options: Any) -> FilesystemStatus:
         """Change the mode; "proxy" needs the directory, as a path or as an fd, which stays the caller's.
@@ -86,6 +92,7 @@ class Mount:
 
         Returns when the change is in force. StubfsError says why not; then nothing has changed.
         """
+        self._serving()
         if directory is None or isinstance(directory, int):
             return self.client.mode(mode, directory, **options)
         try:
@@ -100,13 +107,17 @@ class Mount:
             os.close(fd)
 
     def close(self) -> None:
-        """Unmount, lazily, and end the file system: who still uses it gets errors. Again: nothing."""
+        """Unmount, lazily, and end the file system: who still uses it gets errors. Again: nothing.
+
+        StubfsError if its process was killed and the mount cannot be taken away.
+        """
         if self._process is None:
             return
-        try:
-            self.client.quit()
-        except StubfsError:
-            pass  # it has ended: somebody has unmounted it
+        if os.getpid() == self._maker:
+            try:
+                self.client.quit()
+            except StubfsError:
+                pass  # it has ended: somebody has unmounted it
         self.client.close()
         self._end()
 
@@ -115,12 +126,15 @@ class Mount:
             os.close(self._lifeline)
             self._lifeline = -1
         process, self._process = self._process, None
-        if process is not None:
-            try:
-                process.wait(_EXIT_LIMIT)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+        if process is None or os.getpid() != self._maker:
+            return
+        try:
+            process.wait(_EXIT_LIMIT)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        if process.returncode < 0:
+            fusemount.unmount_dead(self.path)
 
     def __enter__(self) -> "Mount":
         return self

@@ -21,7 +21,7 @@ from testing_kit import let_others_in
 
 import stubfs
 from spfs.linux import namespaces
-from stubfs import cli, fusemount, syscalls
+from stubfs import cli, fusemount, readiness, syscalls
 from stubfs.errors import StubfsError, UsageError
 
 pytestmark = [pytest.mark.needs_root, pytest.mark.needs_fuse]
@@ -296,6 +296,37 @@ class TestPython:
             process.send_signal(signal.SIGKILL)
         wait_until(lambda: not os.path.ismount(mountpoint) and not os.path.exists(f"/proc/{pid}"), 10)
         assert os.listdir(temporary) == []
+
+    def test_its_process_is_killed(self, mountpoint: Path) -> None:
+        with stubfs.mount(mountpoint) as fs:
+            os.kill(fs.pid, signal.SIGKILL)
+            wait_until(lambda: outcome(lambda: os.listdir(mountpoint)) == "ENOTCONN", 10)
+        assert not os.path.ismount(mountpoint) and os.listdir(mountpoint) == []
+        with pytest.raises(StubfsError, match="it has been closed"):
+            fs.mode("stub")
+        with pytest.raises(StubfsError, match="it has been closed"):
+            fs.pid
+
+    def test_a_start_that_takes_too_long(self, mountpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Killed after it has mounted, and before it serves."""
+
+        def too_long(ready: int, timeout: float) -> None:
+            wait_until(lambda: str(mountpoint).replace(" ", "\\040") in Path("/proc/self/mountinfo").read_text(), 10)
+            raise TimeoutError(errno.ETIMEDOUT, "not ready")
+
+        monkeypatch.setattr(readiness, "wait", too_long)
+        with pytest.raises(StubfsError, match="give it longer"):
+            stubfs.mount(mountpoint)
+        assert not os.path.ismount(mountpoint)
+
+    def test_a_forked_child_leaves_it_to_its_parent(self, mountpoint: Path) -> None:
+        with stubfs.mount(mountpoint) as fs:
+            with closing(Process(fs.close)) as process:
+                process.result()
+                process.wait()
+            (mountpoint / "file").write_text("text")
+            assert fs.mode("stub").mode == "stub"
+        assert not os.path.ismount(mountpoint)
 
     def test_somebody_unmounts_it(self, mountpoint: Path) -> None:
         with stubfs.mount(mountpoint):

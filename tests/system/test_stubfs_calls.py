@@ -15,6 +15,7 @@ import shutil
 import signal
 import socket
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Sequence
@@ -147,6 +148,7 @@ _NOT_BY_A_RULE = (
     "open", "open again", "open what is not there", "stat", "fstat", "access", "getxattr", "change to a directory",
     "watch",
 )  # fmt: skip
+_WITHOUT_ERRNO = {"access": False, "watch": False, "splice": -1}  # what Python makes of the error
 _EXECUTED = ("execute", "execute what is open")
 
 
@@ -372,3 +374,19 @@ class TestNotFatal:
             wait_until(lambda: os.waitpid(process.pid, os.WNOHANG | _WALL)[0] == process.pid, LIMIT)
             assert _libc.ptrace(_PTRACE_DETACH, process.pid, None, None) == 0
         calls.must_have_results()
+
+
+def test_a_time_limit(calls: Calls) -> None:
+    """Each gets the error that was chosen, and nothing else, also who was interrupted by signals before."""
+    calls.signal(signal.SIGSTOP, signal.SIGCONT)
+    client = calls.fs.client
+    if calls.how == "stub":
+        client.mode("stub", timeout=0.2, errno="ETIMEDOUT")
+    else:
+        client.set_rules([replace(rule, seconds=0.2, errno="ETIMEDOUT") for rule in client.rules()])
+    for name, process in calls.processes.items():
+        if "mapping" in name:
+            assert os.WTERMSIG(process.wait()) == signal.SIGBUS, name
+        else:
+            assert process.result() == _WITHOUT_ERRNO.get(name, "ETIMEDOUT"), name
+    assert client.held() == []
