@@ -16,8 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Dict, Iterator, List, Optional
 
-from stubfs.client import FilesystemClient
-
 NATIVE = "native"
 PLAIN = "fusepy loopback"
 UNCACHED = "loopback, no cache"
@@ -40,27 +38,17 @@ class Place:
         return time.clock_gettime(~self.pid << 3 | 2)  # clock_getcpuclockid(3), which Python does not have
 
 
-@contextmanager
-def _stubfs(mode: str, real: str, mountpoint: str) -> Iterator[int]:
-    socket_path = f"{mountpoint}.sock"
-    command = [sys.executable, "-m", "stubfs", mountpoint, "--mode", mode, "--socket-path", socket_path]
-    command += ["-o", "allow_other"]
-    if mode == "proxy":
-        command += ["--proxy-dir", real]
-    subprocess.run(command, check=True, cwd=_ROOT, timeout=30)
-    try:
-        with FilesystemClient(socket_path, 10) as client:
-            pid = client.status().pid
-        yield pid
-    finally:
-        with FilesystemClient(socket_path, 10) as client:
-            client.quit()
+def _stubfs(mode: str, real: str, mountpoint: str) -> List[str]:
+    # In the foreground, as the others: the scheduler shares CPUs among sessions first (autogroups, sched(7)), so what
+    # is in one of its own waits longer than they do where there is other work.
+    command = [sys.executable, "-m", "stubfs", "-f", mountpoint, "--mode", mode, "-o", "allow_other"]
+    return command + (["--proxy-dir", real] if mode == "proxy" else [])
 
 
 @contextmanager
 def _command(arguments: List[str], mountpoint: str) -> Iterator[int]:
     device = os.stat(mountpoint).st_dev
-    process = subprocess.Popen(arguments)
+    process = subprocess.Popen(arguments, cwd=_ROOT)
     try:
         deadline = time.monotonic() + 10
         while os.stat(mountpoint).st_dev == device:
@@ -90,7 +78,7 @@ def mounted() -> Iterator[Dict[str, Place]]:
                 if name == NATIVE:
                     mountpoint = real
                 elif name.startswith("stubfs"):
-                    pid = stack.enter_context(_stubfs(name.split()[1], real, mountpoint))
+                    pid = stack.enter_context(_command(_stubfs(name.split()[1], real, mountpoint), mountpoint))
                 elif name != "bindfs":
                     timeouts = [] if name == PLAIN else ["attr_timeout=0", "entry_timeout=0"]
                     pid = stack.enter_context(_command([*_LOOPBACK, real, mountpoint, *timeouts], mountpoint))

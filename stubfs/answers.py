@@ -312,7 +312,7 @@ class Answers:
     def readdir(self, worker: Worker, request: Request) -> None:
         fh, offset, size, _, _, _, _ = protocol.READ_IN.unpack_from(request.buffer, BODY)
         file = self._objects.by_handle(worker, request, fh)
-        dirent = protocol.dirent
+        pack = protocol.PACK_DIRENT
         entries = []
         with file.lock:
             if file.position != offset:
@@ -322,7 +322,8 @@ class Answers:
             number_of = self._nodes.entry_numbers(request.node, file.generation, os.fstat(file.fd).st_dev)
             following = file.position
             for following, inode, kind, name in protocol.native_dirents(data):
-                entry = dirent(number_of(name, inode), following, kind, name)
+                length = len(name)
+                entry = pack[length](number_of(name, inode), following, length, kind, name)
                 size -= len(entry)
                 if size < 0:
                     # FUSE's entries are a little larger than the system's: the rest is read again next time.

@@ -129,7 +129,8 @@ OPEN_OUT = struct.Struct("=QII")  # fh open_flags padding
 INIT_OUT = struct.Struct("=IIIIHHIIHHI28x")
 FORGET_ONE = struct.Struct("=QQ")  # nodeid nlookup
 DIRENT = struct.Struct("=QqII")  # ino off namelen type; the name follows, padded to 8 bytes
-_PACK_DIRENT = [struct.Struct(f"{DIRENT.format}{-(-length // 8) * 8}s").pack for length in range(256)]  # by the name's
+# struct.pack() of a whole one, padded, by the length of its name: (node, offset, length, type, name).
+PACK_DIRENT = [struct.Struct(f"{DIRENT.format}{-(-length // 8) * 8}s").pack for length in range(256)]
 NATIVE_DIRENT = struct.Struct("=QqHB")  # struct linux_dirent64: ino off reclen type; the name follows
 # Whole ones, by an eighth of their length, which is always a multiple of 8.
 _UNPACK_NATIVE_DIRENT = [
@@ -253,11 +254,6 @@ def statfs_out(status: os.statvfs_result) -> bytes:
         status.f_blocks, status.f_bfree, status.f_bavail, status.f_files, status.f_ffree,
         status.f_bsize, status.f_namemax, status.f_frsize, 0,
     )  # fmt: skip
-
-
-def dirent(node: int, offset: int, kind: int, name: bytes) -> bytes:
-    length = len(name)
-    return _PACK_DIRENT[length](node, offset, length, kind, name)
 
 
 def native_dirents(data: bytes) -> Iterator[Tuple[int, int, int, bytes]]:

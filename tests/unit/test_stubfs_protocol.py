@@ -67,7 +67,7 @@ def test_device_numbers_as_the_kernel_encodes_them(major: int, minor: int) -> No
 
 def test_directory_entries_are_padded() -> None:
     for name in (b"a", b"12345678", b"n" * 255):
-        entry = protocol.dirent(7, 99, 4, name)
+        entry = protocol.PACK_DIRENT[len(name)](7, 99, len(name), 4, name)
         assert len(entry) % 8 == 0
         assert protocol.DIRENT.unpack_from(entry) == (7, 99, len(name), 4)
         assert entry[protocol.DIRENT.size :].rstrip(b"\0") == name
