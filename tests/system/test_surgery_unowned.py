@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import Iterator
 
 import pytest
+from replace_kit import Scene, scene
 from surgery_kit import Mounts, Victim, mounts, victim
 
+from spfs.errors import SpfsError
 from spfs.references import LeftReference
 from spfs.surgery import unowned
 from spfs.switch import Refused
 
-__all__ = ["mounts", "victim"]
+__all__ = ["mounts", "scene", "victim"]
 
 pytestmark = [pytest.mark.needs_root, pytest.mark.needs_ptrace]
 
@@ -73,6 +75,26 @@ def test_layer_of_an_overlay(mounts: Mounts, victim: Victim, tmp_path: Path) -> 
     finally:
         subprocess.run(["umount", str(merged)], check=True)
     assert mounts.switch().left == []
+
+
+def test_loop_device_of_a_delayed_mount(scene: Scene) -> None:
+    """It has what the real file has, by way of the proxy, as long as it is attached; then the file system ends."""
+    scene.delay()
+    path = scene.file("image", b"real".ljust(1 << 20))
+    device = attach(Path(path))
+    try:
+        scene.client.mode("stub")
+        with pytest.raises(SpfsError, match=f"{device} .image. of process 0 .kernel."):
+            scene.replace(strict=True)
+        scene.untouched()
+        report = scene.replace()
+        (left,) = report["left"]
+        assert (left["pid"], left["kind"], left["what"], left["path"]) == (0, "loop device", device, "image")
+        assert not report["ended"] and scene.types() == ["tmpfs"]
+        assert Path(device).read_bytes()[:5] == b"real "
+    finally:
+        subprocess.run(["losetup", "--detach", device], check=True)
+    scene.replaced()
 
 
 def test_swap_file(tmp_path: Path) -> None:
