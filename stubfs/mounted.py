@@ -69,7 +69,8 @@ class Mount:
                     status = self._process.wait()
                     messages.seek(0)
                     last = messages.read().decode(errors="backslashreplace").strip().rpartition("\n")[2]
-                    raise StubfsError(f"cannot mount on {self.path}: {last or status}", "", errno.EIO) from error
+                    why = last or (f"killed by signal {-status}" if status < 0 else f"exit code {status}")
+                    raise StubfsError(f"cannot mount on {self.path}: {why}", "", errno.EIO) from error
         finally:
             for fd in (ready, tell, lifeline):
                 if fd >= 0:

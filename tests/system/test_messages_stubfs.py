@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -161,6 +162,21 @@ def test_a_file_system_that_takes_too_long_to_start(mnt: Path) -> None:
     with pytest.raises(StubfsError, match=f"cannot mount on {mnt}: not ready in 0 s .give it longer: timeout="):
         stubfs.mount(mnt, timeout=0)
     assert not os.path.ismount(mnt)
+
+
+def test_a_file_system_whose_process_dies_at_its_start(
+    mnt: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\necho no memory >&2\nexit 1\n")
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    with pytest.raises(StubfsError, match=f"cannot mount on {mnt}: no memory") as caught:
+        stubfs.mount(mnt)
+    assert caught.value.errno == errno.EIO
+    python.write_text("#!/bin/sh\nkill -9 $$\n")
+    with pytest.raises(StubfsError, match=f"cannot mount on {mnt}: killed by signal 9"):
+        stubfs.mount(mnt)
 
 
 class TestTheKit:

@@ -264,6 +264,16 @@ class TestRefusals:
             [*command()[:1], "-c", without_device], env=environment(), capture_output=True, text=True, timeout=LIMIT
         )
         assert done.returncode == 3 and "modprobe fuse" in done.stderr and done.stderr.count("\n") == 1
+        without_descriptors = (
+            "import resource, sys; from stubfs.cli import main; resource.setrlimit(resource.RLIMIT_NOFILE, (3, 3)); "
+            f"sys.exit(main([{path!r}]))"
+        )
+        done = subprocess.run(
+            [*command()[:1], "-c", without_descriptors], env=environment(), capture_output=True, text=True,
+            timeout=LIMIT,
+        )  # fmt: skip
+        assert done.returncode == 1 and done.stderr.startswith("stubfs: cannot start: ")
+        assert done.stderr.endswith(": Too many open files\n") and done.stderr.count("\n") == 1
         without_root = (
             "import os, sys; from stubfs.cli import main; import fuse, resource, stubfs.session; "
             "os.environ['PATH'] = ''; os.setgid(65534); os.setuid(65534); "
