@@ -173,6 +173,14 @@ class Daemon:
             sock.setblocking(False)
             commands = Commands(self._session, mountpoint, own_device, self.leave)
             self._control = Control(sock, commands.by_name, self._wake)
+        self._take_signals()
+
+    def _take_signals(self) -> None:
+        """They end run(), also when they come before it: whoever is told that we are ready may send one at once."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: None)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        signal.set_wakeup_fd(self._wake_write, warn_on_full_buffer=False)
 
     def _record_waits(self, path: str) -> None:
         from stubfs.record import Record
@@ -206,10 +214,6 @@ class Daemon:
     def run(self, lifeline: Optional[int] = None) -> None:
         """Until the mount is gone, a signal or a client ends it, nobody holds the pipe ``lifeline`` any more, or the
         process has ended of which it is a pidfd."""
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: None)
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)
-        signal.set_wakeup_fd(self._wake_write, warn_on_full_buffer=False)
         if self._session.has_ended():
             self._wake()
         with selectors.DefaultSelector() as selector:

@@ -213,6 +213,26 @@ def refused(*arguments: str, **settings: object) -> str:
     return lines[0]
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_as_soon_as_it_is_ready(tmp_path: Path, number: int) -> None:
+    """Before the loop is there, which sees to it: the mount goes, and is not left without a server."""
+    code = (
+        "import os, sys; from stubfs import cli, daemon; serve = daemon.Daemon.serve; "
+        f"daemon.Daemon.serve = lambda self, lifeline: (os.kill(os.getpid(), {int(number)}), serve(self, lifeline)); "
+        f"sys.exit(cli.main(['-f', '--lifeline-fd', '0', {str(tmp_path)!r}]))"
+    )
+    with subprocess.Popen([*command()[:1], "-c", code], env=environment(), stdin=subprocess.PIPE) as process:
+        try:
+            if number == signal.SIGHUP:  # as when the terminal is closed: nothing happens
+                wait_until(lambda: os.path.ismount(tmp_path), LIMIT)
+                assert process.stdin is not None and os.listdir(tmp_path) == []
+                process.stdin.close()
+            assert process.wait(LIMIT) == 0
+        finally:
+            process.kill()
+    assert not os.path.ismount(tmp_path)
+
+
 class TestRefusals:
     def test_mountpoints(self, tmp_path: Path, fs: Filesystem) -> None:
         assert "No such file or directory (make it: mkdir -p" in refused(str(tmp_path / "none"))
