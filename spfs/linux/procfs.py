@@ -236,6 +236,15 @@ def parse_descriptor_limits(limits: bytes) -> Tuple[int, int]:
     raise ValueError("no open files in limits")
 
 
+def parse_address_space_limit(limits: bytes) -> Optional[int]:
+    """The soft RLIMIT_AS in bytes; None: there is none."""
+    for line in limits.splitlines():
+        if line.startswith(b"Max address space"):
+            soft = line.split()[3]
+            return None if soft == b"unlimited" else int(soft)
+    raise ValueError("no address space in limits")
+
+
 def tasks(pid: int) -> List[int]:
     """The thread ids of a process; empty if it is gone."""
     try:

@@ -16,7 +16,7 @@ from spfs.errors import SpfsError, reason
 from spfs.freezer import Freezer, NoFreezer
 from spfs.linux import procfs
 from spfs.references import MountRoot, Remains, Resolver
-from spfs.surgery import headroom, maps, selection, turns
+from spfs.surgery import headroom, limits, maps, selection, turns
 from spfs.surgery.compare import Comparison, take_offsets_over
 from spfs.surgery.counterparts import Counterparts
 from spfs.surgery.examine import Examiner
@@ -95,6 +95,7 @@ class Census:
             self._look(frozen)
         self._provide(self.processes.values())
         self._leave_out(frozen)
+        limits.look(self.processes.values())
         self.judge()
         maps.read_ahead(self.processes.values())
 
@@ -147,6 +148,7 @@ class Census:
 
     def judge(self) -> None:
         """What concerns several references at once: some cannot go if others must stay."""
+        limits.look_again(self.processes.values())
         everybody = [*self.processes.values(), *self._others]
         self.kinds.judge(everybody)
         selection.judge(list(self.processes.values()), self._others)

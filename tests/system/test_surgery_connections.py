@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import socket
 import struct
 from typing import Iterator, List
@@ -352,16 +353,20 @@ def test_one_who_cannot_be_operated_on(covered: Mounts, client: Victim, server: 
 e = select.epoll(); e.register(end, select.EPOLLIN); (r, w) = os.pipe()
 child = os.fork()
 if not child:
-    import resource
-    resource.setrlimit(resource.RLIMIT_AS, (4096, 4096))  # no room for anything more
     os.read(r, 1); os.write(end.fileno(), b'child'); os._exit(0)
 """
     )
     wait_until(lambda: process_state(server.run("child")) == "S")
     client.run("end.send(b'kept'); os.set_inheritable(end.fileno(), True)")
     before = server.run("os.fstat(end.fileno()).st_ino"), client.run("os.fstat(end.fileno()).st_ino")
-    report = covered.switch(when_stopped=over(covered))
-    assert {one.pid for one in report.left} == {server.pid, server.run("child")}
+    child = server.run("child")
+
+    def leave_no_room() -> None:
+        over(covered)()
+        resource.prlimit(child, resource.RLIMIT_AS, (4096, 4096))  # that was not known ahead
+
+    report = covered.switch(when_stopped=leave_no_room)
+    assert {one.pid for one in report.left} == {server.pid, child}
     now = server.run("os.fstat(end.fileno()).st_ino"), client.run("os.fstat(end.fileno()).st_ino")
     assert now == before and client.run("os.get_inheritable(end.fileno())") is True
     assert server.run("e.poll(9) == [(end.fileno(), 1)] and end.recv(9)") == b"kept"
