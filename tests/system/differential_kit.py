@@ -156,6 +156,7 @@ def furnish(top: bytes) -> None:
             os.write(fd, name * 3000)
             os.fchown(fd, owner.uid, owner.groups[0] if owner.groups else owner.gid)
             os.fchmod(fd, mode)
+            os.setxattr(fd, "trusted.t", name)
         finally:
             os.close(fd)
 

@@ -144,6 +144,8 @@ class Sides(RuleBasedStateMachine):
             self.do(user, "open", 0, b"a", os.O_RDWR, 0)
             self.do(user, "open", 1, b"d/b", os.O_RDWR | os.O_APPEND, 0)
             self.do(user, "open", 2, b"d", os.O_RDONLY, 0)
+            if self.keeps_maps:
+                self.do(user, "map_keep", 0, 0, True, True)
 
     def teardown(self) -> None:
         ours, theirs = (self.comparable(tree(top)) for top in self.tops)
