@@ -38,7 +38,8 @@ MIB = 1 << 20
 @dataclass(frozen=True)
 class Setting:
     """``processes`` with ``fds`` files each. ``ratio``: to reach, to the bare loop; for ``dirty`` bytes of ``mapped``
-    ones, which are private, to a memcpy of them to new pages. ``threads``: of each, besides the first and the ticker.
+    ones, which are private, to a memcpy of them to new pages; of ``every`` so many pages one is dirty. ``threads``: of
+    each, besides the first and the ticker.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Setting:
     ratio: Optional[float] = None
     mapped: int = 0
     dirty: int = 0
+    every: int = 1
     threads: int = 0
 
 
@@ -57,18 +59,20 @@ SETTINGS = [
     Setting("50x10", 50, 10, 10.0),
     Setting("200x3", 200, 3),
     Setting("memory", 1, 1, 2.0, mapped=1024 * MIB, dirty=64 * MIB),
+    Setting("scattered", 1, 1, 2.0, mapped=1024 * MIB, dirty=64 * MIB, every=2),
     Setting("threads", 1, 10, threads=500),
 ]
 
 _HOLDER = """
 import mmap, os, sys, threading, time
-top, first, count, mapped, dirty, threads, ticks = sys.argv[1], *map(int, sys.argv[2:])
+top, first, count, mapped, dirty, every, threads, ticks = sys.argv[1], *map(int, sys.argv[2:])
+own = range(0, every * dirty, every * mmap.PAGESIZE)
 fds = [os.open(f"{top}/f{i}", os.O_RDWR) for i in range(first, first + count)]
 for fd in fds:
     os.lseek(fd, 3, os.SEEK_SET)
 if mapped:
     memory = mmap.mmap(fds[0], mapped, mmap.MAP_PRIVATE)
-    for start in range(0, dirty, mmap.PAGESIZE):
+    for start in own:
         memory[start] = 1
 over, gap = threading.Event(), [0.0]
 def tick():
@@ -89,7 +93,7 @@ over.set()
 for thread in started:
     thread.join()
 assert all(os.lseek(fd, 0, os.SEEK_CUR) == 3 for fd in fds)
-assert not mapped or all(memory[start] == 1 for start in range(0, dirty, mmap.PAGESIZE)) and memory[dirty] == 0
+assert not mapped or all(memory[start] == 1 for start in own) and memory[every * dirty] == 0
 """
 
 
@@ -111,7 +115,8 @@ class Holder:
 
     def __init__(self, stack: ExitStack, setting: Setting, mount: str, number: int) -> None:
         self.ticks = number in (0, setting.processes - 1)
-        numbers = (number * setting.fds, setting.fds, setting.mapped, setting.dirty, setting.threads, int(self.ticks))
+        memory = (setting.mapped, setting.dirty, setting.every)
+        numbers = (number * setting.fds, setting.fds, *memory, setting.threads, int(self.ticks))
         self._process = subprocess.Popen(
             [sys.executable, "-c", _HOLDER, mount, *map(str, numbers)],
             stdin=subprocess.PIPE,

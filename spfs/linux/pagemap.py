@@ -6,14 +6,17 @@ each page. Documentation/admin-guide/mm/pagemap.rst.
 
 from __future__ import annotations
 
-import ctypes
+import array
+import bisect
 import errno
 import fcntl
+import itertools
+import operator
 import os
 import re
 import struct
 from mmap import PAGESIZE
-from typing import List, NamedTuple
+from typing import Iterable, Iterator, NamedTuple, Tuple
 
 _SCAN = 0xC0606610  # _IOWR('f', 16, struct pm_scan_arg)
 _ARGUMENT = struct.Struct("<12Q")
@@ -34,12 +37,53 @@ class Range(NamedTuple):
     end: int
 
 
+class Runs:
+    """Ranges in ascending order. There can be a hundred thousand of them: the interpreter does nothing for each."""
+
+    def __init__(self, starts: "Iterable[int]" = (), ends: "Iterable[int]" = ()) -> None:
+        self.starts, self.ends = array.array("Q", starts), array.array("Q", ends)
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def __iter__(self) -> Iterator[Range]:
+        return map(Range, self.starts, self.ends)
+
+    def lengths(self) -> "array.array[int]":
+        """Bytes of each."""
+        return array.array("Q", map(operator.sub, self.ends, self.starts))
+
+    def extend(self, starts: "array.array[int]", ends: "array.array[int]") -> None:
+        """Append ranges that lie behind these; the first of them may continue the last one here."""
+        if self.ends and starts and self.ends[-1] == starts[0]:
+            self.ends.pop()
+            starts = starts[1:]
+        self.starts += starts
+        self.ends += ends
+
+    def append(self, start: int, end: int) -> None:
+        self.extend(array.array("Q", [start]), array.array("Q", [end]))
+
+    def part(self, first: int, count: int, size: int) -> "Tuple[Runs, int]":
+        """At most ``count`` ranges from number ``first`` on, of at most ``size`` bytes together; and the number of what
+        comes behind them, which begins later from now on if its first bytes are among them."""
+        starts, ends = self.starts[first : first + count], self.ends[first : first + count]
+        sizes = list(itertools.accumulate(map(operator.sub, ends, starts), initial=0))
+        whole = bisect.bisect_right(sizes, size) - 1
+        taken = Runs(starts[:whole], ends[:whole])
+        if whole < len(starts) and sizes[whole] < size:
+            cut = starts[whole] + size - sizes[whole]
+            taken.append(starts[whole], cut)
+            self.starts[first + whole] = cut
+        return taken, first + whole
+
+
 class Pages(NamedTuple):
     """``own``: written to, of a private mapping (anonymous now, in memory or swapped out). ``guards``: madvise(2)'s
-    MADV_GUARD_INSTALL. Ranges in ascending order."""
+    MADV_GUARD_INSTALL."""
 
-    own: List[Range]
-    guards: List[Range]
+    own: Runs
+    guards: Runs
 
 
 def _entry_class(of_guards: bool) -> "re.Pattern[bytes]":
@@ -64,7 +108,7 @@ class PageMap:
 
     def __init__(self, tid: int, by_entry: bool = False) -> None:
         self._fd = os.open(f"/proc/{tid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
-        self._ranges = (ctypes.c_uint64 * (3 * _RANGES))()
+        self._ranges = array.array("Q", bytes(24 * _RANGES))
         self._by_entry = by_entry
         self._guard = _GUARD  # 0 for a kernel that knows no such category, and has no guards in files (before 6.15)
 
@@ -89,26 +133,31 @@ class PageMap:
         return self._read(start, end)
 
     def _scan(self, start: int, end: int) -> Pages:
-        pages = Pages([], [])
+        pages = Pages(Runs(), Runs())
         while start < end:
             unwanted, wanted = _FILE, _PRESENT | _SWAPPED
             argument = bytearray(
                 _ARGUMENT.pack(
-                    *(_ARGUMENT.size, 0, start, end, 0, ctypes.addressof(self._ranges), _RANGES, 0),
+                    *(_ARGUMENT.size, 0, start, end, 0, self._ranges.buffer_info()[0], _RANGES, 0),
                     *(unwanted, unwanted, wanted, self._guard),
                 )
             )
             count = fcntl.ioctl(self._fd, _SCAN, argument)
-            for first, last, category in zip(*[iter(self._ranges[: 3 * count])] * 3):
-                _append(pages.guards if category & _GUARD else pages.own, first, last)
+            found = self._ranges[: 3 * count]
+            firsts, lasts, categories = found[::3], found[1::3], found[2::3]
+            if not any(categories):
+                pages.own.extend(firsts, lasts)
+            else:
+                for first, last, category in zip(firsts, lasts, categories):
+                    (pages.guards if category & _GUARD else pages.own).append(first, last)
             if count < _RANGES:
                 break
             # The kernel may have come farther: what it told stays if its own, smaller buffer was full in between.
-            start = max(last, _ARGUMENT.unpack(argument)[_WALK_END])
+            start = max(lasts[-1], _ARGUMENT.unpack(argument)[_WALK_END])
         return pages
 
     def _read(self, start: int, end: int) -> Pages:
-        pages = Pages([], [])
+        pages = Pages(Runs(), Runs())
         if (end - start) // PAGESIZE > _MOST_ENTRIES:
             raise OSError(errno.EFBIG, "it is too large for a kernel without PAGEMAP_SCAN (before Linux 6.7)")
         while start < end:
@@ -119,12 +168,6 @@ class PageMap:
                 raise OSError(errno.ESRCH, "the page map ends early")
             for found, pattern in ((pages.own, _OWN_ENTRIES), (pages.guards, _GUARD_ENTRIES)):
                 for match in pattern.finditer(marks):
-                    _append(found, start + match.start() * PAGESIZE, start + match.end() * PAGESIZE)
+                    found.append(start + match.start() * PAGESIZE, start + match.end() * PAGESIZE)
             start += len(marks) * PAGESIZE
         return pages
-
-
-def _append(ranges: List[Range], start: int, end: int) -> None:
-    if ranges and ranges[-1].end == start:
-        start = ranges.pop().start
-    ranges.append(Range(start, end))

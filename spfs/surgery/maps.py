@@ -12,13 +12,12 @@ from __future__ import annotations
 import array
 import logging
 import os
-import struct
 from dataclasses import dataclass
 from typing import Callable, Dict, Iterable, Iterator, List, NamedTuple, Tuple
 
 from spfs.linux.arch import LOAD_ARGUMENT_0, LOAD_ARGUMENT_4
 from spfs.linux.calls import ENTRY, CallTable, result_address
-from spfs.linux.pagemap import PageMap, Pages, Range
+from spfs.linux.pagemap import PageMap, Pages, Range, Runs
 from spfs.surgery import headroom, message
 from spfs.surgery.records import Memory, Process, Region
 from spfs.surgery.tables import run_table
@@ -96,7 +95,7 @@ class _Piece(NamedTuple):
     mapping: _Mapping
     start: int
     end: int
-    runs: List[Range]
+    runs: Runs
 
     @property
     def length(self) -> int:
@@ -230,31 +229,32 @@ class Exchange:
         address = tracee.base + USER
         vectors = bytearray()
         reads: List[Tuple[int, int]] = []  # addresses of the two vectors of each piece
-        for piece in batch:
-            reads.append((address + len(vectors), address + len(vectors) + 16 * len(piece.runs)))
-            vectors += _vector(piece.runs, piece.mapping.aside - piece.mapping.start) + _vector(piece.runs, 0)
+        sizes = [piece.runs.lengths() for piece in batch]
+        for piece, lengths in zip(batch, sizes):
+            reads.append((address + len(vectors), address + len(vectors) + 16 * len(lengths)))
+            there = map((piece.mapping.aside - piece.mapping.start).__add__, piece.runs.starts)
+            vectors += _vector(array.array("Q", there), lengths) + _vector(piece.runs.starts, lengths)
         calls = CallTable()
         own_id = result_address(address + len(vectors) + -len(vectors) % ENTRY, calls.add("gettid"))
         copies: List[int] = []
         protections: Dict[int, _Piece] = {}
-        for piece, (local, remote) in zip(batch, reads):
+        for piece, lengths, (local, remote) in zip(batch, sizes, reads):
             mapping = piece.mapping
             if piece.is_first and not mapping.protection & _READ:
                 calls.add("mprotect", mapping.start, mapping.length, _READ)
-            for run in piece.runs:
-                if run.end - run.start >= _POPULATED:
+            for start, length in zip(piece.runs.starts, lengths):
+                if length >= _POPULATED:
                     # Cheaper than a fault for each; unknown before Linux 5.14, and what fails there fails below.
-                    calls.add("madvise", mapping.there(run.start), run.end - run.start, _POPULATE_WRITE)
-            count = len(piece.runs)
+                    calls.add("madvise", mapping.there(start), length, _POPULATE_WRITE)
+            count = len(lengths)
             arguments = (own_id, local, count, remote, count, 0)
             copies.append(calls.add("process_vm_readv", *arguments, load=LOAD_ARGUMENT_0))
             if mapping.protection != _READ | _WRITE:
-                there = mapping.there(piece.start)
-                protections[calls.add("mprotect", there, piece.length, mapping.protection)] = piece
+                protections[calls.add("mprotect", mapping.there(piece.start), piece.length, mapping.protection)] = piece
         outcome = yield from run_table(tracee, calls, bytes(vectors))
-        for entry, piece in zip(copies, batch):
+        for entry, piece, lengths in zip(copies, batch, sizes):
             result = outcome[entry]
-            if result != sum(run.end - run.start for run in piece.runs):
+            if result != sum(lengths):
                 why = os.strerror(-result) if result < 0 else "not all of them can be had"
                 _fail(piece, f"its pages cannot be copied: {why}")
         for entry, piece in protections.items():
@@ -301,30 +301,32 @@ def _batches(mappings: List[_Mapping], allowance: Callable[[], int]) -> Iterator
     size = count = 0
     most = allowance()
     for mapping in mappings:
-        start = mapping.start
-        runs: List[Range] = []
-        for own in mapping.pages.own:
-            first = own.start
-            while first < own.end and mapping.region.problem is None:
-                if size and size == most or count == _RUNS:
-                    # Of one that has only been come to, there is nothing yet: no call takes an empty range.
-                    yield batch + ([_Piece(mapping, start, first, runs)] if first > start else [])
-                    batch, start, runs, size, count = [], first, [], 0, 0
-                    most = allowance()
-                if most < LEAST:
-                    why = f"its pages cannot be copied: its memory cgroup is {most >> 10} KiB from its limit"
-                    _fail(_Piece(mapping, start, first, []), why)
-                    break
-                run = Range(first, min(own.end, first + most - size))
-                runs.append(run)
-                size, count, first = size + run.end - run.start, count + 1, run.end
+        start, runs = mapping.start, Runs()
+        own, done = Runs(mapping.pages.own.starts, mapping.pages.own.ends), 0
+        while done < len(own) and mapping.region.problem is None:
+            first = own.starts[done]
+            if size and size == most or count == _RUNS:
+                # Of one that has only been come to, there is nothing yet: no call takes an empty range.
+                yield batch + ([_Piece(mapping, start, first, runs)] if first > start else [])
+                batch, start, runs, size, count = [], first, Runs(), 0, 0
+                most = allowance()
+            if most < LEAST:
+                why = f"its pages cannot be copied: its memory cgroup is {most >> 10} KiB from its limit"
+                _fail(_Piece(mapping, start, first, Runs()), why)
+                break
+            part, done = own.part(done, _RUNS - count, most - size)
+            runs.extend(part.starts, part.ends)
+            size, count = size + sum(part.lengths()), count + len(part)
         batch.append(_Piece(mapping, start, mapping.start + mapping.length, runs))
     if batch:
         yield batch
 
 
-def _vector(runs: Iterable[Range], offset: int) -> bytes:
-    return b"".join(struct.pack("<QQ", run.start + offset, run.end - run.start) for run in runs)
+def _vector(starts: "array.array[int]", lengths: "array.array[int]") -> bytes:
+    """An array of struct iovec."""
+    vector = array.array("Q", bytes(16 * len(starts)))
+    vector[::2], vector[1::2] = starts, lengths
+    return vector.tobytes()
 
 
 def _fail(piece: _Piece, why: str) -> None:

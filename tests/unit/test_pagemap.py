@@ -9,7 +9,7 @@ import tempfile
 
 import pytest
 
-from spfs.linux.pagemap import PageMap
+from spfs.linux.pagemap import PageMap, Runs
 
 PAGE = mmap.PAGESIZE
 PAGES = 4500
@@ -27,8 +27,8 @@ def test_pages_of_a_private_mapping(by_entry: bool) -> None:
         for page in written:
             memory[page * PAGE] = 1
         with PageMap(os.getpid(), by_entry) as page_map:
-            own, guards = page_map.pages(start, start + PAGES * PAGE)
-            assert page_map.pages(start + 30 * PAGE, start + 40 * PAGE) == ([], [])
+            own, guards = map(list, page_map.pages(start, start + PAGES * PAGE))
+            assert [*map(len, page_map.pages(start + 30 * PAGE, start + 40 * PAGE))] == [0, 0]
         pages = [(address - start) // PAGE for run in own for address in range(run.start, run.end, PAGE)]
         assert pages == sorted(written)
         assert all(first.end < second.start for first, second in zip(own, own[1:])) and guards == []
@@ -44,9 +44,25 @@ def test_guards(by_entry: bool) -> None:
     if madvise(start + 2 * PAGE, 3 * PAGE, 102) != 0:
         pytest.skip("this kernel has no MADV_GUARD_INSTALL (Linux 6.13)")
     with PageMap(os.getpid(), by_entry) as page_map:
-        own, guards = page_map.pages(start, start + 8 * PAGE)
+        own, guards = map(list, page_map.pages(start, start + 8 * PAGE))
     assert guards == [(start + 2 * PAGE, start + 5 * PAGE)]
     assert own == [(start, start + PAGE), (start + 6 * PAGE, start + 7 * PAGE)]
+
+
+def test_parts_of_runs() -> None:
+    runs = Runs([0, 20, 40, 60], [10, 30, 50, 90])
+    taken, following = runs.part(0, 2, 100)
+    assert (list(taken), following) == ([(0, 10), (20, 30)], 2)
+    taken, following = runs.part(2, 9, 10)  # as much as fits, up to the end of one
+    assert (list(taken), following) == ([(40, 50)], 3)
+    taken, following = runs.part(3, 9, 12)  # one that is cut in two
+    assert (list(taken), following, list(runs)[3]) == ([(60, 72)], 3, (72, 90))
+    taken, following = runs.part(3, 9, 18)
+    assert (list(taken), following) == ([(72, 90)], 4)
+    joined = Runs()
+    for start, end in ((0, 2), (2, 4), (6, 8)):
+        joined.append(start, end)
+    assert list(joined) == [(0, 4), (6, 8)] and list(joined.lengths()) == [4, 2]
 
 
 def test_a_process_that_has_ended() -> None:
