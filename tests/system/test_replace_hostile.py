@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import signal
+import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any, Iterator, List
 
 import pytest
 from manager_kit import alive, run
-from replace_kit import FREEZERS, TIMEOUT, Scene, paused_at, scene, scene_at
+from replace_kit import FREEZERS, TIMEOUT, Scene, paused_at, scene, scene_at, standing_still
 from surgery_kit import Victim
 
 from spfs.errors import SpfsError
@@ -300,3 +301,51 @@ def test_the_work_directory_is_taken_away(scene: Scene, killed: bool) -> None:
     scene.replaced()
     if os.path.exists(scene.control):
         os.unlink(scene.control)  # it was not where its file system looked for it in the end
+
+
+@pytest.mark.parametrize("kind", FREEZERS)
+def test_programs_that_execute_themselves_all_the_time(scene: Scene, kind: str) -> None:
+    """A process has another memory each time that it is looked at."""
+    user = in_use(scene)
+    script = scene.base / "again"
+    script.write_text('read line <&7; [ "$line" = "real contents" ] || exit 1; exec sh "$0" 7<file\n')
+    (scene.export / "file").write_bytes(CONTENTS + b"\n")
+    loops = [subprocess.Popen(["sh", "-c", f"exec 7<file; exec sh {script}"], cwd=scene.mnt) for _ in range(3)]
+    try:
+        scene.held_by(*(one.pid for one in loops))
+        group = scene.cgroup(kind, *(one.pid for one in loops))
+        report = scene.replace(freeze_cgroup=group)
+        if report["left"]:
+            assert {one["pid"] for one in report["left"]} <= {one.pid for one in loops}
+            assert scene.replace(freeze_cgroup=group)["left"] == []
+        assert [one.poll() for one in loops] == [None] * 3
+        assert not [state for one in loops for state in standing_still(one.pid)]
+        assert user.run("os.pread(file, 13, 0)") == CONTENTS
+        scene.replaced()
+    finally:
+        for one in loops:
+            one.kill()
+            one.wait()
+
+
+@paused_at("stopped", "exchanged", "operated")
+@pytest.mark.parametrize("which", ["first", "another", "all"])
+def test_tasks_that_are_killed_in_the_blackout(scene: Scene, which: str) -> None:
+    """A thread cannot be killed alone, but its process: the others go on, and nobody waits for it."""
+    user, other = in_use(scene), scene.victim(cwd=scene.mnt)
+    user.run("over = threading.Event(); threads = [threading.Thread(target=over.wait) for _ in range(3)]")
+    user.run("[one.start() for one in threads]")
+    scene.ask(freeze_cgroup=scene.cgroup("v1", user.pid, other.pid))
+    scene.manager.reached()
+    tasks = sorted(int(name) for name in os.listdir(f"/proc/{user.pid}/task"))
+    for tid in {"first": tasks[:1], "another": tasks[2:3], "all": [*tasks, other.pid]}[which]:
+        os.kill(tid, signal.SIGKILL)
+    scene.manager.no_more()
+    scene.manager.go()
+    report = scene.wait()
+    assert [one for one in report["left"] if one["pid"] == other.pid] == []
+    assert user.process.wait(TIMEOUT) == -signal.SIGKILL
+    if which != "all":
+        assert other.run("1 + 1") == 2 and standing_still(other.pid) == []
+    wait_until(lambda: not alive(scene.filesystem), what="the file system process to end")
+    assert scene.types() == ["tmpfs"]
