@@ -86,6 +86,9 @@ def test_an_owner_that_sleeps_is_replaced_and_stands_by_afterwards(served: Serve
 def test_an_owner_that_runs_is_left_alone(served: Served) -> None:
     # Without the interpreter's lock, so that it truly runs, or waits for a CPU, while it is looked at.
     worker = _begin(served, lambda: hashlib.pbkdf2_hmac("sha256", b"", b"", 1_000_000))
+    deadline = time.monotonic() + _LIMIT
+    while worker.sleeps():  # it waits for the lock that it is about to give up
+        assert time.monotonic() < deadline
     seen = []
     for _ in range(3):
         served.lane.check(time.monotonic())
