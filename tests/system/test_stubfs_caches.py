@@ -116,7 +116,11 @@ def test_writers_at_full_speed_across_the_change(fs: Filesystem) -> None:
         assert real[page + 1 : page + mmap.PAGESIZE] == b"R" * (mmap.PAGESIZE - 1)
 
 
-def test_a_process_with_dirty_pages_dies_in_stub_mode(fs: Filesystem) -> None:
+@pytest.mark.parametrize("before", ["restore", "proxy"])  # what was opened in proxy mode is written back by its close
+def test_a_process_with_dirty_pages_dies_in_stub_mode(fs: Filesystem, before: str) -> None:
+    if before == "proxy":
+        fs.proxy()
+
     def dirty() -> None:
         with open(fs.path / "f", "r+b") as file, mmap.mmap(file.fileno(), SIZE) as mapping:
             mapping[0:5] = b"dirty"

@@ -18,7 +18,7 @@ import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Sequence
+from typing import Any, Callable, Dict, Iterator, List, Sequence, Set
 
 import pytest
 from stubfs_kit import LIMIT, Filesystem, Process, mounted, wait_until
@@ -207,6 +207,14 @@ class Calls:
         self.processes = {name: process for name, process in self.processes.items() if not process.finished()}
         spared = () if self.how == "stub" else _NOT_BY_A_RULE
         assert [name for name in CALLS if name not in spared] == list(self.processes)
+        self._requests = self._waited_for()
+
+    def _waited_for(self) -> Dict[int, Set[int]]:
+        """process -> unique numbers of its requests."""
+        found: Dict[int, Set[int]] = {process.pid: set() for process in self.processes.values()}
+        for item in self.fs.client.held():
+            found.get(item.pid, set()).add(item.unique)
+        return found
 
     def signal(self, *numbers: int) -> None:
         for number in numbers:
@@ -235,6 +243,9 @@ class Calls:
         deadline = time.monotonic() + 0.7  # longer than it takes to be looked at again
         while time.monotonic() < deadline:
             assert [name for name, process in self.processes.items() if process.finished(0.01)] == []
+        # The same waits: Python asks again after an EINTR (PEP 475), which others would have seen.
+        found = self._waited_for()
+        assert found == {process.pid: self._requests[process.pid] for process in self.processes.values()}
         if self.how == "stub":
             self.fs.proxy()
         else:

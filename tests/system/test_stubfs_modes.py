@@ -8,6 +8,7 @@ import mmap
 import os
 import socket
 import stat
+import threading
 from pathlib import Path
 from typing import Iterator
 
@@ -281,12 +282,28 @@ class TestStub:
         assert fs.client.status().held == 0
         open_file.close()
 
-    def test_a_process_can_close_its_files(self, fs: Filesystem) -> None:
-        (fs.path / "f").write_text("x")
-        fd = os.open(fs.path / "f", os.O_RDWR)
-        assert len(fs.client.handles()) == 1
+    @pytest.mark.parametrize("before", ["restore", "proxy"])  # only what was opened in proxy mode is flushed at all
+    def test_a_process_can_close_its_files(self, fs: Filesystem, before: str) -> None:
+        for top in (fs.path, fs.real):
+            (top / "f").write_text("x")
+        if before == "proxy":
+            fs.proxy()
+        opened = threading.Event()
+        fs_is_stub = threading.Event()
+
+        def open_and_close() -> None:
+            fd = os.open(fs.path / "f", os.O_RDWR)
+            opened.set()
+            assert fs_is_stub.wait(10)
+            os.close(fd)
+
+        closing = threading.Thread(target=open_and_close, daemon=True)
+        closing.start()
+        assert opened.wait(10) and len(fs.client.handles()) == 1
         fs.client.mode("stub")
-        os.close(fd)
+        fs_is_stub.set()
+        closing.join(10)
+        assert not closing.is_alive(), fs.client.held()
         fs.client.mode("restore")
         wait_until(lambda: not fs.client.handles(), 5)
 

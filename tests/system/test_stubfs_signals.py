@@ -39,7 +39,13 @@ def waiting(fs: Filesystem) -> List[HeldRequest]:
     return [item for item in fs.client.held() if item.tid]
 
 
-def reader(fs: Filesystem, prepare: object = None) -> Process:
+class Reader(Process):
+    """A process that waits. ``request``: the one it waits for, by its unique number."""
+
+    request = 0
+
+
+def reader(fs: Filesystem, prepare: object = None) -> Reader:
     """A process that is blocked in an open; its result is what it then read."""
 
     def read() -> str:
@@ -48,15 +54,17 @@ def reader(fs: Filesystem, prepare: object = None) -> Process:
         return (fs.path / "f").read_text()
 
     held = len(waiting(fs))
-    process = fs.run(read)
+    process = Reader(read)
+    fs.processes.append(process)
     fs.wait_held(held + 1)
+    (process.request,) = [item.unique for item in waiting(fs) if item.pid == process.pid]
     return process
 
 
-def must_go_on(fs: Filesystem, process: Process) -> None:
-    """The wait has not ended, and ends well."""
+def must_go_on(fs: Filesystem, process: Reader) -> None:
+    """The wait has not ended, and ends well. It is the same wait: Python asks again after an EINTR (PEP 475)."""
     assert not process.finished(0.7)  # longer than it takes to be looked at again
-    assert [item.pid for item in waiting(fs)] == [process.pid]
+    assert [(item.pid, item.unique) for item in waiting(fs)] == [(process.pid, process.request)]
     fs.proxy()
     assert process.result() == "real"
 
@@ -136,6 +144,7 @@ def test_ptrace_attach_and_detach(fs: Filesystem) -> None:
     assert libc.ptrace(_PTRACE_SEIZE, process.pid, None, None) == 0
     assert libc.ptrace(_PTRACE_INTERRUPT, process.pid, None, None) == 0
     assert not process.finished(0.7)
+    assert [item.unique for item in waiting(fs)] == [process.request]
     fs.proxy()
     # Let go by the file system, it stops for us at last.
     wait_until(lambda: os.waitpid(process.pid, os.WNOHANG | 0x40000000)[0] == process.pid, 5)
@@ -169,7 +178,7 @@ VERSIONS = [pytest.param(1, marks=pytest.mark.needs_cgroup1), pytest.param(2, ma
 
 
 @contextmanager
-def frozen_and_thawed(fs: Filesystem, version: int) -> Iterator[Process]:
+def frozen_and_thawed(fs: Filesystem, version: int) -> Iterator[Reader]:
     """A process that waits, and that was told to freeze in between, which it cannot do while it waits."""
     path = freezer(version)
     control, freeze, thaw, state = (
