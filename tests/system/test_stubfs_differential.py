@@ -98,7 +98,7 @@ SAID_FIRST = {
       for early in ("ENOTDIR", "EISDIR", "ENOENT", "EBUSY", "EEXIST", "EINVAL", "ENAMETOOLONG")
       for late in ("EPERM", "EACCES")),
     ("mknod", "EPERM", "EACCES"),
-    ("link_open", "ENOENT", "EPERM"),  # no links left
+    *((operation, "ENOENT", "EPERM") for operation in ("link_open", "link_empty")),  # no links left
     ("open", "EPERM", "EACCES"),  # O_NOATIME
     ("open", "EISDIR", "EACCES"),  # O_CREAT and a slash at the end
     ("fallocate", "ENOTSUP", "EPERM"),  # of a mode that there is not
