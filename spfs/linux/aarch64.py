@@ -96,6 +96,8 @@ _LOCAL_LISTING = (
 _LOCAL = bytes.fromhex("f353bfa9f30300aaf40301aa") + _CORE + bytes.fromhex("f353c1a8c0035fd6")
 
 _CALLS = {
+    "execve": 221,
+    "execveat": 281,
     "read": 63,
     "ioctl": 29,
     "close": 57,

@@ -105,6 +105,8 @@ _LOCAL_LISTING = (
 _LOCAL = bytes.fromhex("415441554989fc4989f5") + _CORE + bytes.fromhex("415d415cc3")
 
 _CALLS = {
+    "execve": 59,
+    "execveat": 322,
     "read": 0,
     "ioctl": 16,
     "close": 3,

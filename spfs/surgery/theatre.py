@@ -41,6 +41,11 @@ class Theatre:
         for tid in procfs.tasks(pid):
             if tid in members or pid in self.problems:
                 continue
+            if self.waits.is_starting(pid, tid):
+                # PTRACE_SEIZE takes the process's cred_guard_mutex, which execve(2) keeps: it would wait with it, in a
+                # blackout, for a file system that hangs.
+                self._give_up(pid, f"it starts a program (task {tid}), which waits in a file system")
+                break
             try:
                 self._seize(tid)
                 ptrace.interrupt(tid)

@@ -7,6 +7,8 @@ which nothing tells but the scheduler: when the task last ran. That is noted bef
 What waits on a socket with a time limit (SO_RCVTIMEO, SO_SNDTIMEO) is begun again, too, and with all of its limit: that
 belongs to the socket, which others may use, and is read when a call begins.
 
+Whoever is inside execve(2) is told, too: nobody can begin to trace a process until that call ends.
+
 select(2), pselect(2) and ppoll(2) are restarted by the kernel, with the time that was left when they were stopped, in
 the caller's own structure: there, the time of the standstill is taken off.
 """
@@ -20,7 +22,7 @@ import re
 import struct
 import time
 from dataclasses import dataclass
-from typing import Dict, Iterable, Set, Tuple
+from typing import Dict, Iterable, List, Optional, Set, Tuple
 
 from spfs.linux import procfs, ptrace
 from spfs.linux.arch import Architecture, Noted
@@ -59,6 +61,8 @@ _CALLS: Dict[str, Tuple[_Form, int]] = {  # with the argument's index
         (_Form.SOCKET, 0),
     ),
 }
+_STARTS = ("execve", "execveat")
+_STARTING = 0.05  # seconds after which somebody who starts a program is taken to hang in a file system
 _BEGUN_AGAIN = (_Form.NONE, _Form.SOCKET)  # whatever time has passed
 _ERESTARTNOHAND = 514
 _KEPT = {_Form.KEPT_TIMESPEC: 1, _Form.KEPT_TIMEVAL: 1000}  # ns of the unit in the structure's second word
@@ -87,6 +91,8 @@ class Waits:
         self._architecture = architecture
         numbers = ((architecture.calls.get(name), rule) for name, rule in _CALLS.items())
         self._rules = {number: rule for number, rule in numbers if number is not None}
+        self._starts_by = [architecture.calls[name] for name in _STARTS]
+        self._starting: Dict[int, Optional[int]] = {}  # pid -> its task inside execve(2)
         self._noted: Dict[int, Noted] = {}
         self._timed: Dict[int, _Timed] = {}
         self._unknown: Set[int] = set()  # tasks that wait for a time of which nobody knows when it began
@@ -99,18 +105,49 @@ class Waits:
         clock = _SchedulerClock()
         try:
             for pid in pids:
+                self._starting[pid] = None
                 for tid in procfs.tasks(pid):
                     try:
-                        self._note(tid, clock)
+                        if self._note(tid, clock) in self._starts_by:
+                            self._starting[pid] = tid
                     except (OSError, ValueError):
                         continue  # it has ended, or the kernel does not tell (/proc/TID/sched, Linux with SCHED_DEBUG)
         finally:
             clock.close()
+        self._wait_for_starts()
 
-    def _note(self, tid: int, clock: "_SchedulerClock") -> None:
+    def _wait_for_starts(self) -> None:
+        deadline = time.monotonic() + _STARTING
+        while True:
+            for pid, tid in self._starting.items():
+                if tid is not None and not self._starts(tid):
+                    self._starting[pid] = None
+            if not any(self._starting.values()) or time.monotonic() > deadline:
+                return
+            time.sleep(0.002)  # the kernel tells nobody
+
+    def is_starting(self, pid: int, tid: int) -> bool:
+        """Was the process inside execve(2) when it was noted, and for longer than that takes? Of one that was not: is
+        the task, now?"""
+        return self._starting[pid] is not None if pid in self._starting else self._starts(tid)
+
+    def _starts(self, tid: int) -> bool:
+        try:
+            word = procfs.read(f"/proc/{tid}/syscall").split()[0]
+            return word != b"running" and int(word) in self._starts_by
+        except (OSError, ValueError, IndexError):
+            return False
+
+    def _note(self, tid: int, clock: "_SchedulerClock") -> int:
+        """The number of the call that it waits in, -1 for none."""
         words = procfs.read(f"/proc/{tid}/syscall").split()
-        if len(words) < 9 or int(words[0]) not in self._rules:
-            return
+        if len(words) < 9:
+            return -1
+        if int(words[0]) in self._rules:
+            self._note_wait(tid, words, clock)
+        return int(words[0])
+
+    def _note_wait(self, tid: int, words: List[bytes], clock: "_SchedulerClock") -> None:
         *arguments, pointer, instruction = (int(word, 16) for word in words[1:9])
         self._noted[tid] = Noted(int(words[0]), tuple(arguments), pointer, instruction)
         form, index = self._rules[int(words[0])]

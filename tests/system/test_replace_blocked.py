@@ -358,3 +358,36 @@ def test_who_is_stopped_before_stays_stopped_and_goes_on_with_sigcont(scene: Sce
     call.go()
     assert call.result()["buffer"] == "34567" and call.process.wait(TIMEOUT) == 0
     scene.replaced()
+
+
+@pytest.mark.parametrize("frozen", FREEZERS)
+def test_whoever_starts_a_program_on_another_mount_that_hangs(scene: Scene, tmp_path: Path, frozen: str) -> None:
+    """To seize it would be to wait with it, while everybody stands still."""
+    scene.delay()
+    path = scene.file("file", b"real contents")
+    hung = tmp_path / "hung"
+    hung.mkdir()
+    scene.client.mount("hung", str(hung))
+    (hung / "program").write_bytes(Path("/bin/cat").read_bytes())
+    (hung / "program").chmod(0o755)
+    other = scene.victim()
+    other.run(f"file = open({path!r})")
+    scene.client.mode("stub", "hung")
+    with open(path) as given:
+        starting = subprocess.Popen(["sh", "-c", f"exec {hung}/program"], stdin=given, stdout=subprocess.PIPE)
+    group = None
+    try:
+        pid = wait_until(lambda: [one["pid"] for one in scene.client.held("hung")], TIMEOUT)[0]
+        group = scene.cgroup(frozen, other.pid) if frozen != "none" else None
+        begin = time.monotonic()
+        report = scene.replace(**({"freeze_cgroup": group} if group else {}))
+        assert time.monotonic() - begin < 10 and report["blackout"] < 5
+        assert [(one["pid"], one["reason"].split(" (")[0]) for one in report["left"]] == [(pid, "it starts a program")]
+        assert other.run("file.read()") == "real contents"
+        scene.client.mode("restore", "hung")
+        assert starting.communicate(timeout=TIMEOUT)[0] == b"real contents"
+    finally:
+        starting.kill()
+        starting.wait()
+        scene.client.unmount("hung", force=True)
+    scene.replaced()
