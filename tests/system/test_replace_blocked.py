@@ -15,6 +15,7 @@ from replace_kit import FREEZERS, TIMEOUT, Scene, paused_at, scene
 from surgery_kit import compile_c
 
 from spfs.testing import process_state, wait_until
+from stubfs.rules import Rule
 
 __all__ = ["scene"]
 
@@ -361,8 +362,11 @@ def test_who_is_stopped_before_stays_stopped_and_goes_on_with_sigcont(scene: Sce
 
 
 @pytest.mark.parametrize("frozen", FREEZERS)
-def test_whoever_starts_a_program_on_another_mount_that_hangs(scene: Scene, tmp_path: Path, frozen: str) -> None:
-    """To seize it would be to wait with it, while everybody stands still."""
+@pytest.mark.parametrize("operation", ["open", "read"])
+def test_whoever_starts_a_program_on_another_mount_that_hangs(
+    scene: Scene, tmp_path: Path, frozen: str, operation: str
+) -> None:
+    """When it reads the program's beginning, to seize it would be to wait with it, while everybody stands still."""
     scene.delay()
     path = scene.file("file", b"real contents")
     hung = tmp_path / "hung"
@@ -372,7 +376,7 @@ def test_whoever_starts_a_program_on_another_mount_that_hangs(scene: Scene, tmp_
     (hung / "program").chmod(0o755)
     other = scene.victim()
     other.run(f"file = open({path!r})")
-    scene.client.mode("stub", "hung")
+    scene.client.set_rules([Rule("hold", operations=[operation])], "hung")
     with open(path) as given:
         starting = subprocess.Popen(["sh", "-c", f"exec {hung}/program"], stdin=given, stdout=subprocess.PIPE)
     group = None
@@ -384,7 +388,7 @@ def test_whoever_starts_a_program_on_another_mount_that_hangs(scene: Scene, tmp_
         assert time.monotonic() - begin < 10 and report["blackout"] < 5
         assert [(one["pid"], one["reason"].split(" (")[0]) for one in report["left"]] == [(pid, "it starts a program")]
         assert other.run("file.read()") == "real contents"
-        scene.client.mode("restore", "hung")
+        scene.client.set_rules([], "hung")
         assert starting.communicate(timeout=TIMEOUT)[0] == b"real contents"
     finally:
         starting.kill()
