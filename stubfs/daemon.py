@@ -25,6 +25,7 @@ from stubfs.session import Session
 
 _log = logging.getLogger(__name__)
 _INIT_LIMIT = 10.0  # seconds for the kernel's first request, which it sends when the mount is made
+_ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _SETTLE_LIMIT = 1.0  # seconds for clients to get their answers at the end
 _OOM_SCORE = "-500"
 _OPEN_FILES = 1 << 20  # as many as fs.nr_open allows where nobody has changed it
@@ -121,6 +122,9 @@ class Daemon:
         self._wake_read, self._wake_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self._leaving = threading.Lock()
         self._left = False
+        for number in _ENDING:
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, _give_up)
         try:
             self._start(mountpoint, mode, proxy_directory, socket_path, options)
         except BaseException:
@@ -138,8 +142,13 @@ class Daemon:
             self._cleanups.append(partial(wire.remove, str(socket_path), os.stat(str(socket_path))))
         device = fusemount.device_fd_of(mountpoint)
         if device is None:
-            own = OwnMount(mountpoint, options)
-            self._cleanups.append(own.unmount)
+            # No signal in between: there is no moment at which the mount is there, and nobody would take it off.
+            unblocked = signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)
+            try:
+                own = OwnMount(mountpoint, options)
+                self._cleanups.append(own.unmount)
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, unblocked)
             device = own.device_fd
         own_device = fusemount.connection_device(device)
         if directory is not None:
@@ -248,6 +257,11 @@ class Daemon:
                     cleanup()
                 except OSError as error:
                     _log.error("cannot clean up: %s", error)
+
+
+def _give_up(number: int, frame: object) -> NoReturn:
+    """A signal during the start: what has been made is undone, above all the mount, which nobody would serve."""
+    raise SystemExit(128 + number)
 
 
 def _open_directory(path: str) -> int:

@@ -233,6 +233,20 @@ def test_a_signal_as_soon_as_it_is_ready(tmp_path: Path, number: int) -> None:
     assert not os.path.ismount(tmp_path)
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize("moment", ["fusemount.OwnMount.__init__", "session.Session.start"])
+def test_a_signal_while_it_starts(tmp_path: Path, number: int, moment: str) -> None:
+    """When it has been mounted, and is not ready yet."""
+    code = (
+        f"import os, sys; from stubfs import cli, fusemount, session; real = {moment}\n"
+        f"def then_kill(*given): real(*given); os.kill(os.getpid(), {int(number)})\n"
+        f"{moment} = then_kill; sys.exit(cli.main(['-f', {str(tmp_path)!r}]))"
+    )
+    ended = subprocess.run([*command()[:1], "-c", code], env=environment(), timeout=LIMIT, capture_output=True)
+    assert (ended.returncode, ended.stderr) == (128 + number, b"")
+    assert not os.path.ismount(tmp_path)
+
+
 class TestRefusals:
     def test_mountpoints(self, tmp_path: Path, fs: Filesystem) -> None:
         assert "No such file or directory (make it: mkdir -p" in refused(str(tmp_path / "none"))
