@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import pickle
 import select
@@ -38,6 +39,7 @@ class Process:
         self.pid = os.fork()
         if not self.pid:
             try:
+                faulthandler.disable()  # pytest's: a SIGBUS that is meant to come is no news
                 try:
                     answer = (True, action())
                 except BaseException as error:

@@ -350,7 +350,8 @@ child = subprocess.Popen([{program!r}, "/proc/self/fd/0", {str(told)!r}], stdin=
         assert report.moved == {"file": 1}
         assert "PR_SET_SYSCALL_USER_DISPATCH" in reasons[False, "fd 0"]
         assert "shared with process" in reasons[True, "fd 3"]
-        told.write_bytes(b"1")
+        with told.open("r+b") as file:  # not cut before it is written: it is mapped
+            file.write(b"1")
         assert victim.run("child.stdout.read()") == b"42 1 old" and victim.run("child.wait()") == 0
         assert victim.run("os.lseek(fd, 0, os.SEEK_CUR), os.read(alone, 3)") == (0, b"new")
         assert mounts.switch().moved == {"file": 1} and victim.run("os.read(fd, 3)") == b"new"
