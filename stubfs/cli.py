@@ -93,6 +93,8 @@ def main(arguments: Optional[List[str]] = None) -> int:
         settings = parser().parse_args(given)
         ready = _inherited("--ready-fd", settings.ready_fd)
         _run(*_with_mount_options(settings, given), ready)
+    except daemon.Interrupted as interrupted:
+        return 128 + interrupted.number
     except StubfsError as known:
         error = known
     except OSError as system:

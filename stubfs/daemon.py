@@ -106,6 +106,14 @@ def warn_of_sysctls() -> None:
             _log.warning("%s is %s: %s (set it to 0)", path, value, meaning)
 
 
+class Interrupted(KeyboardInterrupt):
+    """The start was ended by signal ``number``, and has been undone."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.number = number
+
+
 class Daemon:
     """Everything that must be undone if the start fails, or at the end."""
 
@@ -261,7 +269,7 @@ class Daemon:
 
 def _give_up(number: int, frame: object) -> NoReturn:
     """A signal during the start: what has been made is undone, above all the mount, which nobody would serve."""
-    raise SystemExit(128 + number)
+    raise Interrupted(number)
 
 
 def _open_directory(path: str) -> int:
