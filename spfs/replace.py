@@ -36,6 +36,8 @@ Progress = Callable[[str, Dict[str, object]], None]
 
 CONTROL_TIMEOUT = 60.0  # seconds for the file system process to answer
 PATH_TIMEOUT = 10.0  # seconds for the path to the mountpoint to be resolved
+_UNREACHABLE = (errno.ENOENT, errno.ECONNREFUSED, errno.ECONNRESET, errno.EPIPE)
+_END_TIMEOUT = 1.0  # seconds
 LAST_REFERENCE_TIMEOUT = 5.0  # seconds; RELEASE comes a moment after the last close
 FREEZE_TIMEOUT = 2.0  # seconds for one attempt: as long do those wait that were frozen first
 FREEZE_ATTEMPTS = 5  # a task that waits for the (slow) real file system cannot be frozen
@@ -406,7 +408,8 @@ class _Ended:
         try:
             yield
         except (StubfsError, OSError) as error:
-            if not self.expected and self.wait(0):
+            # One that ends takes its socket away before, and its threads take a moment.
+            if not self.expected and self.wait(_END_TIMEOUT if error.errno in _UNREACHABLE else 0):
                 raise _dead(filesystem) from error
             raise
 
