@@ -307,6 +307,23 @@ class TestPython:
         with pytest.raises(StubfsError, match="it has been closed"):
             fs.pid
 
+    def test_its_process_is_killed_and_it_cannot_be_unmounted(
+        self, mountpoint: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """As where somebody else has mounted it, and there is no root."""
+        mount = stubfs.mount(mountpoint)
+
+        def refuse(path: str) -> None:
+            raise PermissionError(errno.EPERM, "Operation not permitted", path)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(fusemount, "detach", refuse)
+            os.kill(mount.pid, signal.SIGKILL)
+            with pytest.raises(StubfsError, match=f"cannot unmount {mountpoint}: .*umount -l") as caught:
+                mount.close()
+        assert caught.value.errno == errno.EPERM
+        fusemount.unmount_dead(str(mountpoint))
+
     def test_a_start_that_takes_too_long(self, mountpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """Killed after it has mounted, and before it serves."""
 

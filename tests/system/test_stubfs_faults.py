@@ -308,6 +308,15 @@ class TestRefusals:
         )  # fmt: skip
         assert done.returncode == 1 and done.stderr.startswith("stubfs: cannot start: ")
         assert done.stderr.endswith(": Too many open files\n") and done.stderr.count("\n") == 1
+        gone = f"{path}/gone"
+        nowhere = (
+            f"import os, sys; from stubfs.cli import main; os.mkdir({gone!r}); os.chdir({gone!r}); os.rmdir({gone!r}); "
+            f"sys.exit(main([{path!r}, '--socket-path', 'relative']))"
+        )
+        done = subprocess.run(
+            [*command()[:1], "-c", nowhere], env=environment(), capture_output=True, text=True, timeout=LIMIT
+        )
+        assert (done.returncode, done.stderr) == (1, "stubfs: cannot start: No such file or directory\n")
         without_root = (
             "import os, sys; from stubfs.cli import main; import fuse, resource, stubfs.session; "
             "os.environ['PATH'] = ''; os.setgid(65534); os.setuid(65534); "

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from typing import Any, Callable, Iterator, Tuple
 
@@ -213,6 +215,18 @@ def test_whoever_does_not_come_to_an_end_is_named(
         two[1].switch()
     other.go_on()
     assert two[1].switch().left == [] and holds(victim) == [b"new", b"new"]
+
+
+def test_who_is_told_to_give_up_waits_no_longer(
+    two: Tuple[Mounts, Mounts], victim: Victim, begin: Begin
+) -> None:
+    hold_both(two, victim)
+    other = begin(lambda pause: two[0].switch(when_stopped=pause))
+    turn = turns.Turn()
+    with closing(turn), pytest.raises(SpfsError, match="told to give up") as caught, turn.taken(lambda: True):
+        pass
+    assert caught.value.errno == errno.ECANCELED
+    other.go_on()
 
 
 def test_without_debugfs_the_turn_is_the_user_namespace_s(
