@@ -390,17 +390,21 @@ class _Ended:
     """Whether the file system process has ended, by a pidfd taken when it is known to be the right one."""
 
     def __init__(self, filesystem: MountedFilesystem) -> None:
+        self._pidfd = -1
         try:
             self._pidfd = os.pidfd_open(filesystem.pid)
         except ProcessLookupError as error:
-            raise _dead(filesystem) from error
+            # Nowhere mounted any more, it may have ended as it should: then it is seen whether all was done before.
+            if mounts.instances(filesystem.device, [filesystem.target], filesystem.source or None):
+                raise _dead(filesystem) from error
         self.expected = False  # once nothing refers to the file system any more, its process ends as it should
 
     def close(self) -> None:
-        os.close(self._pidfd)
+        if self._pidfd >= 0:
+            os.close(self._pidfd)
 
     def wait(self, timeout: float) -> bool:
-        return has_ended(self._pidfd, timeout)
+        return self._pidfd < 0 or has_ended(self._pidfd, timeout)
 
     @contextmanager
     def explained(self, filesystem: MountedFilesystem) -> Iterator[None]:

@@ -279,7 +279,7 @@ def test_the_file_system_is_killed_after_it_was_left_with_a_reference(scene: Sce
     assert user.run("number") in (errno.ENOTCONN, errno.ECONNABORTED)
 
 
-@paused_at("mounted")
+@paused_at("begun", "mounted")
 def test_what_was_left_is_let_go_while_it_is_asked_for_again(scene: Scene, user: Victim) -> None:
     """The file system ends under the second replace, which finds that nothing is left to be done."""
     scene.client.mode("restore")
