@@ -109,7 +109,7 @@ def replace(
 
 def _was_done_before(filesystem: MountedFilesystem, real_fd: int) -> bool:
     """The file system has just ended: because an earlier replace, which was killed at its end, had moved everything?"""
-    if mounts.instances(filesystem.device, [filesystem.target], filesystem.source or None):
+    if _instances(filesystem):
         return False
     try:
         there = mounts.open_root(filesystem.target, filesystem.mountpoint, PATH_TIMEOUT)
@@ -190,7 +190,7 @@ class _Step:
             pass  # it has ended after all
 
     def _moved(self) -> Tuple[SwitchReport, SwitchOutcome, List[Tuple[Instance, str]]]:
-        found = self._instances()
+        found = _instances(self._filesystem)
         self._note_missing_bindmounts(found)
         with ExitStack() as stack:
             if not found:
@@ -344,7 +344,7 @@ class _Step:
         left = list(outcome.left)
         known = {one.mount_id for one, _ in left}
         for _ in range(LATECOMER_ROUNDS):
-            found = self._instances()
+            found = _instances(self._filesystem)
             late = [one for one in found if one.mount_id not in known]
             if not late:
                 break
@@ -354,10 +354,6 @@ class _Step:
             left += more.left
             known |= {one.mount_id for one, _ in more.left}
         return left
-
-    def _instances(self) -> List[Instance]:
-        filesystem = self._filesystem
-        return mounts.instances(filesystem.device, [filesystem.target], filesystem.source or None)
 
     def _note_missing_bindmounts(self, found: Iterable[Instance]) -> None:
         there = {os.path.normpath(one.mountpoint) for one in found}
@@ -386,6 +382,11 @@ class _Names:
         return {node: Remains(fd, on_target=not in_staging) for node, (fd, in_staging) in found.items()}
 
 
+def _instances(filesystem: MountedFilesystem) -> List[Instance]:
+    """Where it is mounted, as far as its target's processes tell."""
+    return mounts.instances(filesystem.device, [filesystem.target], filesystem.source or None)
+
+
 class _Ended:
     """Whether the file system process has ended, by a pidfd taken when it is known to be the right one."""
 
@@ -395,7 +396,7 @@ class _Ended:
             self._pidfd = os.pidfd_open(filesystem.pid)
         except ProcessLookupError as error:
             # Nowhere mounted any more, it may have ended as it should: then it is seen whether all was done before.
-            if mounts.instances(filesystem.device, [filesystem.target], filesystem.source or None):
+            if _instances(filesystem):
                 raise _dead(filesystem) from error
         self.expected = False  # once nothing refers to the file system any more, its process ends as it should
 

@@ -190,13 +190,16 @@ class ModeSwitch:
         """A state that nothing knows of yet."""
         if mode is Mode.STUB:
             aside = State(mode, self._latest, Gate.NOTHING, since)
-            return State(mode, None, Gate.ALL, since, (*self._first, *self._rules, *self._last), aside)
+            return State(mode, None, Gate.ALL, since, self._ordered(), aside)
         backing: Backing = self._staging
         if mode is Mode.PROXY:
             assert directory is not None
             self._last_number += 1
             backing = Backing(directory, self._last_number, is_staging=False)
         return State(mode, backing, Gate.NOTHING, since, self._rules)
+
+    def _ordered(self) -> Tuple[ActiveRule, ...]:
+        return (*self._first, *self._rules, *self._last)
 
     def _adopt(self, state: State) -> None:
         if state.backing is not None:
@@ -250,7 +253,7 @@ class ModeSwitch:
             old, before = self._server.state, self._rules
             self._rules = activate(rules)
             try:
-                new = replace(old, rules=(*self._first, *self._rules, *self._last))
+                new = replace(old, rules=self._ordered())
                 self._put_in_force(old, new)
             except BaseException:
                 self._rules = before
@@ -262,7 +265,7 @@ class ModeSwitch:
         """Put a rule in force before all others, in place of one of before (None: none), until the next change."""
         with self._changing:
             old = self._server.state
-            rules = (*self._first, *self._rules, *self._last)
+            rules = self._ordered()
             self._put_in_force(old, replace(old, rules=rules if covered is None else (covered, *rules)))
 
     def _put_in_force(self, old: State, new: State) -> bool:
