@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import faulthandler
 import os
 import pickle
@@ -176,19 +177,34 @@ class Filesystem:
                 pass
 
 
+def outcome(action: Callable[[], Any]) -> Any:
+    """What it returns, or the name of its errno."""
+    try:
+        return action()
+    except OSError as error:
+        return errno.errorcode[error.errno or 0]
+
+
+def mount_new(fstype: str, path: "str | os.PathLike[str]", attributes: int = 0, **options: str) -> None:
+    """A new file system on a directory; ``attributes`` as of fsmount(2)."""
+    context = syscalls.fsopen(fstype)
+    try:
+        for key, value in options.items():
+            syscalls.fsconfig(context, key, value)
+        syscalls.fsconfig(context, None)
+        mount_fd = syscalls.fsmount(context, attributes)
+    finally:
+        os.close(context)
+    try:
+        syscalls.move_mount(mount_fd, os.fsencode(path))
+    finally:
+        os.close(mount_fd)
+
+
 def abort(device: int) -> None:
     """End a FUSE connection by the control file system, mounted for the moment."""
     with tempfile.TemporaryDirectory() as directory:
-        context = syscalls.fsopen("fusectl")
-        try:
-            syscalls.fsconfig(context, None)
-            mount_fd = syscalls.fsmount(context, 0)
-        finally:
-            os.close(context)
-        try:
-            syscalls.move_mount(mount_fd, os.fsencode(directory))
-        finally:
-            os.close(mount_fd)
+        mount_new("fusectl", directory)
         try:
             Path(directory, str(os.minor(device)), "abort").write_text("1")
         except OSError:

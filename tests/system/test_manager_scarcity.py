@@ -17,7 +17,7 @@ from typing import Iterator, List
 
 import pytest
 from manager_kit import ENVIRONMENT, TIMEOUT, Manager, alive, manager_in, run
-from stubfs_kit import command, environment
+from stubfs_kit import command, environment, mount_new
 
 from spfs.client import ManagerClient
 from spfs.errors import SpfsError
@@ -38,18 +38,7 @@ def manager(tmp_path: Path) -> Iterator[Manager]:
 def small_disk(path: Path) -> Iterator[Path]:
     """A tmpfs of 64 KiB, on a new directory."""
     path.mkdir()
-    context = syscalls.fsopen("tmpfs")
-    try:
-        for key, value in (("size", "64k"), ("mode", "700")):
-            syscalls.fsconfig(context, key, value)
-        syscalls.fsconfig(context, None)
-        mount_fd = syscalls.fsmount(context, 0)
-    finally:
-        os.close(context)
-    try:
-        syscalls.move_mount(mount_fd, os.fsencode(path))
-    finally:
-        os.close(mount_fd)
+    mount_new("tmpfs", path, size="64k", mode="700")
     try:
         yield path
     finally:

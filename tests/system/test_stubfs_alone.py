@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Callable, Iterator, List
 
 import pytest
-from stubfs_kit import TOP, Process, as_user, environment, wait_until
+from stubfs_kit import TOP, Process, as_user, environment, outcome, wait_until
 from testing_kit import let_others_in
 
 import stubfs
@@ -244,13 +244,6 @@ def test_options_without_root(tmp_path: Path, mountpoint: Path) -> None:
 
     # mountinfo writes a space and a backslash in octal.
     assert where_users_may_mount(tmp_path, work) == [True, "fuse.stubfs", "a,\\040b\\134c", True, 0, False]
-
-
-def outcome(action: Callable[[], Any]) -> Any:
-    try:
-        return action()
-    except OSError as error:
-        return errno.errorcode[error.errno or 0]
 
 
 class TestPython:

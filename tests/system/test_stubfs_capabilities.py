@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import ctypes
-import errno
 import os
 import threading
 from pathlib import Path
 from typing import Any, Callable, Iterator, Tuple
 
 import pytest
-from stubfs_kit import Filesystem, Process, mounted
+from stubfs_kit import Filesystem, Process, mounted, outcome
 
 from stubfs import syscalls
 
@@ -27,13 +26,6 @@ def fs(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Filesystem]:
     with mounted(tmp_path, request.param) as filesystem:
         yield filesystem
         assert "ERROR" not in filesystem.log.read_text()
-
-
-def outcome(action: Action) -> Any:
-    try:
-        return action()
-    except OSError as error:
-        return errno.errorcode[error.errno or 0]
 
 
 def root_without(capabilities: int) -> Callable[[], None]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import os
 import random
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any, Callable, Iterator, List, Tuple
 
 import pytest
-from stubfs_kit import Filesystem, as_user, mounted, wait_until
+from stubfs_kit import Filesystem, as_user, mount_new, mounted, outcome, wait_until
 
 from stubfs import cli, syscalls
 from stubfs.credentials import Credentials, ThreadIdentity
@@ -29,13 +28,6 @@ def fs(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Filesystem]:
     with mounted(tmp_path, request.param) as filesystem:
         filesystem.path.chmod(0o777)
         yield filesystem
-
-
-def outcome(action: Callable[[], Any]) -> Any:
-    try:
-        return action()
-    except OSError as error:
-        return errno.errorcode[error.errno or 0]
 
 
 def beneath(fs: Filesystem, uid: int, groups: List[int], action: Callable[[], Any]) -> Any:
@@ -285,14 +277,8 @@ def test_nobody_unmounts_by_being_refused(fs: Filesystem) -> None:
     top = closed / "a b" / "mnt"
     top.mkdir(parents=True)
     (closed / "plain").mkdir()
-    context = syscalls.fsopen("tmpfs")
+    mount_new("tmpfs", top)
     try:
-        syscalls.fsconfig(context, None)
-        nested = syscalls.fsmount(context, 0)
-    finally:
-        os.close(context)
-    try:
-        syscalls.move_mount(nested, os.fsencode(top))
         (top / "file").write_text("nested")
         closed.chmod(0o700)
         paths = ["closed/a b/mnt/file", "closed/a b", "closed/plain"]
@@ -300,7 +286,6 @@ def test_nobody_unmounts_by_being_refused(fs: Filesystem) -> None:
         assert found == ["ENOMEM", "ENOMEM", "EACCES"]
         assert os.path.ismount(top) and (top / "file").read_text() == "nested"
     finally:
-        os.close(nested)
         syscalls.umount2(os.fsencode(top), syscalls.MNT_DETACH)
     assert beneath(fs, ALICE, [], lambda: os.stat("closed/a b")) == "EACCES"
 

@@ -5,7 +5,6 @@ Each is the kernel's doing. If one of these fails with a newer kernel, that is g
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import mmap
 import os
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any, Callable, Iterator
 
 import pytest
-from stubfs_kit import Filesystem, as_user, mounted
+from stubfs_kit import Filesystem, as_user, mounted, outcome
 
 from stubfs import syscalls
 
@@ -30,13 +29,6 @@ def fs(tmp_path: Path) -> Iterator[Filesystem]:
     with mounted(tmp_path, "proxy") as filesystem:
         (filesystem.path / "file").write_bytes(b"0123456789")
         yield filesystem
-
-
-def outcome(action: Callable[[], Any]) -> Any:
-    try:
-        return action()
-    except OSError as error:
-        return errno.errorcode[error.errno or 0]
 
 
 def as_alice(fs: Filesystem, action: Callable[[], Any]) -> Any:

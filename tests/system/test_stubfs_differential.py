@@ -18,7 +18,7 @@ from differential_kit import ALICE, BOB, LARGE, ROOT, USERS, Actor, User, empty,
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
-from stubfs_kit import Filesystem, mounted
+from stubfs_kit import Filesystem, mount_new, mounted
 
 from stubfs import syscalls
 from stubfs.syscalls import UTIME_NOW, UTIME_OMIT
@@ -461,16 +461,7 @@ def compare(fs: Filesystem, native: str, times: Sequence[str], keeps_maps: bool)
 def without_atime(path: Path) -> Iterator[Path]:
     """A tmpfs that is not written to by reading it: what the kernel reads from its cache no file system hears of."""
     path.mkdir()
-    context = syscalls.fsopen("tmpfs")
-    try:
-        syscalls.fsconfig(context, None)
-        mount_fd = syscalls.fsmount(context, MOUNT_ATTR_NOATIME)
-    finally:
-        os.close(context)
-    try:
-        syscalls.move_mount(mount_fd, os.fsencode(path))
-    finally:
-        os.close(mount_fd)
+    mount_new("tmpfs", path, MOUNT_ATTR_NOATIME)
     try:
         yield path
     finally:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Iterator, List, Optional
 
 import pytest
-from stubfs_kit import LIMIT, Filesystem, abort, command, environment, mounted, wait_until
+from stubfs_kit import LIMIT, Filesystem, abort, command, environment, mount_new, mounted, wait_until
 from testing_kit import let_others_in
 
 from stubfs import fusemount, messages, syscalls, wire
@@ -124,12 +124,7 @@ class TestEnds:
         assert str(fs.path) not in Path("/proc/self/mountinfo").read_text()
 
     def test_quit_leaves_what_somebody_else_mounted_over_it(self, fs: Filesystem) -> None:
-        context = syscalls.fsopen("tmpfs")
-        syscalls.fsconfig(context, None)
-        other = syscalls.fsmount(context, 0)
-        os.close(context)
-        syscalls.move_mount(other, os.fsencode(fs.path))
-        os.close(other)
+        mount_new("tmpfs", fs.path)
         (fs.path / "theirs").touch()
         fs.client.quit()
         fs.daemon.wait(5)
